@@ -1,0 +1,155 @@
+"""Settings of every service: environment variables GHOST_*, overridden by flags. One class a service."""
+
+import argparse
+import socket
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from shared.types import Protection
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seconds = Annotated[float, Field(gt=0)]
+LogLevel = Literal["debug", "info", "warning", "error"]
+DType = Literal["bfloat16", "float32", "float16"]
+
+
+class CommonSettings(BaseSettings):
+    """What all services share."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="GHOST_", extra="ignore", protected_namespaces=(), validate_default=True
+    )
+
+    coordinator_url: str = Field("ws://127.0.0.1:8100", description="where workers, stores and gateways dial")
+    token: SecretStr | None = Field(None, description="shared secret of the cluster; needed to bind beyond loopback")
+    log_level: LogLevel = Field("info", description="least severe log level shown")
+    dial_deadline_s: Seconds = Field(5.0, description="how long one try to reach the coordinator may take")
+
+    @property
+    def secret(self) -> str | None:
+        """The token in the clear."""
+        return self.token.get_secret_value() if self.token else None
+
+
+class CoordinatorSettings(CommonSettings):
+    """The coordinator: the group's configuration, and limits."""
+
+    host: str = Field("127.0.0.1", description="address to listen on for the control channel")
+    port: Port = Field(8100, description="port to listen on; 0 takes a free one")
+    redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis for the journal and the stripe index")
+    group: str = Field("default", pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="name of the group")
+    model: str = Field("default", description="directory or hub id of the model that workers load")
+    served_name: str = Field("", description="model name in the REST API; empty: the model's own")
+    dtype: DType = Field("bfloat16", description="type of weights and KV")
+    tp: int = Field(3, ge=1, le=64, description="ranks in the group (k)")
+    parity: int = Field(1, ge=1, le=8, description="parity shards a stripe (m): how many ranks may be lost at once")
+    protection: Protection = Field("parity", description="parity, or none: recompute everything after a loss")
+    page_tokens: int = Field(16, ge=1, le=1024, description="tokens a page")
+    kv_memory_mb: int = Field(384, ge=1, description="KV pool of each rank, MiB")
+    max_model_len: int = Field(0, ge=0, description="longest sequence; 0: what model and pool allow")
+    max_step_tokens: int = Field(512, ge=1, le=65536, description="tokens a step (chunked prefill)")
+    max_batch: int = Field(32, ge=1, le=1024, description="sequences a step")
+    max_waiting: int = Field(256, ge=0, description="requests that may wait; more are refused with 429")
+    communicator: Literal["auto", "shm", "gloo", "nccl"] = Field("auto", description="backend between ranks")
+    heartbeat_s: Seconds = Field(0.2, description="interval of the workers' heartbeats")
+    heartbeat_timeout_s: Seconds = Field(3.0, description="silence after which a worker is lost")
+    step_timeout_s: Seconds = Field(
+        60.0, description="time without progress of a step after which its laggards are lost"
+    )
+    collective_timeout_s: Seconds = Field(60.0, description="bound of every wait inside a collective")
+    join_timeout_s: Seconds = Field(60.0, description="time for a rank to load its slice and join, before it is lost")
+
+
+class WorkerSettings(CommonSettings):
+    """A host's workers: a supervisor and `count` processes, one a device."""
+
+    name: str = Field("", description="prefix of the workers' names; empty: the host's name")
+    count: int = Field(1, ge=1, le=64, description="worker processes on this host")
+    device: str = Field(
+        "cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda (worker i takes cuda:i), or cuda:N"
+    )
+    model: str = Field(
+        "", description="overrides the model that the coordinator names, where it lies elsewhere on this host"
+    )
+    advertise_host: str = Field("127.0.0.1", description="address under which other ranks reach this host")
+    threads: int = Field(1, ge=0, description="compute threads of a CPU worker; 0: cores / workers, at least 1")
+    put_deadline_s: Seconds = Field(10.0, description="time for a store to acknowledge a parity shard")
+    fetch_deadline_s: Seconds = Field(10.0, description="time for a store to return a parity shard")
+
+
+class ParityStoreSettings(CommonSettings):
+    """A parity store."""
+
+    name: str = Field("", description="the store's id; empty: host name and port")
+    host: str = Field("127.0.0.1", description="address to listen on for bulk transport and admin")
+    port: Port = Field(0, description="bulk port; 0 takes a free one")
+    admin_port: Port = Field(0, description="admin port; 0 takes a free one")
+    advertise_host: str = Field("127.0.0.1", description="address under which workers reach this host")
+    capacity_mb: int = Field(1024, ge=1, description="memory for parity, MiB")
+    redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis of the stripe index")
+
+
+class GatewaySettings(CommonSettings):
+    """A gateway."""
+
+    host: str = Field("127.0.0.1", description="address to listen on for the REST API")
+    port: Port = Field(8000, description="port to listen on; 0 takes a free one")
+    api_keys: SecretStr | None = Field(
+        None, description="API keys that clients may use, comma-separated; none: no check"
+    )
+    model: str = Field("", description="directory or hub id of the tokenizer; empty: what the coordinator says")
+    max_body_mb: float = Field(8.0, gt=0, description="largest request body, MiB")
+    max_connections: int = Field(2048, ge=1, description="open client connections; more are refused with 503")
+    stream_buffer_tokens: int = Field(65536, ge=1, description="tokens held for a client that reads too slowly")
+
+
+Settings = TypeVar("Settings", bound=CommonSettings)
+
+
+def add_flags(parser: argparse.ArgumentParser, settings: type[CommonSettings], *, skip: Sequence[str] = ()) -> None:
+    """Add a flag --like-this for each field of `settings`."""
+    for name, field in settings.model_fields.items():
+        if name in skip:
+            continue
+        default = "" if field.default in (None, "") else f" [{field.default}]"
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            dest=name,
+            metavar=_metavar(field.annotation),
+            default=None,
+            help=f"{field.description}{default} (GHOST_{name.upper()})",
+        )
+
+
+def _metavar(annotation: Any) -> str:
+    origin = typing.get_origin(annotation)
+    if origin is Literal:
+        return "|".join(str(value) for value in typing.get_args(annotation))
+    if origin in (typing.Union, types.UnionType):
+        annotation = typing.get_args(annotation)[0]
+    return {int: "N", float: "X"}.get(annotation, "TEXT")
+
+
+def load_settings(settings: type[Settings], arguments: argparse.Namespace) -> Settings:
+    """Settings from environment and parsed flags. Prints one line for each bad value and exits 2."""
+    given = {name: value for name in settings.model_fields if (value := getattr(arguments, name, None)) is not None}
+    try:
+        return settings(**given)
+    except ValidationError as error:
+        for problem in error.errors(include_url=False):
+            name = str(problem["loc"][0])
+            flag, variable = "--" + name.replace("_", "-"), f"GHOST_{name.upper()}"
+            shown = "(hidden)" if name in ("token", "api_keys") else repr(problem["input"])
+            print(f"ghostserve: {flag} / {variable}: {problem['msg']}; got {shown}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def default_name(kind: str) -> str:
+    """A name for a process that was given none."""
+    return f"{socket.gethostname()}-{kind}"

@@ -1,0 +1,370 @@
+"""Every message of the control channel. A peer opens with a hello; the coordinator answers Welcome or Goodbye.
+
+What each carries is enough to act on: a worker keeps nothing between messages that could not be rebuilt from the next.
+Messages about a group carry its epoch; a receiver ignores those that are not of its own.
+"""
+
+from dataclasses import dataclass
+
+from shared.types import (
+    ClusterStatus,
+    FinishReason,
+    GenerationRequest,
+    GroupConfig,
+    LogitRows,
+    ModelInfo,
+    PageKey,
+    SamplingParams,
+    StoreInfo,
+    TokenLogprob,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """Base of all control messages."""
+
+
+# -- hello: peer to coordinator, first frame -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerHello(Message):
+    """A worker offers its device. `host_id` is equal for workers that can share memory."""
+
+    name: str
+    host: str
+    host_id: str
+    pid: int
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoreHello(Message):
+    """A parity store offers its memory."""
+
+    store: StoreInfo
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayHello(Message):
+    """A gateway (or an operator's tool) wants to submit requests and to hear of the cluster's state."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome(Message):
+    """The hello was accepted. To a worker: load this model; to all: the group's configuration and epoch."""
+
+    config: GroupConfig
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye(Message):
+    """The peer is not wanted (again): the reason, for its log. It may not dial again if `final`."""
+
+    reason: str
+    final: bool = False
+
+
+# -- worker to coordinator -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReady(Message):
+    """Model skeleton, pool and imports are done: from now on a spare. `pages` is the size of its pool."""
+
+    model: ModelInfo
+    pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat(Message):
+    """Sent every heartbeat_s whatever the compute thread does; `step` is the last one finished."""
+
+    epoch: int
+    step: int
+    in_flight: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rendezvous(Message):
+    """Rank 0 has opened the meeting points of the epoch's two communicators."""
+
+    epoch: int
+    model_address: str
+    exchange_address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Joined(Message):
+    """A rank has its weights and both communicators. Times: seconds since Assign was received."""
+
+    epoch: int
+    rank: int
+    weights_s: float
+    joined_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sample(Message):
+    """What a step drew for one sequence. Not sent alone: part of StepDone."""
+
+    sequence: int
+    token: int
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone(Message):
+    """A step's KV is written on this rank (and so its part in every collective done); what was drawn."""
+
+    epoch: int
+    step: int
+    rank: int
+    samples: tuple[Sample, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RankFailed(Message):
+    """This rank can't go on in this epoch: a collective was aborted, or its device failed (`fatal`)."""
+
+    epoch: int
+    rank: int
+    reason: str
+    fatal: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ProtectDone(Message):
+    """Outcome of the stripes that this rank encoded: acknowledged by the stores, or not, and why."""
+
+    epoch: int
+    rank: int
+    protected: tuple[PageKey, ...]
+    failed: tuple[PageKey, ...]
+    reason: str
+    parity_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreDone(Message):
+    """A rank's part in a RestorePlan is over. `failed`: stripes that it could not decode, with the first reason."""
+
+    epoch: int
+    plan: int
+    rank: int
+    failed: tuple[PageKey, ...]
+    reason: str
+    bytes_restored: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class DigestDone(Message):
+    """The hash of one sequence's KV on this rank."""
+
+    epoch: int
+    digest: int
+    rank: int
+    value: str
+
+
+# -- coordinator to worker -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Assign(Message):
+    """Take `rank` in a new epoch: stop what is of older ones, load the slice if it is another rank's.
+
+    Rank 0 answers with Rendezvous. `keep_kv` is false where the pool's content is void.
+    """
+
+    epoch: int
+    rank: int
+    size: int
+    communicator: str
+    keep_kv: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Join(Message):
+    """Connect the two communicators of the epoch, then answer Joined."""
+
+    epoch: int
+    model_address: str
+    exchange_address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dismiss(Message):
+    """The receiver has no rank in this epoch: it drops its state and is a spare."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceStep(Message):
+    """One sequence's part of a step: tokens at positions start.., its page table, and how to draw the next token.
+
+    `history` holds the output tokens so far and `prompt` the prompt's, only where drawing needs them.
+    """
+
+    sequence: int
+    tokens: bytes
+    start: int
+    prompt_tokens: int
+    pages: bytes
+    logits: LogitRows
+    sampling: SamplingParams | None
+    prompt: bytes = b""
+    history: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan(Message):
+    """One forward pass, the same on every rank."""
+
+    epoch: int
+    step: int
+    sequences: tuple[SequenceStep, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ProtectPlan(Message):
+    """Encode these sealed pages once step `after_step` is done. Same order on every rank, so exchanges pair up."""
+
+    epoch: int
+    after_step: int
+    pages: bytes
+    keys: tuple[PageKey, ...]
+    stores: tuple[StoreInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ParityShard(Message):
+    """Where one parity shard lies. Part of StripeRestore."""
+
+    shard: int
+    bulk_address: str
+    checksum: int
+
+
+@dataclass(frozen=True, slots=True)
+class StripeRestore(Message):
+    """How to rebuild one page on the ranks `lost`: survivors' slices and these parity shards."""
+
+    page: int
+    key: PageKey
+    lost: tuple[int, ...]
+    parity: tuple[ParityShard, ...]
+    data_checksums: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RestorePlan(Message):
+    """Rebuild these pages, the same plan on every rank."""
+
+    epoch: int
+    plan: int
+    stripes: tuple[StripeRestore, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DigestPlan(Message):
+    """Hash the KV of tokens 0..tokens-1 of the sequence that has these pages."""
+
+    epoch: int
+    digest: int
+    pages: bytes
+    tokens: int
+
+
+# -- coordinator to parity store -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class EpochNow(Message):
+    """From now on, refuse writes of older epochs of this group."""
+
+    group: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseStripes(Message):
+    """These pages are gone: free their shards and index entries. Empty `keys`: all of the group's."""
+
+    group: str
+    keys: tuple[PageKey, ...]
+
+
+# -- gateway to coordinator ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Submit(Message):
+    """Generate this. Answered by Accepted or Refused."""
+
+    request: GenerationRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Abort(Message):
+    """Nobody waits for this request any more."""
+
+    request_id: str
+
+
+# -- coordinator to gateway ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted(Message):
+    """The request is queued; its tokens follow. `cached_tokens` of its prompt were found in the pool later."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused(Message):
+    """The request is not served: an HTTP status and OpenAI's error fields."""
+
+    request_id: str
+    status: int
+    code: str
+    message: str
+    param: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens(Message):
+    """The next tokens of a request. The last one has a finish reason; the drill's has the ranks' digests."""
+
+    request_id: str
+    tokens: bytes
+    logprobs: tuple[TokenLogprob, ...]
+    prompt_logprobs: tuple[TokenLogprob, ...]
+    finish_reason: FinishReason | None
+    cached_tokens: int
+    kv_digests: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Failed(Message):
+    """An accepted request can't be finished: ends its stream with an error."""
+
+    request_id: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class StatusChanged(Message):
+    """Sent on every change of state, and at least once a second."""
+
+    status: ClusterStatus

@@ -1,0 +1,101 @@
+"""What every service process does alike: logging, signals, an honest exit code."""
+
+import asyncio
+import ctypes
+import ipaddress
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+
+from shared.errors import ConfigError, GhostError
+
+log = logging.getLogger(__name__)
+
+SHUTDOWN_DEADLINE_S = 10.0
+_PR_SET_PDEATHSIG = 1
+
+Service = Callable[[asyncio.Event], Awaitable[None]]
+"""A service's life: runs until the event is set, then cleans up and returns."""
+
+
+def run_service(name: str, service: Service, *, log_level: str) -> int:
+    """Run a service until SIGINT or SIGTERM. Returns its exit code: 0, or 1 after a crash, with a line that says why.
+
+    A second signal ends the process at once.
+    """
+    logging.basicConfig(
+        level=log_level.upper(),
+        format=f"%(asctime)s %(levelname)s {name} %(name)s: %(message)s",
+        stream=sys.stderr,
+        force=True,
+    )
+    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+    try:
+        asyncio.run(_until_signal(name, service))
+    except GhostError as error:
+        print(f"ghostserve {name}: {error}", file=sys.stderr, flush=True)
+        return 1
+    except BaseExceptionGroup as group:
+        for cause in _leaves(group):
+            print(f"ghostserve {name}: {type(cause).__name__}: {cause}", file=sys.stderr, flush=True)
+        log.debug("crash", exc_info=group)
+        return 1
+    except Exception as error:
+        print(f"ghostserve {name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        log.error("crash", exc_info=error)
+        return 1
+    return 0
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found.extend(_leaves(error) if isinstance(error, BaseExceptionGroup) else [error])
+    return found
+
+
+async def _until_signal(name: str, service: Service) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(130)
+        log.info("stopping")
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    task = asyncio.ensure_future(service(stop))
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not task.done():
+        _, late = await asyncio.wait({task}, timeout=SHUTDOWN_DEADLINE_S)
+        if late:
+            task.cancel()
+            await asyncio.wait({task}, timeout=SHUTDOWN_DEADLINE_S)
+            raise GhostError(f"{name} did not stop within {SHUTDOWN_DEADLINE_S:.0f} s")
+    await task
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies (Linux; elsewhere nothing happens)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def check_bind(host: str, token: str | None) -> None:
+    """Raise ConfigError for a bind address that others can reach, unless a token guards it."""
+    if host == "localhost" or token:
+        return
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise ConfigError(
+            f"host {host!r} can be reached from other machines: set a token (GHOST_TOKEN), or bind to 127.0.0.1"
+        )
