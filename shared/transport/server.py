@@ -1,0 +1,184 @@
+"""BulkServer: serves a BulkHandler to all who know the token, over any backend's Listener."""
+
+import asyncio
+import hmac
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+
+from shared.errors import ConfigError, GhostError, PeerLost, ProtocolError
+from shared.transport import backends, frames
+from shared.transport.base import (
+    DEFAULT_LIMITS,
+    BulkHandler,
+    BulkLimits,
+    GetShards,
+    Listener,
+    Outcome,
+    PutShards,
+    Stream,
+)
+from shared.transport.frames import Hello, Numbered, Reply, Welcome
+
+log = logging.getLogger(__name__)
+
+
+class BulkServer:
+    """Serves puts and gets of all who know the token. Made by serve."""
+
+    def __init__(self, listener: Listener, handler: BulkHandler, token: str, limits: BulkLimits):
+        self.address = listener.address
+        self._listener = listener
+        self._handler = handler
+        self._token = token.encode()
+        self._limits = limits
+        self._streams: set[Stream] = set()
+        self.refused = 0  # connections that were closed for what they sent
+
+    async def accept_forever(self, tasks: asyncio.TaskGroup) -> None:
+        """Give each peer a task of its own, up to the limit of connections."""
+        while True:
+            stream = await self._listener.accept()
+            if len(self._streams) >= self._limits.connections:
+                self.refused += 1
+                stream.close()
+                continue
+            self._streams.add(stream)
+            tasks.create_task(self._serve(stream))
+
+    def close_streams(self) -> None:
+        for stream in self._streams:
+            stream.close()
+
+    async def _serve(self, stream: Stream) -> None:
+        connection = _Connection(stream, self._handler, self._limits)
+        try:
+            await self._shake_hands(stream)
+            await connection.run()
+        except ProtocolError as error:
+            self.refused += 1
+            log.warning("bulk connection closed: %s", error)
+        except PeerLost as error:
+            log.debug("bulk connection ended: %s", error)
+        except Exception:
+            log.exception("bulk connection failed")
+        finally:
+            stream.close()
+            connection.undo()
+            self._streams.discard(stream)
+
+    async def _shake_hands(self, stream: Stream) -> None:
+        try:
+            async with asyncio.timeout(self._limits.handshake_s):
+                hello = await frames.read(stream, frames.HELLO_BYTES, self._limits)
+                if not isinstance(hello, Hello):
+                    raise ProtocolError("a bulk connection that did not begin with hello")
+                refusal: Outcome = None
+                if hello.version != frames.VERSION:
+                    refusal = ProtocolError(f"bulk protocol version {hello.version}; this side speaks {frames.VERSION}")
+                elif not hmac.compare_digest(hello.token.encode(), self._token):
+                    refusal = ConfigError("the cluster token is wrong")
+                welcome = frames.encode(Welcome(frames.VERSION, refusal))
+                await stream.send([memoryview(welcome)], self._limits.stall_s)
+        except TimeoutError:
+            raise ProtocolError("a bulk connection without a hello") from None
+        if refusal is not None:
+            raise ProtocolError(str(refusal))
+
+
+class _Connection:
+    """One peer's requests: read one after the other, committed and answered independently of each other."""
+
+    def __init__(self, stream: Stream, handler: BulkHandler, limits: BulkLimits):
+        self._stream = stream
+        self._handler = handler
+        self._limits = limits
+        self._sending = asyncio.Lock()
+        self._slots = asyncio.Semaphore(limits.requests)
+        self._undo: set[Callable[[], None]] = set()  # of what the handler gave out and did not get back yet
+
+    async def run(self) -> None:
+        """Serve until the peer goes away, then raise what ended it."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                while True:
+                    frame = await frames.read(self._stream, self._limits.header_bytes, self._limits)
+                    if not isinstance(frame, Numbered):
+                        raise ProtocolError("a bulk frame that is no request")
+                    await self._slots.acquire()
+                    if isinstance(frame.request, PutShards):
+                        await self._take_put(frame.request_id, frame.request, tasks)
+                    else:
+                        self._take_get(frame.request_id, frame.request, tasks)
+        except* GhostError as group:
+            first: BaseException = group
+            while isinstance(first, BaseExceptionGroup):
+                first = first.exceptions[0]
+            raise first from None
+
+    def undo(self) -> None:
+        """Give back all that is still out. For the end of the connection."""
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
+
+    async def _take_put(self, request_id: int, request: PutShards, tasks: asyncio.TaskGroup) -> None:
+        reserved = self._handler.reserve(request)
+        undo = partial(self._handler.abandon, request, reserved)
+        self._undo.add(undo)
+        wanted = [
+            (place if isinstance(place, memoryview) else None, length)
+            for place, length in zip(reserved, request.lengths, strict=True)
+        ]
+        await frames.receive_payloads(self._stream, wanted, self._limits.stall_s)
+        tasks.create_task(self._commit(request_id, request, reserved, undo))
+
+    async def _commit(
+        self,
+        request_id: int,
+        request: PutShards,
+        reserved: Sequence[memoryview | GhostError],
+        undo: Callable[[], None],
+    ) -> None:
+        outcomes = await self._handler.commit(request, reserved)
+        self._undo.discard(undo)
+        await self._reply(Reply(request_id, tuple(outcomes)), ())
+
+    def _take_get(self, request_id: int, request: GetShards, tasks: asyncio.TaskGroup) -> None:
+        fetched = self._handler.fetch(request)
+        undo = partial(self._handler.release, request, fetched)
+        self._undo.add(undo)
+        tasks.create_task(self._send_fetched(request_id, fetched, undo))
+
+    async def _send_fetched(
+        self, request_id: int, fetched: Sequence[memoryview | GhostError], undo: Callable[[], None]
+    ) -> None:
+        outcomes = tuple(item if isinstance(item, GhostError) else None for item in fetched)
+        await self._reply(Reply(request_id, outcomes), [item for item in fetched if isinstance(item, memoryview)])
+        self._undo.discard(undo)
+        undo()
+
+    async def _reply(self, reply: Reply, payloads: Sequence[memoryview]) -> None:
+        async with self._sending:
+            await self._stream.send([memoryview(frames.encode(reply)), *payloads], self._limits.stall_s)
+        self._slots.release()
+
+
+@asynccontextmanager
+async def serve(
+    address: str, handler: BulkHandler, *, token: str = "", limits: BulkLimits = DEFAULT_LIMITS
+) -> AsyncIterator[BulkServer]:
+    """Serve on an address (port 0: a free one, see BulkServer.address) as long as the context lasts."""
+    listener = await backends.listen(address)
+    server = BulkServer(listener, handler, token, limits)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            accepting = tasks.create_task(server.accept_forever(tasks), name=f"bulk server {server.address}")
+            try:
+                yield server
+            finally:
+                accepting.cancel()
+                server.close_streams()
+    finally:
+        listener.close()
