@@ -12,18 +12,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from shared.errors import GhostError
-
-PAGE_KEY_BYTES = 16
+from shared.types import PageKey
 
 Outcome = GhostError | None
 """None: done. An error: this one shard was refused, and why; the rest of its batch is unaffected."""
 
 
 @dataclass(frozen=True, slots=True)
-class ParityShard:
-    """Everything said about one parity shard when it is stored; the encoding rank fills it."""
+class ShardLabel:
+    """Everything that is said about one parity shard when it is stored; the encoding rank fills it."""
 
-    page_key: bytes  # 16 bytes, the stripe's name
+    page_key: PageKey  # the stripe's name
     number: int  # k .. k+m-1: its row in the stripe
     k: int
     m: int
@@ -36,7 +35,7 @@ class ParityShard:
 class ShardRef:
     """A shard to be read: its stripe, its number, and the length the reader has room for."""
 
-    page_key: bytes
+    page_key: PageKey
     number: int
     length: int
 
@@ -47,7 +46,7 @@ class PutShards:
 
     group: str
     epoch: int
-    shards: tuple[ParityShard, ...]
+    shards: tuple[ShardLabel, ...]
 
     @property
     def lengths(self) -> tuple[int, ...]:

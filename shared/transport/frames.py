@@ -13,16 +13,8 @@ import msgpack
 
 from shared import errors
 from shared.errors import GhostError, ProtocolError
-from shared.transport.base import (
-    PAGE_KEY_BYTES,
-    BulkLimits,
-    GetShards,
-    Outcome,
-    ParityShard,
-    PutShards,
-    ShardRef,
-    Stream,
-)
+from shared.transport.base import BulkLimits, GetShards, Outcome, PutShards, ShardLabel, ShardRef, Stream
+from shared.types import PAGE_KEY_BYTES
 
 VERSION = 1
 MAGIC = b"GSB1"
@@ -154,13 +146,13 @@ def _from_wire(wire: Any, limits: BulkLimits) -> Frame:
     raise ProtocolError("a bulk header of unknown kind or shape")
 
 
-def _shard_in(wire: Any, limits: BulkLimits) -> ParityShard:
+def _shard_in(wire: Any, limits: BulkLimits) -> ShardLabel:
     page_key, number, k, m, length, checksum, data_checksums = wire
     _check(_is_key(page_key) and _is_int(number, 256) and _is_int(k, 257) and _is_int(m, 257), "shard")
     _check(k >= 1 and m >= 1 and k + m <= 256 and k <= number < k + m, "shard number")
     _check(_is_int(length, limits.shard_bytes + 1) and length > 0 and _is_int(checksum, _U64), "shard length")
     _check(len(data_checksums) == k and all(_is_int(value, _U64) for value in data_checksums), "data checksums")
-    return ParityShard(page_key, number, k, m, length, checksum, tuple(data_checksums))
+    return ShardLabel(page_key, number, k, m, length, checksum, tuple(data_checksums))
 
 
 def _ref_in(wire: Any, limits: BulkLimits) -> ShardRef:

@@ -1,7 +1,6 @@
 """Bulk transport over TCP: asyncio readiness, then recvmsg_into and sendmsg on the caller's own buffers, no copy."""
 
 import asyncio
-import ipaddress
 import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -201,14 +200,6 @@ async def connect(address: str) -> TcpStream:
             raise PeerLost(f"can't connect to {address}: {error}") from error
         raise
     return TcpStream(sock)
-
-
-def is_loopback(host: str) -> bool:
-    """Say whether only processes of this host can reach a service bound to host."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _flat(buffers: Iterable[memoryview]) -> deque[memoryview]:

@@ -1,0 +1,34 @@
+-- Fenced writes of the stripe index. The epoch in KEYS[1] only grows; a call of an older epoch changes nothing.
+-- KEYS[1]  epoch of the group       ARGV[1]  operation: put, delete or drop
+-- KEYS[2]  and on: stripes          ARGV[2]  epoch of the caller (drop: unused)
+-- put:     ARGV[3..] pairs (shard number, entry), one for each stripe key; a stripe may be named more than once
+-- delete:  whole stripes
+-- drop:    ARGV[3..] pairs (shard number, owner): deletes the entry only if it still begins with owner
+-- Returns {1, how many entries or stripes it touched}, or {0, the group's epoch} if the caller is fenced off.
+local operation = ARGV[1]
+
+if operation ~= 'drop' then
+  local current = tonumber(redis.call('GET', KEYS[1]) or '0')
+  if tonumber(ARGV[2]) < current then
+    return {0, current}
+  end
+end
+
+local touched = 0
+for i = 2, #KEYS do
+  if operation == 'delete' then
+    touched = touched + redis.call('UNLINK', KEYS[i])
+  else
+    local number, value = ARGV[2 * i - 1], ARGV[2 * i]
+    if operation == 'put' then
+      redis.call('HSET', KEYS[i], number, value)
+      touched = touched + 1
+    else
+      local entry = redis.call('HGET', KEYS[i], number)
+      if entry and string.sub(entry, 1, #value) == value then
+        touched = touched + redis.call('HDEL', KEYS[i], number)
+      end
+    end
+  end
+end
+return {1, touched}

@@ -1,0 +1,191 @@
+"""The stripe index: an entry means that these bytes are in this store, of this epoch, with this checksum.
+
+Kept in Redis (or Valkey). Whoever writes an entry has the bytes in place first, and removes the entry before the bytes.
+
+    ghost:{<group>}:epoch           the group's epoch, a decimal integer that only grows
+    ghost:{<group>}:s:<page key>    hash, one stripe: parity shard number -> MessagePack array [store id, incarnation,
+                                    epoch, k, m, length, checksum, data checksums]; page key is 16 raw bytes
+
+The braces make a group's keys one slot of a Redis cluster, so that a script can compare the epoch and write stripes at
+once; groups spread over the slots. A store that restarts has another incarnation, so that what the index says of its
+former life is void: readers keep only entries whose store is alive under the same incarnation (Stripe.alive).
+"""
+
+import asyncio
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, Self, TypeVar
+
+import msgpack
+import redis.asyncio
+import redis.exceptions
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from shared.errors import DeadlineExceeded, Fenced, PeerLost, ProtocolError
+from shared.types import PAGE_KEY_BYTES, PageKey
+
+_SCRIPT = files("shared").joinpath("stripe_index.lua").read_text()
+_BATCH = 512  # entries in one script call: bounds how long Redis serves nobody else
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardEntry:
+    """Where one parity shard is. The store that holds the bytes fills it."""
+
+    page_key: PageKey
+    number: int  # k .. k+m-1
+    store_id: str
+    incarnation: str  # of the store, new at every start
+    epoch: int  # of the group, when the shard was written
+    k: int
+    m: int
+    length: int
+    checksum: int  # xxh3_64 of the parity shard
+    data_checksums: tuple[int, ...]  # xxh3_64 of data shards 0..k-1
+
+
+@dataclass(frozen=True, slots=True)
+class Stripe:
+    """All that the index says of one stripe."""
+
+    page_key: PageKey
+    shards: tuple[ShardEntry, ...]  # ordered by number
+
+    def alive(self, stores: Mapping[str, str]) -> tuple[ShardEntry, ...]:
+        """Return the shards in stores that are alive (store id -> incarnation)."""
+        return tuple(shard for shard in self.shards if stores.get(shard.store_id) == shard.incarnation)
+
+
+class StripeIndex:
+    """The index in one Redis. Every call raises PeerLost if Redis is away, DeadlineExceeded if it is too slow."""
+
+    def __init__(self, url: str, *, timeout: float = 5.0):
+        """Connects at the first call. url: redis://, rediss:// or unix://; timeout: seconds for each call."""
+        self._redis: Any = redis.asyncio.Redis.from_url(
+            url,
+            socket_timeout=timeout,
+            socket_connect_timeout=timeout,
+            max_connections=16,
+            retry=Retry(
+                NoBackoff(), 1
+            ),  # once more, for a pooled connection that Redis closed; our callers do the rest
+        )
+        self._script = self._redis.register_script(_SCRIPT)
+        self._timeout = timeout
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def epoch(self, group: str) -> int:
+        """Return the group's epoch, 0 if it never had one."""
+        return int(await self._call(self._redis.get(_epoch_key(group))) or 0)
+
+    async def advance_epoch(self, group: str, *, at_least: int = 0) -> int:
+        """Let the group's epoch grow, past at_least (what the caller knows, if Redis forgot), and return the new one.
+
+        From the moment Redis has done it, writes of older epochs are refused.
+        """
+        current = await self.epoch(group)
+        return int(await self._call(self._redis.incrby(_epoch_key(group), max(1, at_least + 1 - current))))
+
+    async def put_many(self, group: str, epoch: int, entries: Sequence[ShardEntry]) -> None:
+        """Write entries, each over what the index said of that shard. Raises Fenced if the epoch is older.
+
+        Fenced may come after a part of a large batch has been written: only if the epoch grew meanwhile.
+        """
+        await self._run("put", group, epoch, [(e.page_key, str(e.number).encode(), _pack(e)) for e in entries])
+
+    async def get_many(self, group: str, page_keys: Sequence[PageKey]) -> dict[PageKey, Stripe]:
+        """Return what the index says of these stripes; a stripe it doesn't know is left out."""
+        found: dict[PageKey, Stripe] = {}
+        for start in range(0, len(page_keys), _BATCH):
+            batch = page_keys[start : start + _BATCH]
+            pipeline = self._redis.pipeline(transaction=False)
+            for page_key in batch:
+                pipeline.hgetall(_stripe_key(group, page_key))
+            for page_key, shards in zip(batch, await self._call(pipeline.execute()), strict=True):
+                if shards:
+                    entries = sorted((_unpack(page_key, *item) for item in shards.items()), key=lambda e: e.number)
+                    found[page_key] = Stripe(page_key, tuple(entries))
+        return found
+
+    async def delete_many(self, group: str, epoch: int, page_keys: Sequence[PageKey]) -> int:
+        """Delete whole stripes, wherever their shards are; return how many there were. Raises Fenced."""
+        return await self._run("delete", group, epoch, [(page_key, b"", b"") for page_key in page_keys])
+
+    async def drop_many(
+        self, group: str, store_id: str, incarnation: str, shards: Sequence[tuple[PageKey, int]]
+    ) -> int:
+        """Delete the entries of shards (page key, number) that still name this store; return how many there were.
+
+        Not fenced: a store may always say that it has lost or given up its own bytes.
+        """
+        owner = _owner(store_id, incarnation)
+        return await self._run(
+            "drop", group, 0, [(page_key, str(number).encode(), owner) for page_key, number in shards]
+        )
+
+    async def _run(self, operation: str, group: str, epoch: int, items: Sequence[tuple[bytes, bytes, bytes]]) -> int:
+        """Run the script over (page key, shard number, value) in batches."""
+        touched = 0
+        for start in range(0, len(items), _BATCH):
+            batch = items[start : start + _BATCH]
+            keys = [_epoch_key(group), *(_stripe_key(group, page_key) for page_key, _, _ in batch)]
+            values = [value for _, number, entry in batch for value in (number, entry)]
+            done, count = await self._call(self._script(keys=keys, args=[operation, epoch, *values]))
+            if not done:
+                raise Fenced(f"epoch {epoch} of group {group} is over; the group is at {count}")
+            touched += int(count)
+        return touched
+
+    async def _call(self, awaitable: Awaitable[_T]) -> _T:
+        """Await a call to Redis within the deadline, its errors translated."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await awaitable
+        except (TimeoutError, redis.exceptions.TimeoutError) as error:
+            raise DeadlineExceeded(f"Redis did not answer within {self._timeout:g} s") from error
+        except (redis.exceptions.RedisError, OSError) as error:
+            raise PeerLost(f"Redis: {error}") from error
+
+
+def _epoch_key(group: str) -> bytes:
+    return b"ghost:{%s}:epoch" % group.encode()
+
+
+def _stripe_key(group: str, page_key: PageKey) -> bytes:
+    if len(page_key) != PAGE_KEY_BYTES:
+        raise ProtocolError(f"a page key of {len(page_key)} bytes instead of {PAGE_KEY_BYTES}")
+    return b"ghost:{%s}:s:%s" % (group.encode(), page_key)
+
+
+def _owner(store_id: str, incarnation: str) -> bytes:
+    """Return what an entry of this store begins with."""
+    head: bytes = msgpack.packb([store_id, incarnation, 0, 0, 0, 0, 0, 0])[:1]
+    store: bytes = msgpack.packb(store_id)
+    return head + store + bytes(msgpack.packb(incarnation))
+
+
+def _pack(entry: ShardEntry) -> bytes:
+    e = entry
+    body = (e.store_id, e.incarnation, e.epoch, e.k, e.m, e.length, e.checksum, e.data_checksums)
+    return bytes(msgpack.packb(body))
+
+
+def _unpack(page_key: PageKey, number: bytes, value: bytes) -> ShardEntry:
+    try:
+        store_id, incarnation, epoch, k, m, length, checksum, data_checksums = msgpack.unpackb(value)
+        return ShardEntry(
+            page_key, int(number), store_id, incarnation, epoch, k, m, length, checksum, tuple(data_checksums)
+        )
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise ProtocolError(f"the index holds a malformed entry for stripe {page_key.hex()}") from error

@@ -1,0 +1,136 @@
+"""What every Redis-compatible server must let the stripe index keep."""
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+
+from shared.errors import DeadlineExceeded, Fenced, PeerLost, ProtocolError
+from shared.stripe_index import ShardEntry, StripeIndex
+
+
+@pytest.fixture
+async def index(redis_url: str) -> AsyncIterator[StripeIndex]:
+    async with StripeIndex(redis_url, timeout=10) as index:
+        yield index
+
+
+@pytest.fixture
+def group() -> str:
+    return f"group-{os.urandom(4).hex()}"
+
+
+def entry(number: int = 3, *, store: str = "store-a", incarnation: str = "i1", epoch: int = 1) -> ShardEntry:
+    checksums = ((1 << 64) - 1, 0, 12345)
+    return ShardEntry(os.urandom(16), number, store, incarnation, epoch, 3, 2, 122880, (1 << 63) + 7, checksums)
+
+
+async def test_what_was_put_is_read_back_exactly(index: StripeIndex, group: str) -> None:
+    first = entry(3)
+    second = replace(first, number=4, store_id="store-b", checksum=0)
+    other = entry(3)
+    await index.put_many(group, 1, [first, second, other])
+    found = await index.get_many(group, [first.page_key, other.page_key, os.urandom(16)])
+    assert set(found) == {first.page_key, other.page_key}
+    assert found[first.page_key].shards == (first, second)
+    assert found[other.page_key].shards == (other,)
+
+
+async def test_groups_do_not_see_each_other(index: StripeIndex, group: str) -> None:
+    mine = entry()
+    await index.put_many(group, 1, [mine])
+    assert await index.get_many(group + "x", [mine.page_key]) == {}
+    assert await index.epoch(group + "x") == 0
+
+
+async def test_a_write_of_an_older_epoch_changes_nothing(index: StripeIndex, group: str) -> None:
+    kept = entry(epoch=2)
+    assert await index.advance_epoch(group) == 1
+    assert await index.advance_epoch(group) == 2
+    await index.put_many(group, 2, [kept])
+    with pytest.raises(Fenced, match="epoch 1"):
+        await index.put_many(group, 1, [replace(kept, epoch=1, checksum=99)])
+    with pytest.raises(Fenced):
+        await index.delete_many(group, 1, [kept.page_key])
+    assert (await index.get_many(group, [kept.page_key]))[kept.page_key].shards == (kept,)
+
+
+async def test_the_epoch_grows_past_what_the_caller_knows(index: StripeIndex, group: str) -> None:
+    assert await index.advance_epoch(group, at_least=7) == 8
+    assert await index.advance_epoch(group, at_least=3) == 9
+    assert await index.epoch(group) == 9
+
+
+async def test_many_writers_at_once_and_an_epoch_in_between(index: StripeIndex, group: str) -> None:
+    await index.advance_epoch(group)
+    batches = [[entry() for _ in range(700)] for _ in range(4)]
+
+    async def write(batch: list[ShardEntry]) -> bool:
+        try:
+            await index.put_many(group, 1, batch)
+        except Fenced:
+            return False
+        return True
+
+    written, _ = await asyncio.gather(asyncio.gather(*(write(batch) for batch in batches)), index.advance_epoch(group))
+    with pytest.raises(Fenced):
+        await index.put_many(group, 1, [entry()])
+    for batch, whole in zip(batches, written, strict=True):
+        found = await index.get_many(group, [e.page_key for e in batch])
+        assert len(found) == len(batch) if whole else len(found) < len(batch)
+
+
+async def test_an_entry_of_a_stores_former_life_does_not_count(index: StripeIndex, group: str) -> None:
+    old = entry(3, store="store-a", incarnation="before")
+    new = replace(old, number=4, store_id="store-b", incarnation="b1")
+    await index.put_many(group, 1, [old, new])
+    stripe = (await index.get_many(group, [old.page_key]))[old.page_key]
+    assert stripe.alive({"store-a": "after", "store-b": "b1"}) == (new,)
+    assert stripe.alive({"store-a": "before"}) == (old,)
+    assert stripe.alive({}) == ()
+
+
+async def test_a_store_drops_only_what_still_names_it(index: StripeIndex, group: str) -> None:
+    mine, moved = entry(store="a"), entry(store="a")
+    await index.put_many(group, 1, [mine, moved])
+    await index.put_many(group, 1, [replace(moved, store_id="ab")])
+    shards = [(e.page_key, e.number) for e in (mine, moved)]
+    assert await index.drop_many(group, "a", "i0", shards) == 0
+    assert await index.drop_many(group, "a", "i1", shards) == 1
+    assert list(await index.get_many(group, [mine.page_key, moved.page_key])) == [moved.page_key]
+
+
+async def test_delete_removes_whole_stripes_and_leaves_no_key(index: StripeIndex, group: str) -> None:
+    entries = [entry() for _ in range(1500)]
+    await index.put_many(group, 1, [*entries, *(replace(e, number=4) for e in entries)])
+    keys = [e.page_key for e in entries]
+    assert len(await index.get_many(group, keys)) == 1500
+    assert await index.delete_many(group, 1, keys) == 1500
+    assert await index.get_many(group, keys) == {}
+    assert await index.delete_many(group, 1, keys) == 0
+
+
+async def test_a_page_key_of_another_length_is_refused(index: StripeIndex, group: str) -> None:
+    with pytest.raises(ProtocolError):
+        await index.get_many(group, [b"short"])
+
+
+async def test_redis_away_is_peer_lost_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    async with StripeIndex(f"redis://127.0.0.1:{port}", timeout=5) as index:
+        started = time.monotonic()
+        with pytest.raises(PeerLost):
+            await index.epoch("group")
+        assert time.monotonic() - started < 2
+
+
+async def test_redis_silent_is_deadline_exceeded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        async with StripeIndex(f"redis://127.0.0.1:{server.getsockname()[1]}", timeout=0.2) as index:
+            with pytest.raises(DeadlineExceeded):
+                await index.put_many("group", 1, [entry()])
