@@ -118,10 +118,10 @@ class Channel:
             self._closed = True
 
 
-async def accept(request: web.Request, token: str | None) -> tuple[web.WebSocketResponse, Message]:
-    """Server side: authenticate, upgrade, and read the peer's hello.
+async def accept(request: web.Request, token: str | None) -> tuple[web.WebSocketResponse, Message | None]:
+    """Server side: authenticate, upgrade, and read the peer's hello; None, and closed, if it says something else.
 
-    Raises web.HTTPUnauthorized for a wrong token, PeerLost or ProtocolError for a peer that does not say hello.
+    Raises web.HTTPUnauthorized for a wrong token.
     """
     if token is not None:
         given = request.headers.get("Authorization", "")
@@ -131,17 +131,13 @@ async def accept(request: web.Request, token: str | None) -> tuple[web.WebSocket
     await socket.prepare(request)
     try:
         frame = await socket.receive(timeout=HELLO_DEADLINE_S)
-    except TimeoutError as error:
-        await socket.close()
-        raise DeadlineExceeded(f"{request.remote} did not say hello") from error
-    if frame.type is not aiohttp.WSMsgType.BINARY:
-        await socket.close()
-        raise ProtocolError(f"{request.remote} opened with a {frame.type.name} frame")
-    try:
+        if frame.type is not aiohttp.WSMsgType.BINARY:
+            raise ProtocolError(f"it opened with a {frame.type.name} frame")
         return socket, wire.decode(frame.data)
-    except ProtocolError:
-        await socket.close()
-        raise
+    except (TimeoutError, ProtocolError) as error:
+        log.warning("%s was turned away: %s", request.remote, error or "it did not say hello")
+        await socket.close(code=aiohttp.WSCloseCode.PROTOCOL_ERROR)
+        return socket, None
 
 
 @contextlib.asynccontextmanager

@@ -182,14 +182,13 @@ class DigestDone(Message):
 class Assign(Message):
     """Take `rank` in a new epoch: stop what is of older ones, load the slice if it is another rank's.
 
-    Rank 0 answers with Rendezvous. `keep_kv` is false where the pool's content is void.
+    Rank 0 answers with Rendezvous.
     """
 
     epoch: int
     rank: int
     size: int
     communicator: str
-    keep_kv: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +221,9 @@ class SequenceStep(Message):
     pages: bytes
     logits: LogitRows
     sampling: SamplingParams | None
+    prompt_logprobs: int | None = None
+    """N: also the logprob of each next prompt token, and of the N most likely ones; `next_token` follows the last."""
+    next_token: int = -1
     prompt: bytes = b""
     history: bytes = b""
 
@@ -326,7 +328,7 @@ class Abort(Message):
 
 @dataclass(frozen=True, slots=True)
 class Accepted(Message):
-    """The request is queued; its tokens follow. `cached_tokens` of its prompt were found in the pool later."""
+    """The request is queued; its tokens follow."""
 
     request_id: str
 

@@ -137,9 +137,8 @@ class GroupConfig:
     parity: int
     protection: Protection
     page_tokens: int
-    pages: int
-    """Pages in each rank's pool; 0 until a worker has sized it from `kv_bytes`."""
     kv_bytes: int
+    """Size of each rank's pool."""
     max_step_tokens: int
     max_batch: int
     communicator: Literal["auto", "shm", "gloo", "nccl"]

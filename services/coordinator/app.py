@@ -1,0 +1,135 @@
+"""The coordinator's process: control channels in, one group behind them."""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable
+
+from aiohttp import web
+
+from services.coordinator.group import Group, group_config
+from services.coordinator.journal import Journal
+from services.coordinator.membership import Member
+from shared.channel import CHANNEL_PATH, Channel, accept
+from shared.config import CoordinatorSettings
+from shared.errors import ConfigError, GhostError
+from shared.messages import GatewayHello, Goodbye, StoreHello, Welcome, WorkerHello
+from shared.service import check_bind
+from shared.stripe_index import StripeIndex
+
+log = logging.getLogger(__name__)
+
+REDIS_DEADLINE_S = 30.0
+CLOSE_DEADLINE_S = 2.0
+
+GROUP = web.AppKey("group", Group)
+TOKEN = web.AppKey("token", object)
+
+
+async def run(
+    settings: CoordinatorSettings, stop: asyncio.Event, on_listening: Callable[[str], None] | None = None
+) -> None:
+    """Serve until `stop` is set. Raises ConfigError for settings that can't be, PeerLost without a Redis."""
+    check_bind(settings.host, settings.secret)
+    config = group_config(settings)
+    async with StripeIndex(settings.redis_url, timeout=2.0) as index:
+        epoch = await Journal(index, config.group).open(REDIS_DEADLINE_S)
+        group = Group(config, settings, index, epoch)
+        runner = web.AppRunner(
+            application(group, settings.secret), handle_signals=False, shutdown_timeout=CLOSE_DEADLINE_S
+        )
+        await runner.setup()
+        try:
+            site = web.TCPSite(runner, settings.host, settings.port)
+            try:
+                await site.start()
+            except OSError as error:
+                raise ConfigError(f"can't listen on {settings.host}:{settings.port}: {error.strerror}") from error
+            url = f"ws://{settings.host}:{runner.addresses[0][1]}"
+            log.info("coordinator of group %s listens on %s, epoch %d", config.group, url, epoch)
+            if on_listening:
+                on_listening(url)
+            await group.run(stop)
+        finally:
+            await runner.cleanup()
+
+
+def application(group: Group, token: str | None) -> web.Application:
+    """The HTTP side: the control channel, and health for those who watch."""
+    app = web.Application()
+    app[GROUP] = group
+    app[TOKEN] = token
+    app.router.add_get(CHANNEL_PATH, _channel)
+    app.router.add_get("/live", _live)
+    app.router.add_get("/health", _health)
+    return app
+
+
+async def _live(request: web.Request) -> web.Response:
+    return web.json_response({"status": "live"})
+
+
+async def _health(request: web.Request) -> web.Response:
+    status = request.app[GROUP].status()
+    body = {"state": status.state, "detail": status.detail, "epoch": status.epoch}
+    return web.json_response(body, status=200 if status.state == "serving" else 503, dumps=json.dumps)
+
+
+async def _channel(request: web.Request) -> web.WebSocketResponse:
+    group = request.app[GROUP]
+    token = request.app[TOKEN]
+    socket, hello = await accept(request, str(token) if token is not None else None)
+    if hello is None:
+        return socket
+    peer = getattr(hello, "name", None) or type(hello).__name__
+    async with Channel(socket, peer) as channel:
+        try:
+            match hello:
+                case WorkerHello():
+                    await _worker(group, hello, channel)
+                case StoreHello():
+                    await _store(group, hello, channel)
+                case GatewayHello():
+                    await _gateway(group, channel)
+                case _:
+                    channel.send(Goodbye(f"a hello was expected, not {type(hello).__name__}", final=True))
+        except (GhostError, ConnectionError) as error:
+            log.warning("channel to %s: %s", peer, error)
+    return socket
+
+
+async def _worker(group: Group, hello: WorkerHello, channel: Channel) -> None:
+    member = Member(hello.name, hello.host, hello.host_id, hello.pid, hello.device, seen=time.monotonic())
+    channel.send(Welcome(group.config, group.membership.epoch))
+    group.worker_joins(member, channel)
+    reason = "its channel closed"
+    try:
+        async for message in channel:
+            group.from_worker(hello.name, message)
+    except GhostError as error:
+        reason = str(error)
+        raise
+    finally:
+        group.worker_gone(hello.name, reason, channel)
+
+
+async def _store(group: Group, hello: StoreHello, channel: Channel) -> None:
+    channel.send(Welcome(group.config, group.membership.epoch))
+    group.store_joins(hello.store, channel)
+    try:
+        async for message in channel:
+            log.debug("store %s sent %s", hello.store.store_id, type(message).__name__)
+    finally:
+        group.store_gone(hello.store.store_id, channel)
+
+
+async def _gateway(group: Group, channel: Channel) -> None:
+    channel.send(Welcome(group.config, group.membership.epoch))
+    group.gateways.add(channel)
+    group.announce()
+    try:
+        async for message in channel:
+            group.from_gateway(channel, message)
+    finally:
+        group.gateway_gone(channel)

@@ -1,0 +1,726 @@
+"""One group at work: events in, steps, protection and recovery out. The pure cores decide; this sends what they say.
+
+A failure goes down through `_broken`, `_form`, `_restore` and `_resume`, and comes back to `step`.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from services.coordinator.journal import Journal
+from services.coordinator.membership import Member, Membership
+from services.coordinator.pages import PagePool, Shadow
+from services.coordinator.recovery import Rates, Stripe, plan_restore, valid_tokens, wanted_keys
+from services.coordinator.scheduler import Output, Scheduler, Sequence
+from shared.channel import Channel
+from shared.config import CoordinatorSettings
+from shared.errors import ConfigError, GhostError, PeerLost
+from shared.messages import (
+    Abort,
+    Accepted,
+    Assign,
+    DigestDone,
+    DigestPlan,
+    EpochNow,
+    Goodbye,
+    Heartbeat,
+    Join,
+    Joined,
+    Message,
+    ParityShard,
+    ProtectDone,
+    ProtectPlan,
+    RankFailed,
+    Refused,
+    ReleaseStripes,
+    Rendezvous,
+    RestoreDone,
+    RestorePlan,
+    StatusChanged,
+    StepDone,
+    StepPlan,
+    Submit,
+    Tokens,
+    WorkerReady,
+)
+from shared.stripe_index import StripeIndex
+from shared.types import (
+    ClusterStatus,
+    GenerationRequest,
+    GroupConfig,
+    ModelInfo,
+    RecoveryRecord,
+    StoreInfo,
+    pack_ids,
+    root_key,
+    unpack_ids,
+)
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.05
+STATUS_S = 1.0
+RETRY_PROTECTION_S = 2.0
+BROKEN_GRACE_S = 1.0
+"""After a rank's collective failed: how long to wait for news of who is lost, before all ranks join anew."""
+PROTECT_BATCH_PAGES = 256
+PROTECT_IN_FLIGHT_PAGES = 1024
+RECOVERIES_KEPT = 32
+
+
+@dataclass(slots=True)
+class Ticket:
+    """A request that a gateway waits for."""
+
+    request_id: str
+    gateway: Channel
+    sequence: Sequence
+
+
+@dataclass(slots=True)
+class Recovery:
+    """A recovery under way. `awaiting` maps sequences to the tokens that must have KV again."""
+
+    started: float
+    reason: str
+    lost: set[int] = field(default_factory=set)
+    joined: float = 0.0
+    weights_s: float = 0.0
+    resumed: float = 0.0
+    restored_pages: int = 0
+    recomputed_tokens: int = 0
+    kv_bytes: int = 0
+    sequences: int = 0
+    awaiting: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Gathering:
+    """Answers of all ranks to one plan."""
+
+    number: int
+    waiting: set[int]
+    failed: set[bytes] = field(default_factory=set)
+    values: dict[int, str] = field(default_factory=dict)
+    reason: str = ""
+
+
+class Group:
+    """k ranks that together run one copy of the model, their spares, and the requests they work on."""
+
+    def __init__(self, config: GroupConfig, settings: CoordinatorSettings, index: StripeIndex, epoch: int):
+        self.config = config
+        self.membership = Membership(
+            config.size, heartbeat_timeout_s=config.heartbeat_timeout_s, join_timeout_s=settings.join_timeout_s
+        )
+        self.membership.epoch = epoch
+        self.stores: dict[str, tuple[StoreInfo, Channel]] = {}
+        self.gateways: set[Channel] = set()
+        self.model: ModelInfo | None = None
+        self.pool = PagePool(0, protect=False)
+        self.scheduler: Scheduler | None = None
+        self.rates = Rates()
+        self._settings = settings
+        self._index = index
+        self._journal = Journal(index, config.group)
+        self._workers: dict[str, Channel] = {}
+        self._tickets: dict[str, Ticket] = {}
+        self._step = 0
+        self._step_started = 0.0
+        self._step_tokens = 0
+        self._plan = 0
+        self._restoring: Gathering | None = None
+        self._digests: dict[int, tuple[int, Gathering]] = {}
+        self._recovery: Recovery | None = None
+        self._records: list[RecoveryRecord] = []
+        self._parity_bytes = 0
+        self._broken_since: float | None = None
+        self._status_sent = 0.0
+        self._protection_tried = 0.0
+        self._tasks: asyncio.TaskGroup | None = None
+        self._forming = False
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Watch over the group until `stop` is set. Messages come in through the handlers below meanwhile."""
+        async with asyncio.TaskGroup() as self._tasks:
+            while not stop.is_set():
+                self._tick(time.monotonic())
+                await asyncio.sleep(TICK_S)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        if self._tasks is None:
+            work.close()
+            raise PeerLost("the coordinator is stopping")
+        self._tasks.create_task(work)
+
+    def _tick(self, now: float) -> None:
+        for name, reason in self.membership.overdue(now):
+            self.worker_gone(name, reason)
+        if self.membership.state == "serving" and self.scheduler is not None:
+            if self.scheduler.busy and now - self._step_started > self._settings.step_timeout_s:
+                self._broken(f"step {self._step} made no progress for {self._settings.step_timeout_s:.0f} s")
+            if self.stores and now - self._protection_tried > RETRY_PROTECTION_S:
+                self._protection_tried = now
+                self.pool.protect_again(Shadow.UNPROTECTED)
+                self._protect()
+        if self._broken_since is not None and now - self._broken_since > BROKEN_GRACE_S:
+            self._broken("a collective failed, and nobody is known to be lost")
+        if self._journal.behind:
+            self._spawn(self._journal.catch_up(self.membership.epoch))
+        if now - self._status_sent > STATUS_S:
+            self.announce()
+
+    # -- workers -----------------------------------------------------------------------------------------------------
+
+    def worker_joins(self, member: Member, channel: Channel) -> None:
+        """A worker said hello."""
+        if member.name in self.membership.members:
+            self.worker_gone(member.name, "another process came under its name")
+        self.membership.hello(member)
+        self._workers[member.name] = channel
+
+    def worker_gone(self, name: str, reason: str, channel: Channel | None = None) -> None:
+        """A worker is lost: its channel closed, or it was given up. `channel`: only if that is still its channel."""
+        known = self._workers.get(name)
+        if known is None or (channel is not None and known is not channel):
+            return
+        del self._workers[name]
+        if not known.closed:
+            known.send(Goodbye(reason))
+        rank = self.membership.gone(name, reason)
+        log.warning("worker %s is lost (%s): %s", name, "a spare" if rank is None else f"rank {rank}", reason)
+        if rank is not None:
+            self._interrupt(f"rank {rank} ({name}): {reason}")
+            assert self._recovery is not None
+            self._recovery.lost.add(rank)
+            self._try_form()
+        self.announce()
+
+    def from_worker(self, name: str, message: Message) -> None:
+        """Handle a worker's message; those of other epochs have no effect."""
+        now = time.monotonic()
+        if name not in self.membership.members:
+            return
+        self.membership.heard(name, now, message.step if isinstance(message, Heartbeat) else None)
+        epoch = self.membership.epoch
+        match message:
+            case WorkerReady():
+                self._worker_ready(name, message)
+            case Rendezvous() if self.membership.rendezvous(message.epoch):
+                self._to_ranks(Join(epoch, message.model_address, message.exchange_address))
+            case Joined(epoch=of):
+                if of == epoch and self._recovery is not None:
+                    self._recovery.weights_s = max(self._recovery.weights_s, message.weights_s)
+                if self.membership.joined(of, name):
+                    self._spawn(self._restore(epoch))
+            case StepDone(epoch=of, step=step) if of == epoch and step == self._step:
+                self._step_done(message)
+            case ProtectDone(epoch=of) if of == epoch:
+                self.pool.end_protection(message.protected, protected=True)
+                self.pool.end_protection(message.failed, protected=False, reason=message.reason)
+                self._parity_bytes += message.parity_bytes
+                if message.failed:
+                    log.warning("%d stripes are not protected: %s", len(message.failed), message.reason)
+                self._protect()
+                self.step()
+            case RestoreDone(epoch=of, plan=plan) if of == epoch:
+                self._restore_done(plan, message)
+            case DigestDone(epoch=of) if of == epoch:
+                self._digest_done(message)
+            case RankFailed(epoch=of) if of == epoch:
+                if message.fatal:
+                    self.worker_gone(name, message.reason)
+                elif self._broken_since is None:
+                    log.info("rank %d: %s", message.rank, message.reason)
+                    self._broken_since = now
+            case _:
+                pass
+
+    def _worker_ready(self, name: str, ready: WorkerReady) -> None:
+        if self.model is None:
+            self._take_model(ready)
+        assert self.model is not None
+        if (ready.model.fingerprint, ready.pages) != (self.model.fingerprint, len(self.pool.pages)):
+            reason = f"its model or pool ({ready.pages} pages) differs from the group's ({len(self.pool.pages)} pages)"
+            self._workers[name].send(Goodbye(reason, final=True))
+            self.worker_gone(name, reason)
+            return
+        self.membership.ready(name)
+        self._try_form()
+        self.announce()
+
+    def _take_model(self, ready: WorkerReady) -> None:
+        model, config = ready.model, self.config
+        room = ready.pages * config.page_tokens
+        limit = min(model.max_positions, room, self._settings.max_model_len or room)
+        self.model = model
+        self.pool = PagePool(ready.pages, protect=config.protection == "parity")
+        self.scheduler = Scheduler(
+            self.pool,
+            page_tokens=config.page_tokens,
+            max_step_tokens=config.max_step_tokens,
+            max_batch=config.max_batch,
+            max_waiting=self._settings.max_waiting,
+            max_model_len=limit,
+            eos_token_ids=model.eos_token_ids,
+        )
+        log.info("model %s, %d pages of %d tokens, sequences to %d", model.architecture, ready.pages,
+                 config.page_tokens, limit)  # fmt: skip
+
+    def _to_ranks(self, message: Message) -> None:
+        for name in self.membership.ranks:
+            if name is not None and (channel := self._workers.get(name)) is not None and not channel.closed:
+                channel.send(message)
+
+    # -- recovery ----------------------------------------------------------------------------------------------------
+
+    def _interrupt(self, reason: str) -> None:
+        """The epoch is over: nothing in flight counts any more."""
+        self._broken_since = None
+        self._restoring = None
+        self._digests.clear()
+        if self.scheduler is not None:
+            self.scheduler.rollback()
+        if self._recovery is None or self._recovery.resumed:
+            self._close_record(time.monotonic())
+            self._recovery = Recovery(time.monotonic(), reason)
+
+    def _broken(self, reason: str) -> None:
+        """The epoch can't go on, though nobody is known to be lost: form again."""
+        log.warning("epoch %d is broken: %s", self.membership.epoch, reason)
+        self._interrupt(reason)
+        self.membership.restart(reason)
+        self._try_form()
+
+    def _try_form(self) -> None:
+        if self.membership.can_form() and not self._forming:
+            self._forming = True
+            self._spawn(self._form())
+
+    async def _form(self) -> None:
+        """Begin a new epoch, in Redis first."""
+        try:
+            epoch = await self._journal.next_epoch(self.membership.epoch)
+        finally:
+            self._forming = False
+        if not self.membership.can_form():
+            self.membership.epoch = epoch
+            return
+        formation = self.membership.form(epoch, time.monotonic())
+        self.pool.lose(formation.fresh)
+        for _, channel in self.stores.values():
+            if not channel.closed:
+                channel.send(EpochNow(self.config.group, epoch))
+        for rank, name in enumerate(formation.ranks):
+            if not self._workers[name].closed:
+                self._workers[name].send(Assign(epoch, rank, self.config.size, self._communicator()))
+        log.info("epoch %d: %s", epoch, ", ".join(f"rank {rank} {name}" for rank, name in enumerate(formation.ranks)))
+        self.announce()
+
+    def _communicator(self) -> str:
+        if self.config.communicator != "auto":
+            return self.config.communicator
+        devices = {
+            member.device.split(":")[0] for member in self.membership.members.values() if member.rank is not None
+        }
+        if devices == {"cuda"}:
+            return "nccl"
+        return "shm" if self.membership.one_host() else "gloo"
+
+    async def _restore(self, epoch: int) -> None:
+        """Ask the ranks to decode what they can of the running sequences' pages."""
+        assert self.scheduler is not None
+        assert self.model is not None
+        if self._recovery is not None:
+            self._recovery.joined = time.monotonic()
+        running = list(self.scheduler.running)
+        keys = wanted_keys(self.pool, running)
+        stripes: dict[bytes, Stripe] = {}
+        if keys and self.config.protection == "parity":
+            try:
+                stripes = await self._look_up(keys)
+            except GhostError as error:
+                log.warning("the stripe index can't be read, so all is recomputed: %s", error)
+        if epoch != self.membership.epoch or self.membership.state != "restoring":
+            return
+        plan = plan_restore(
+            self.pool,
+            running,
+            stripes,
+            self.rates,
+            page_bytes=self.model.page_bytes,
+            page_tokens=self.config.page_tokens,
+        )
+        if not plan:
+            self._resume()
+            return
+        self._plan += 1
+        self._restoring = Gathering(self._plan, set(range(self.config.size)), {stripe.key for stripe in plan})
+        self._to_ranks(RestorePlan(epoch, self._plan, plan))
+
+    async def _look_up(self, keys: list[bytes]) -> dict[bytes, Stripe]:
+        incarnations = {store_id: store.incarnation for store_id, (store, _) in self.stores.items()}
+        found = await self._index.get_many(self.config.group, keys)
+        stripes = {}
+        for key, entry in found.items():
+            shards = entry.alive(incarnations)
+            if shards:
+                parity = tuple(
+                    ParityShard(shard.number, self.stores[shard.store_id][0].bulk_address, shard.checksum)
+                    for shard in shards
+                )
+                stripes[key] = Stripe(parity, shards[0].data_checksums)
+        return stripes
+
+    def _restore_done(self, plan: int, message: RestoreDone) -> None:
+        gathering = self._restoring
+        if gathering is None or gathering.number != plan:
+            return
+        gathering.waiting.discard(message.rank)
+        if message.failed:
+            gathering.values.update({message.rank: message.reason})
+        for key in message.failed:
+            gathering.failed.discard(key)  # `failed` holds the stripes still good, until all have answered
+        if self._recovery is not None:
+            self._recovery.kv_bytes += message.bytes_restored
+        if gathering.waiting:
+            return
+        self._restoring = None
+        for key in gathering.failed:
+            self.pool.restored(key)
+        if gathering.values:
+            log.warning("some pages are recomputed instead of restored: %s", next(iter(gathering.values.values())))
+        if self._recovery is not None:
+            self._recovery.restored_pages += len(gathering.failed)
+            self.rates.saw_restore(self._recovery.kv_bytes, message.seconds)
+        self._resume()
+
+    def _resume(self) -> None:
+        """Serve again: what has no KV now is recomputed as an ordinary prefill of known tokens."""
+        assert self.scheduler is not None
+        running = self.scheduler.running
+        valid = [(each, valid_tokens(self.pool, each, self.config.page_tokens)) for each in running]
+        lost = {each.number: self.scheduler.truncate(each, tokens) for each, tokens in valid}
+        dropped = self.pool.drop_missing()
+        self.membership.restored()
+        self.pool.protect_again(Shadow.PENDING, Shadow.UNPROTECTED)
+        if self._recovery is not None:
+            self._recovery.resumed = time.monotonic()
+            self._recovery.recomputed_tokens = sum(lost.values())
+            self._recovery.sequences = len(running)
+            self._recovery.awaiting = {each.number: each.goal for each in running if each.remaining}
+            log.info(
+                "recovered: %d pages restored, %d tokens to recompute, %d cached pages dropped",
+                self._recovery.restored_pages,
+                self._recovery.recomputed_tokens,
+                dropped,
+            )
+        self.step()
+        self._watch_recovery()
+        self.announce()
+
+    def _watch_recovery(self) -> None:
+        """Close the record when every sequence has the KV it had."""
+        recovery = self._recovery
+        if recovery is None or not recovery.resumed or self.scheduler is None:
+            return
+        computed = {each.number: each.computed for each in self.scheduler.running}
+        behind = {number: goal for number, goal in recovery.awaiting.items() if computed.get(number, goal) < goal}
+        recovery.awaiting = behind
+        if not behind:
+            self._close_record(time.monotonic())
+            self.announce()
+
+    def _close_record(self, now: float) -> None:
+        recovery, self._recovery = self._recovery, None
+        if recovery is None or not recovery.resumed:
+            return
+        self._records.append(
+            RecoveryRecord(
+                epoch=self.membership.epoch,
+                reason=recovery.reason,
+                lost_ranks=tuple(sorted(recovery.lost)),
+                started=recovery.started,
+                regroup_s=recovery.joined - recovery.started - recovery.weights_s,
+                weights_s=recovery.weights_s,
+                restore_s=recovery.resumed - recovery.joined,
+                recompute_s=now - recovery.resumed,
+                ended=now,
+                restored_pages=recovery.restored_pages,
+                recomputed_tokens=recovery.recomputed_tokens,
+                kv_bytes_restored=recovery.kv_bytes,
+                sequences=recovery.sequences,
+            )
+        )
+        del self._records[:-RECOVERIES_KEPT]
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Schedule one step and send it to all ranks, if the group serves and none is in flight."""
+        if self.membership.state != "serving" or self.scheduler is None or self.scheduler.busy:
+            return
+        self._ask_digests()
+        sequences = self.scheduler.plan()
+        if sequences:
+            self._step += 1
+            self._step_started = time.monotonic()
+            self._step_tokens = sum(len(each.tokens) // 4 for each in sequences)
+            self._to_ranks(StepPlan(self.membership.epoch, self._step, sequences))
+
+    def _step_done(self, done: StepDone) -> None:
+        """The first rank's answer counts: all ranks draw the same."""
+        if self.scheduler is None or not self.scheduler.busy:
+            return
+        self.rates.saw_prefill(self._step_tokens, done.seconds)
+        for output in self.scheduler.complete(done.samples):
+            self._deliver(output)
+        self._protect()
+        self.step()
+        self._watch_recovery()
+
+    def _protect(self) -> None:
+        """Send sealed pages to the shadow, and tell the stores which stripes are gone."""
+        if self.pool.released:
+            keys, self.pool.released = tuple(self.pool.released), []
+            for _, channel in self.stores.values():
+                if not channel.closed:
+                    channel.send(ReleaseStripes(self.config.group, keys))
+        if self.membership.state != "serving" or not self.stores:
+            return
+        stores = tuple(store for store, _ in self.stores.values())
+        while pages := self.pool.start_protection(PROTECT_BATCH_PAGES, PROTECT_IN_FLIGHT_PAGES):
+            numbers = pack_ids(page.number for page in pages)
+            keys = tuple(page.key for page in pages if page.key is not None)
+            self._to_ranks(ProtectPlan(self.membership.epoch, self._step, numbers, keys, stores))
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    def submit(self, gateway: Channel, request: GenerationRequest) -> None:
+        """Queue a request, or refuse it and say why."""
+        refusal = self._refusal(request)
+        if refusal is not None:
+            gateway.send(refusal)
+            return
+        assert self.scheduler is not None
+        assert self.model is not None
+        sequence = self.scheduler.add(request, root_key(self.model.fingerprint, request.cache_salt))
+        self._tickets[request.request_id] = Ticket(request.request_id, gateway, sequence)
+        gateway.send(Accepted(request.request_id))
+        self.step()
+
+    def _refusal(self, request: GenerationRequest) -> Refused | None:
+        name, scheduler, model = request.request_id, self.scheduler, self.model
+        if scheduler is None or model is None:
+            return Refused(name, 503, "not_ready", "no worker has loaded the model yet")
+        if name in self._tickets:
+            return Refused(name, 400, "duplicate_request", "a request of this id is running")
+        if scheduler.full:
+            return Refused(name, 429, "queue_full", f"{len(scheduler.waiting)} requests are waiting; try again later")
+        try:
+            prompt = unpack_ids(request.prompt)
+        except ValueError:
+            return Refused(name, 400, "invalid_prompt", "the prompt is not a list of token ids", "prompt")
+        if not prompt or not all(0 <= token < model.vocab_size for token in prompt):
+            return Refused(
+                name,
+                400,
+                "invalid_prompt",
+                f"a prompt has 1 or more token ids from 0 to {model.vocab_size - 1}",
+                "prompt",
+            )
+        if len(prompt) + max(1, request.max_tokens) > scheduler.max_model_len:
+            text = (
+                f"{len(prompt)} prompt tokens and max_tokens {request.max_tokens} are more than the model's context "
+                f"of {scheduler.max_model_len}"
+            )
+            return Refused(name, 400, "context_length_exceeded", text, "max_tokens")
+        return None
+
+    def abort(self, gateway: Channel, request_id: str) -> None:
+        """Nobody waits for this request any more."""
+        ticket = self._tickets.get(request_id)
+        if ticket is not None and ticket.gateway is gateway:
+            self._forget(ticket)
+
+    def gateway_gone(self, gateway: Channel) -> None:
+        """A gateway is lost, and with it all who wait behind it."""
+        self.gateways.discard(gateway)
+        for ticket in [each for each in self._tickets.values() if each.gateway is gateway]:
+            self._forget(ticket)
+
+    def from_gateway(self, gateway: Channel, message: Message) -> None:
+        """Handle a gateway's message."""
+        match message:
+            case Submit():
+                self.submit(gateway, message.request)
+            case Abort():
+                self.abort(gateway, message.request_id)
+            case _:
+                log.warning("a gateway sent %s", type(message).__name__)
+
+    def _forget(self, ticket: Ticket) -> None:
+        assert self.scheduler is not None
+        self._tickets.pop(ticket.request_id, None)
+        self._digests.pop(ticket.sequence.number, None)
+        self.scheduler.remove(ticket.sequence)
+        self.step()
+
+    def _deliver(self, output: Output, digests: tuple[str, ...] = ()) -> None:
+        """Stream new tokens to the gateway. A finished sequence that is to be hashed keeps its last message back."""
+        sequence = output.sequence
+        ticket = self._tickets.get(sequence.request.request_id)
+        finish = output.finish
+        if finish is not None and sequence.request.kv_digest and not digests:
+            finish = None
+        first = len(sequence.tokens) - sequence.prompt_tokens <= len(output.tokens)
+        if ticket is not None and not ticket.gateway.closed and (output.tokens or finish):
+            ticket.gateway.send(
+                Tokens(
+                    request_id=ticket.request_id,
+                    tokens=pack_ids(output.tokens),
+                    logprobs=output.logprobs,
+                    prompt_logprobs=tuple(sequence.prompt_logprobs) if first else (),
+                    finish_reason=finish,
+                    cached_tokens=sequence.cached_tokens,
+                    kv_digests=digests,
+                )
+            )
+        if finish is not None and ticket is not None:
+            self._forget(ticket)
+
+    def _ask_digests(self) -> None:
+        """Have finished sequences hashed whose requests asked for it, once in each epoch."""
+        assert self.scheduler is not None
+        for sequence in self.scheduler.running:
+            if sequence.finish is not None and not sequence.remaining and sequence.number not in self._digests:
+                self._plan += 1
+                self._digests[sequence.number] = (self._plan, Gathering(self._plan, set(range(self.config.size))))
+                pages = pack_ids(sequence.pages)
+                self._to_ranks(DigestPlan(self.membership.epoch, self._plan, pages, sequence.computed))
+
+    def _digest_done(self, message: DigestDone) -> None:
+        for number, (plan, gathering) in list(self._digests.items()):
+            if plan != message.digest:
+                continue
+            gathering.waiting.discard(message.rank)
+            gathering.values[message.rank] = message.value
+            if not gathering.waiting and self.scheduler is not None:
+                del self._digests[number]
+                sequence = next(each for each in self.scheduler.running if each.number == number)
+                digests = tuple(gathering.values[rank] for rank in range(self.config.size))
+                self._deliver(Output(sequence, (), (), sequence.finish), digests)
+
+    # -- stores ------------------------------------------------------------------------------------------------------
+
+    def store_joins(self, store: StoreInfo, channel: Channel) -> None:
+        """A parity store offers its memory: protection is tried again for all that lacks it."""
+        self.stores[store.store_id] = (store, channel)
+        channel.send(EpochNow(self.config.group, self.membership.epoch))
+        self.pool.protect_again(Shadow.UNPROTECTED)
+        self._protect()
+        self.announce()
+
+    def store_gone(self, store_id: str, channel: Channel) -> None:
+        """A parity store is lost, and with it the parity that it held: all is encoded anew where there is room."""
+        known = self.stores.get(store_id)
+        if known is None or known[1] is not channel:
+            return
+        del self.stores[store_id]
+        log.warning("parity store %s is lost", store_id)
+        self.pool.protection_lost()
+        self._protect()
+        self.announce()
+
+    # -- views -------------------------------------------------------------------------------------------------------
+
+    def announce(self) -> None:
+        """Tell all gateways the state."""
+        self._status_sent = time.monotonic()
+        message = StatusChanged(self.status())
+        for gateway in self.gateways:
+            if not gateway.closed:
+                gateway.send(message)
+
+    def status(self) -> ClusterStatus:
+        """The group's state now."""
+        members, scheduler, pool = self.membership, self.scheduler, self.pool
+        exposed = pool.count(Shadow.QUEUED) + pool.count(Shadow.PENDING) + pool.count(Shadow.UNPROTECTED)
+        safe = members.state == "serving" and self.config.protection == "parity" and self.stores and not exposed
+        return ClusterStatus(
+            group=self.config.group,
+            state=members.state,
+            detail=self._detail(),
+            epoch=members.epoch,
+            served_name=self.config.served_name,
+            model=self.model,
+            max_model_len=scheduler.max_model_len if scheduler else 0,
+            size=self.config.size,
+            parity=self.config.parity,
+            protection=self.config.protection,
+            can_lose=self.config.parity if safe else 0,
+            workers=members.statuses(),
+            stores=tuple(store for store, _ in self.stores.values()),
+            running=len(scheduler.running) if scheduler else 0,
+            waiting=len(scheduler.waiting) if scheduler else 0,
+            pages_total=len(pool.pages),
+            pages_held=pool.held,
+            pages_cached=pool.cached,
+            stripes_protected=pool.count(Shadow.PROTECTED),
+            stripes_pending=pool.count(Shadow.QUEUED) + pool.count(Shadow.PENDING),
+            stripes_unprotected=pool.count(Shadow.UNPROTECTED),
+            parity_bytes_stored=self._parity_bytes,
+            recoveries=tuple(self._records),
+        )
+
+    def _detail(self) -> str:
+        members = self.membership
+        if members.state == "forming":
+            vacant, spares = members.ranks.count(None), len(members.spares())
+            if vacant > spares:
+                loading = sum(not member.ready for member in members.members.values())
+                return f"waiting for {vacant - spares} more worker(s); {loading} loading"
+            return "beginning a new epoch"
+        texts = {
+            "assigning": "ranks load their slices",
+            "joining": "ranks connect",
+            "restoring": "lost KV is decoded from parity",
+            "serving": "all requests are served",
+        }
+        return texts[members.state]
+
+    def check(self) -> None:
+        """Raise AssertionError unless pages, page tables, ranks and members agree."""
+        self.membership.check()
+        if self.scheduler is not None:
+            self.scheduler.check()
+
+
+def group_config(settings: CoordinatorSettings) -> GroupConfig:
+    """The group's configuration from the coordinator's settings. Raises ConfigError for what can't be."""
+    if settings.parity + settings.tp > 256:
+        raise ConfigError(f"--tp {settings.tp} and --parity {settings.parity}: together at most 256")
+    served = settings.served_name or settings.model.rstrip("/").rsplit("/", 1)[-1]
+    config = GroupConfig(
+        group=settings.group,
+        model=settings.model,
+        served_name=served,
+        dtype=settings.dtype,
+        size=settings.tp,
+        parity=settings.parity,
+        protection=settings.protection,
+        page_tokens=settings.page_tokens,
+        kv_bytes=settings.kv_memory_mb << 20,
+        max_step_tokens=settings.max_step_tokens,
+        max_batch=settings.max_batch,
+        communicator=settings.communicator,
+        heartbeat_s=settings.heartbeat_s,
+        heartbeat_timeout_s=settings.heartbeat_timeout_s,
+        collective_timeout_s=settings.collective_timeout_s,
+    )
+    return replace(config, protection="none") if settings.tp == 1 else config

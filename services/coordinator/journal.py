@@ -1,0 +1,54 @@
+"""What a coordinator must not forget: the group's epoch, in Redis, from where stores and index are fenced."""
+
+import asyncio
+import logging
+
+from shared.errors import PeerLost
+from shared.stripe_index import StripeIndex
+
+log = logging.getLogger(__name__)
+
+ADVANCE_DEADLINE_S = 0.5
+"""A recovery does not wait longer for Redis: then the epoch grows here, and Redis hears of it when it is back."""
+
+
+class Journal:
+    """The group's epoch. Only one coordinator writes it."""
+
+    def __init__(self, index: StripeIndex, group: str):
+        self._index = index
+        self._group = group
+        self.behind = False
+        """Whether Redis has not heard of the current epoch yet."""
+
+    async def open(self, deadline_s: float) -> int:
+        """The last epoch known. Raises PeerLost if Redis can't be reached by the deadline."""
+        end = asyncio.get_running_loop().time() + deadline_s
+        while True:
+            try:
+                return await self._index.epoch(self._group)
+            except PeerLost as error:
+                if asyncio.get_running_loop().time() > end:
+                    raise PeerLost(f"can't read the journal: {error}") from error
+                await asyncio.sleep(0.2)
+
+    async def next_epoch(self, current: int) -> int:
+        """An epoch newer than `current`, known to Redis first unless Redis is away."""
+        try:
+            async with asyncio.timeout(ADVANCE_DEADLINE_S):
+                epoch = await self._index.advance_epoch(self._group, at_least=current)
+        except (PeerLost, TimeoutError) as error:
+            log.warning("epoch %d is not in Redis yet: %s", current + 1, error)
+            self.behind = True
+            return current + 1
+        self.behind = False
+        return epoch
+
+    async def catch_up(self, current: int) -> None:
+        """Tell Redis an epoch that it missed; stays behind if Redis is still away."""
+        try:
+            if await self._index.epoch(self._group) < current:
+                await self._index.advance_epoch(self._group, at_least=current - 1)
+            self.behind = False
+        except PeerLost as error:
+            log.debug("Redis is still away: %s", error)

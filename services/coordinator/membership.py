@@ -1,0 +1,211 @@
+"""Who is alive, and who holds which rank. Pure: events and the time come in, what to do is read off.
+
+The group's life is the table below. A loss in any state leads back to `forming`; an epoch lasts from one `formed` to
+the next loss, and everything that belongs to an older one has no effect.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from shared.types import GroupState, WorkerStatus
+
+GroupEvent = Literal["formed", "rendezvous", "joined", "restored", "lost"]
+
+TRANSITIONS: dict[tuple[GroupState, GroupEvent], GroupState] = {
+    ("forming", "formed"): "assigning",
+    ("assigning", "rendezvous"): "joining",
+    ("joining", "joined"): "restoring",
+    ("restoring", "restored"): "serving",
+    ("forming", "lost"): "forming",
+    ("assigning", "lost"): "forming",
+    ("joining", "lost"): "forming",
+    ("restoring", "lost"): "forming",
+    ("serving", "lost"): "forming",
+}
+
+
+class InvalidTransition(AssertionError):
+    """An event that can't happen in this state: a defect. The message tells the last events."""
+
+
+@dataclass(slots=True)
+class Member:
+    """A worker that has said hello. `rank` is None while it loads or is a spare."""
+
+    name: str
+    host: str
+    host_id: str
+    pid: int
+    device: str
+    seen: float
+    ready: bool = False
+    rank: int | None = None
+    step: int = 0
+    joined: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Formation:
+    """A new epoch's ranks. `fresh` are those whose worker does not have that rank's KV."""
+
+    epoch: int
+    ranks: tuple[str, ...]
+    fresh: frozenset[int]
+
+
+class Membership:
+    """The workers of one group, its epoch and its state."""
+
+    def __init__(self, size: int, *, heartbeat_timeout_s: float, join_timeout_s: float):
+        self.size = size
+        self.state: GroupState = "forming"
+        self.epoch = 0
+        self.members: dict[str, Member] = {}
+        self.ranks: list[str | None] = [None] * size
+        self.story: deque[str] = deque(maxlen=32)
+        self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._join_timeout_s = join_timeout_s
+        self._void: set[int] = set(range(size))
+        """Ranks whose KV no current worker has, since the last epoch that served."""
+        self._formed_at = 0.0
+
+    # -- events ------------------------------------------------------------------------------------------------------
+
+    def hello(self, member: Member) -> None:
+        """A worker has come; it is loading."""
+        if member.name in self.members:
+            raise AssertionError(f"{member.name} is here already")
+        self.members[member.name] = member
+        self._tell(f"hello {member.name}")
+
+    def ready(self, name: str) -> None:
+        """A worker has loaded: a spare."""
+        self.members[name].ready = True
+        self._tell(f"ready {name}")
+
+    def heard(self, name: str, now: float, step: int | None = None) -> None:
+        """A worker gave a sign of life, with the last step it finished if it told."""
+        member = self.members[name]
+        member.seen = now
+        if step is not None:
+            member.step = step
+
+    def gone(self, name: str, reason: str) -> int | None:
+        """A worker is lost. Returns the rank it held, if any; then the group is forming again."""
+        member = self.members.pop(name, None)
+        if member is None:
+            return None
+        self._tell(f"gone {name}: {reason}")
+        if member.rank is None:
+            return None
+        self.ranks[member.rank] = None
+        self._void.add(member.rank)
+        self._move("lost")
+        return member.rank
+
+    def restart(self, reason: str) -> None:
+        """The epoch is broken though nobody is known to be lost: form again with the same members."""
+        self._tell(f"restart: {reason}")
+        self._move("lost")
+
+    def can_form(self) -> bool:
+        """Whether an epoch can begin: forming, and a worker for every rank."""
+        vacant = self.ranks.count(None)
+        return self.state == "forming" and vacant <= len(self.spares())
+
+    def form(self, epoch: int, now: float) -> Formation:
+        """Begin an epoch: spares take the vacant ranks."""
+        if epoch <= self.epoch:
+            raise AssertionError(f"epoch {epoch} is not newer than {self.epoch}")
+        self.epoch = epoch
+        spares = iter(self.spares())
+        for rank, name in enumerate(self.ranks):
+            if name is None:
+                spare = next(spares)
+                spare.rank = rank
+                self.ranks[rank] = spare.name
+        self._formed_at = now
+        self._move("formed")
+        for member in self._ranked():
+            member.joined, member.step, member.seen = False, 0, now
+        return Formation(epoch, tuple(member.name for member in self._ranked()), frozenset(self._void))
+
+    def rendezvous(self, epoch: int) -> bool:
+        """Rank 0 has opened the meeting points. False: of another epoch, ignore it."""
+        if epoch != self.epoch or self.state != "assigning":
+            return False
+        self._move("rendezvous")
+        return True
+
+    def joined(self, epoch: int, name: str) -> bool:
+        """A rank has both communicators. True when it was the last."""
+        member = self.members[name]
+        if epoch != self.epoch or self.state != "joining" or member.rank is None:
+            return False
+        member.joined = True
+        if not all(each.joined for each in self._ranked()):
+            return False
+        self._move("joined")
+        return True
+
+    def restored(self) -> None:
+        """What could be restored is: the group serves, and all ranks' KV counts as there."""
+        self._void.clear()
+        self._move("restored")
+
+    def overdue(self, now: float) -> Iterable[tuple[str, str]]:
+        """Workers to be given up, and why: silent for too long, or not joined in time."""
+        late_join = self.state in ("assigning", "joining") and now - self._formed_at > self._join_timeout_s
+        for member in list(self.members.values()):
+            if member.ready and now - member.seen > self._heartbeat_timeout_s:
+                yield member.name, f"no heartbeat for {now - member.seen:.1f} s"
+            elif late_join and member.rank is not None and not member.joined:
+                yield member.name, f"did not join epoch {self.epoch} within {self._join_timeout_s:.0f} s"
+
+    # -- views -------------------------------------------------------------------------------------------------------
+
+    def spares(self) -> list[Member]:
+        """Workers that can take a rank, the longest here first."""
+        return [member for member in self.members.values() if member.ready and member.rank is None]
+
+    def statuses(self) -> tuple[WorkerStatus, ...]:
+        """All workers, ranks first."""
+        ordered = sorted(self.members.values(), key=lambda each: (each.rank is None, each.rank or 0, each.name))
+        return tuple(
+            WorkerStatus(
+                each.name,
+                each.host,
+                each.pid,
+                each.device,
+                each.rank,
+                "member" if each.rank is not None else "spare" if each.ready else "loading",
+            )
+            for each in ordered
+        )
+
+    def one_host(self) -> bool:
+        """Whether all ranks can share memory."""
+        return len({member.host_id for member in self._ranked()}) == 1
+
+    def _ranked(self) -> list[Member]:
+        return [self.members[name] for name in self.ranks if name is not None]
+
+    def _move(self, event: GroupEvent) -> None:
+        target = TRANSITIONS.get((self.state, event))
+        if target is None:
+            raise InvalidTransition(f"{event} in state {self.state}; before: {'; '.join(self.story)}")
+        self._tell(f"{event}: {self.state} -> {target}, epoch {self.epoch}")
+        self.state = target
+
+    def _tell(self, what: str) -> None:
+        self.story.append(what)
+
+    def check(self) -> None:
+        """Raise AssertionError unless ranks and members agree."""
+        for rank, name in enumerate(self.ranks):
+            assert name is None or self.members[name].rank == rank, f"rank {rank} and {name} disagree"
+        held = [member.rank for member in self.members.values() if member.rank is not None]
+        assert len(held) == len(set(held)), "two workers hold one rank"
+        assert self.state == "forming" or None not in self.ranks, f"a vacant rank in state {self.state}"

@@ -1,0 +1,251 @@
+"""Which page holds what: the page tables' side of the KV pool, equal on all ranks. Pure: no clock, no socket.
+
+Every page is in exactly one of three sets: free, held (by sequences, or by the shadow while its parity is under way),
+or cached (sealed, nobody holds it, found again by its key until the room is needed).
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from shared.types import PageKey
+
+
+class Shadow(Enum):
+    """A page's protection."""
+
+    OPEN = "open"
+    """Not sealed, or protection is off: nothing to protect."""
+    QUEUED = "queued"
+    PENDING = "pending"
+    PROTECTED = "protected"
+    UNPROTECTED = "unprotected"
+    """Tried and failed; the reason is in the pool's `unprotected_reason`."""
+
+
+@dataclass(slots=True)
+class Page:
+    """One page of the pool. `missing` are the ranks whose slice of it is lost and not yet restored."""
+
+    number: int
+    holders: int = 0
+    key: PageKey | None = None
+    shadow: Shadow = Shadow.OPEN
+    missing: set[int] = field(default_factory=set)
+
+
+class PagePool:
+    """All pages of a group. Keys of pages that are dropped collect in `released`, for the stores to forget."""
+
+    def __init__(self, count: int, *, protect: bool):
+        self.pages = [Page(number) for number in range(count)]
+        self.released: list[PageKey] = []
+        self.unprotected_reason = ""
+        self._protect = protect
+        self._free: deque[int] = deque(range(count))
+        self._by_key: dict[PageKey, int] = {}
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._queued: OrderedDict[int, None] = OrderedDict()
+        self._by_shadow = dict.fromkeys(Shadow, 0)
+        self._by_shadow[Shadow.OPEN] = count
+
+    # -- counts ------------------------------------------------------------------------------------------------------
+
+    @property
+    def available(self) -> int:
+        """Pages that can be allocated now: free and cached ones."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def cached(self) -> int:
+        """Pages that nobody holds and that can be found by their key."""
+        return len(self._cached)
+
+    @property
+    def held(self) -> int:
+        """Pages in some sequence's table, or being read by the shadow."""
+        return len(self.pages) - len(self._free) - len(self._cached)
+
+    def count(self, shadow: Shadow) -> int:
+        """How many pages are in a state of protection."""
+        return self._by_shadow[shadow]
+
+    # -- sequences ---------------------------------------------------------------------------------------------------
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` pages to write to, each held once; None, and no change, if there are not enough."""
+        if count > self.available:
+            return None
+        while count > len(self._free):
+            self._evict(next(iter(self._cached)))
+        taken = [self._free.popleft() for _ in range(count)]
+        for page in taken:
+            self.pages[page].holders = 1
+        return taken
+
+    def match(self, keys: Iterable[PageKey]) -> list[int]:
+        """Hold and return the pages of the longest run of `keys` that is in the pool."""
+        found = []
+        for key in keys:
+            number = self._by_key.get(key)
+            if number is None or self.pages[number].missing:
+                break
+            self.pages[number].holders += 1
+            self._cached.pop(number, None)
+            found.append(number)
+        return found
+
+    def release(self, pages: Iterable[int]) -> None:
+        """Give pages back. Sealed ones stay cached, the last of a sequence to be evicted first."""
+        for number in reversed(list(pages)):
+            page = self.pages[number]
+            if page.holders < 1:
+                raise AssertionError(f"page {number} released but not held")
+            page.holders -= 1
+            if page.holders == 0:
+                self._let_go(page)
+
+    def seal(self, number: int, key: PageKey) -> int:
+        """Name a full page. Returns the page to use from now on: another one if that key is in the pool already."""
+        page = self.pages[number]
+        if page.key == key:
+            return number
+        if page.key is not None:
+            raise AssertionError(f"page {number} is sealed under another key")
+        other = self._by_key.get(key)
+        if other is not None:
+            self.pages[other].holders += 1
+            self._cached.pop(other, None)
+            self.release([number])
+            return other
+        page.key = key
+        self._by_key[key] = number
+        if self._protect:
+            self._enter(page, Shadow.QUEUED)
+        return number
+
+    # -- protection --------------------------------------------------------------------------------------------------
+
+    def start_protection(self, limit: int, in_flight: int) -> list[Page]:
+        """Up to `limit` queued pages become pending, while at most `in_flight` are."""
+        started: list[Page] = []
+        while self._queued and len(started) < limit and self._by_shadow[Shadow.PENDING] < in_flight:
+            page = self.pages[next(iter(self._queued))]
+            self._cached.pop(page.number, None)
+            self._enter(page, Shadow.PENDING)
+            started.append(page)
+        return started
+
+    def end_protection(self, keys: Iterable[PageKey], *, protected: bool, reason: str = "") -> None:
+        """The stores acknowledged the parity of these stripes, or they did not: then why."""
+        for key in keys:
+            number = self._by_key.get(key)
+            if number is None:
+                self.released.append(key)
+                continue
+            page = self.pages[number]
+            if page.shadow is Shadow.PENDING:
+                self._enter(page, Shadow.PROTECTED if protected else Shadow.UNPROTECTED)
+        if not protected:
+            self.unprotected_reason = reason
+
+    def protect_again(self, *states: Shadow) -> None:
+        """Queue what is in these states: its attempt ended with its epoch, or failed and may now succeed."""
+        for page in self.pages:
+            if page.shadow in states and not page.missing:
+                self._enter(page, Shadow.QUEUED)
+
+    def protection_lost(self) -> None:
+        """The stores no longer have what they acknowledged: queue all of it."""
+        self.protect_again(Shadow.PROTECTED)
+
+    # -- loss and recovery -------------------------------------------------------------------------------------------
+
+    def lose(self, ranks: Collection[int]) -> None:
+        """The slices of these ranks are gone. Their pages can't be matched before they are restored."""
+        for page in self.pages:
+            if page.holders or page.key is not None:
+                page.missing.update(ranks)
+                if page.missing and page.shadow in (Shadow.QUEUED, Shadow.PENDING):
+                    self._enter(page, Shadow.UNPROTECTED)
+
+    def restored(self, key: PageKey) -> None:
+        """All slices of this page are there again, decoded from parity: so it is protected."""
+        number = self._by_key.get(key)
+        if number is not None:
+            self.pages[number].missing.clear()
+            self._enter(self.pages[number], Shadow.PROTECTED)
+
+    def rewrite(self, pages: Sequence[int]) -> None:
+        """A sequence will compute these pages anew on all ranks: they are unsealed, whoever else shared them.
+
+        Sequences that share a page have the same tokens in it, and each lists it here, so all agree on the content.
+        """
+        for number in pages:
+            page = self.pages[number]
+            if page.key is not None:
+                self._unseal(page)
+            page.missing.clear()
+
+    def drop_missing(self) -> int:
+        """Forget cached pages that have a slice missing. Returns how many."""
+        lost = [number for number in self._cached if self.pages[number].missing]
+        for number in lost:
+            self._evict(number)
+        return len(lost)
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _let_go(self, page: Page) -> None:
+        """Nobody holds it: it is cached if it can be found again, after the shadow has read it; otherwise free."""
+        if page.key is None:
+            page.missing.clear()
+            self._free.append(page.number)
+        elif page.shadow is not Shadow.PENDING:
+            self._cached[page.number] = None
+
+    def _evict(self, number: int) -> None:
+        del self._cached[number]
+        self._unseal(self.pages[number])
+        self._let_go(self.pages[number])
+
+    def _unseal(self, page: Page) -> None:
+        if page.key is None:
+            return
+        del self._by_key[page.key]
+        if page.shadow is not Shadow.OPEN:
+            self.released.append(page.key)
+        page.key = None
+        self._enter(page, Shadow.OPEN)
+
+    def _enter(self, page: Page, shadow: Shadow) -> None:
+        was, page.shadow = page.shadow, shadow
+        self._by_shadow[was] -= 1
+        self._by_shadow[shadow] += 1
+        if was is Shadow.PENDING and shadow is not Shadow.PENDING and not page.holders:
+            self._let_go(page)
+        if shadow is Shadow.QUEUED:
+            self._queued[page.number] = None
+        else:
+            self._queued.pop(page.number, None)
+
+    def check(self, tables: Iterable[Sequence[int]]) -> None:
+        """Raise AssertionError unless free + held + cached = all, and holders equal the page tables given."""
+        holders = [0] * len(self.pages)
+        for table in tables:
+            for number in table:
+                holders[number] += 1
+        free, cached = set(self._free), set(self._cached)
+        assert len(free) == len(self._free), "a page is free twice"
+        assert not free & cached, f"pages both free and cached: {sorted(free & cached)}"
+        for page in self.pages:
+            assert page.holders == holders[page.number], f"{page}: {holders[page.number]} tables name it"
+            held = page.holders > 0 or page.shadow is Shadow.PENDING
+            places = (page.number in free) + (page.number in cached) + held
+            assert places == 1, f"{page} is in {places} sets"
+            assert (page.key is None) or self._by_key.get(page.key) == page.number, f"{page} is not found by its key"
+            assert page.key is not None or page.shadow is Shadow.OPEN, f"{page} is unsealed but {page.shadow}"
+            assert (page.shadow is Shadow.QUEUED) == (page.number in self._queued), f"{page}: queue disagrees"
+        for shadow, count in self._by_shadow.items():
+            assert sum(page.shadow is shadow for page in self.pages) == count, f"count of {shadow} is off"

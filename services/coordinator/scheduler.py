@@ -1,0 +1,273 @@
+"""What the next step computes: continuous batching, chunked prefill, over the page pool. Pure: no clock, no socket."""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from services.coordinator.pages import PagePool
+from shared.messages import Sample, SequenceStep
+from shared.types import FinishReason, GenerationRequest, PageKey, TokenLogprob, next_page_key, pack_ids, unpack_ids
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request in work. KV is valid for its first `computed` tokens; `keys` name its sealed pages."""
+
+    number: int
+    request: GenerationRequest
+    root: PageKey
+    tokens: list[int]
+    prompt_tokens: int
+    computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    keys: list[PageKey] = field(default_factory=list)
+    cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish: FinishReason | None = None
+    goal: int = 0
+    """Tokens whose KV is wanted: all; once finished, those that had it."""
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that are known but have no KV yet. One: it decodes."""
+        return self.goal - self.computed
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a step gave for one sequence: new tokens to stream, and whether it has ended."""
+
+    sequence: Sequence
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish: FinishReason | None
+
+
+class Scheduler:
+    """Sequences waiting and running. `plan` says what to compute, `complete` takes the result; one step at a time."""
+
+    def __init__(
+        self,
+        pool: PagePool,
+        *,
+        page_tokens: int,
+        max_step_tokens: int,
+        max_batch: int,
+        max_waiting: int,
+        max_model_len: int,
+        eos_token_ids: tuple[int, ...],
+    ):
+        self.pool = pool
+        self.page_tokens = page_tokens
+        self.max_step_tokens = max_step_tokens
+        self.max_batch = max_batch
+        self.max_waiting = max_waiting
+        self.max_model_len = max_model_len
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self._in_flight: list[tuple[Sequence, int]] = []
+        self._next_number = 0
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    @property
+    def full(self) -> bool:
+        """Whether no further request may wait."""
+        return len(self.waiting) >= self.max_waiting + max(0, self.max_batch - len(self.running))
+
+    def add(self, request: GenerationRequest, root: PageKey) -> Sequence:
+        """Queue a request whose length was checked against `max_model_len`."""
+        tokens = unpack_ids(request.prompt)
+        sequence = Sequence(self._next_number, request, root, tokens, len(tokens), goal=len(tokens))
+        self._next_number += 1
+        self.waiting.append(sequence)
+        return sequence
+
+    def remove(self, sequence: Sequence) -> None:
+        """End a sequence, finished or not; its pages are given back. Harmless if it has ended already."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self._give_back(sequence)
+
+    def sequences(self) -> Iterator[Sequence]:
+        """All sequences that have not ended."""
+        yield from self.running
+        yield from self.waiting
+
+    # -- a step ------------------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step is in flight."""
+        return bool(self._in_flight)
+
+    def plan(self) -> tuple[SequenceStep, ...]:
+        """The next step: decoding sequences first, then prefill in chunks, then newcomers. Empty: nothing to do."""
+        if self._in_flight:
+            raise AssertionError("a step is in flight")
+        budget, preemptions = self.max_step_tokens, self.preemptions
+        for sequence in sorted(self.running, key=lambda each: each.remaining > 1):
+            if budget and sequence.remaining and sequence in self.running:
+                budget -= self._schedule(sequence, min(sequence.remaining, budget))
+        while self.waiting and budget and len(self.running) < self.max_batch and preemptions == self.preemptions:
+            if not self._admit(self.waiting[0]):
+                break
+            sequence = self.waiting.popleft()
+            self.running.append(sequence)
+            budget -= self._schedule(sequence, min(sequence.remaining, budget))
+        return tuple(self._step(sequence, count) for sequence, count in self._in_flight)
+
+    def complete(self, samples: tuple[Sample, ...]) -> list[Output]:
+        """Take the result of the step in flight: KV is valid, pages seal, tokens are appended."""
+        drawn = {sample.sequence: sample for sample in samples}
+        outputs = []
+        in_flight, self._in_flight = self._in_flight, []
+        for sequence, count in in_flight:
+            if sequence not in self.running:
+                continue
+            start = sequence.computed
+            sequence.computed += count
+            self._seal(sequence)
+            sample = drawn.get(sequence.number)
+            if sample is None:
+                continue
+            have = len(sequence.prompt_logprobs)
+            sequence.prompt_logprobs.extend(sample.prompt_logprobs[max(0, have - start) :])
+            if sequence.computed == len(sequence.tokens) and sequence.finish is None:
+                outputs.append(self._append(sequence, sample))
+        return outputs
+
+    def rollback(self) -> None:
+        """Forget the step in flight: its epoch has ended, so nothing of it counts."""
+        self._in_flight = []
+
+    # -- recovery ----------------------------------------------------------------------------------------------------
+
+    def truncate(self, sequence: Sequence, tokens: int) -> int:
+        """KV is valid for `tokens` tokens only, a multiple of page_tokens. Returns how many are to be recomputed."""
+        lost = sequence.computed - tokens
+        kept = tokens // self.page_tokens
+        self.pool.rewrite(sequence.pages[kept:])
+        del sequence.keys[kept:]
+        sequence.computed = tokens
+        return lost
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Find its prefix in the pool, and see that the rest of its known tokens fits."""
+        if sequence.request.prompt_logprobs is None:
+            reusable = (sequence.goal - 1) // self.page_tokens
+            sequence.keys = self._chain(sequence, reusable)
+            sequence.pages = self.pool.match(sequence.keys)
+            del sequence.keys[len(sequence.pages) :]
+            sequence.computed = len(sequence.pages) * self.page_tokens
+            if not sequence.cached_tokens:
+                sequence.cached_tokens = min(sequence.computed, sequence.prompt_tokens)
+        wanted = -(-sequence.goal // self.page_tokens) - len(sequence.pages)
+        if wanted <= self.pool.available:
+            return True
+        self._give_back(sequence)
+        return False
+
+    def _schedule(self, sequence: Sequence, count: int) -> int:
+        """Put `count` tokens of a running sequence into the step, preempting the youngest where pages lack."""
+        needed = -(-(sequence.computed + count) // self.page_tokens) - len(sequence.pages)
+        while needed > 0:
+            pages = self.pool.allocate(needed)
+            if pages is not None:
+                sequence.pages.extend(pages)
+                break
+            victim = self._youngest()
+            self._preempt(victim)
+            if victim is sequence:
+                return 0
+        self._in_flight.append((sequence, count))
+        return count
+
+    def _youngest(self) -> Sequence:
+        scheduled = {id(sequence) for sequence, _ in self._in_flight}
+        return max(
+            (each for each in self.running if id(each) not in scheduled and each.finish is None),
+            key=lambda each: each.number,
+        )
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._give_back(sequence)
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.pages)
+        sequence.pages, sequence.keys, sequence.computed = [], [], 0
+
+    def _step(self, sequence: Sequence, count: int) -> SequenceStep:
+        request, start, end = sequence.request, sequence.computed, sequence.computed + count
+        samples = end == len(sequence.tokens) and sequence.finish is None
+        prompt_logprobs = request.prompt_logprobs if start < sequence.prompt_tokens else None
+        history = samples and request.sampling.needs_history
+        return SequenceStep(
+            sequence=sequence.number,
+            tokens=pack_ids(sequence.tokens[start:end]),
+            start=start,
+            prompt_tokens=sequence.prompt_tokens,
+            pages=pack_ids(sequence.pages[: -(-end // self.page_tokens)]),
+            logits="all" if prompt_logprobs is not None else "last" if samples else "none",
+            sampling=request.sampling if samples else None,
+            prompt_logprobs=prompt_logprobs,
+            next_token=sequence.tokens[end] if end < len(sequence.tokens) else -1,
+            prompt=request.prompt if history else b"",
+            history=pack_ids(sequence.tokens[sequence.prompt_tokens :]) if history else b"",
+        )
+
+    def _chain(self, sequence: Sequence, count: int) -> list[PageKey]:
+        keys, parent = [], sequence.root
+        for page in range(count):
+            parent = next_page_key(parent, sequence.tokens[page * self.page_tokens : (page + 1) * self.page_tokens])
+            keys.append(parent)
+        return keys
+
+    def _seal(self, sequence: Sequence) -> None:
+        for page in range(len(sequence.keys), sequence.computed // self.page_tokens):
+            parent = sequence.keys[-1] if sequence.keys else sequence.root
+            key = next_page_key(parent, sequence.tokens[page * self.page_tokens : (page + 1) * self.page_tokens])
+            sequence.keys.append(key)
+            sequence.pages[page] = self.pool.seal(sequence.pages[page], key)
+
+    def _append(self, sequence: Sequence, sample: Sample) -> Output:
+        request = sequence.request
+        stops = sample.token in request.stop_token_ids or (
+            sample.token in self.eos_token_ids and not request.ignore_eos
+        )
+        produced = len(sequence.tokens) - sequence.prompt_tokens
+        if request.max_tokens == 0:
+            return self._end(sequence, (), (), "length")
+        if stops:
+            return self._end(sequence, (), (), "stop")
+        sequence.tokens.append(sample.token)
+        logprobs = (sample.logprob,) if sample.logprob is not None else ()
+        if produced + 1 >= request.max_tokens or len(sequence.tokens) >= self.max_model_len:
+            return self._end(sequence, (sample.token,), logprobs, "length")
+        sequence.goal = len(sequence.tokens)
+        return Output(sequence, (sample.token,), logprobs, None)
+
+    def _end(
+        self, sequence: Sequence, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...], finish: FinishReason
+    ) -> Output:
+        sequence.finish = finish
+        sequence.goal = sequence.computed
+        return Output(sequence, tokens, logprobs, finish)
+
+    def check(self) -> None:
+        """Raise AssertionError unless pages and page tables agree."""
+        self.pool.check([sequence.pages for sequence in self.sequences()])
+        for sequence in self.sequences():
+            assert len(sequence.keys) <= len(sequence.pages), f"sequence {sequence.number}: more keys than pages"
+            assert sequence.computed <= len(sequence.pages) * self.page_tokens, f"sequence {sequence.number}: no page"
+            for page, key in zip(sequence.pages, sequence.keys, strict=False):
+                assert self.pool.pages[page].key == key, f"sequence {sequence.number}: page {page} has another key"
