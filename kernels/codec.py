@@ -109,25 +109,29 @@ def _apply(tables: isal.Tables, sources: Sequence[Buffer], targets: Sequence[Buf
         raise CodecError(
             f"{len(sources)} sources and {len(targets)} targets given; {tables.columns} and {tables.rows} are needed"
         )
-    length = sources[0].shape[0] if sources[0].ndim else 0
-    for buffer in (*sources, *targets):
-        if buffer.dtype != np.uint8 or buffer.ndim != 1 or not buffer.flags.c_contiguous:
-            raise CodecError(f"a shard is uint8 [n], contiguous; this one is {buffer.dtype} {list(buffer.shape)}")
-        if buffer.shape[0] != length:
-            raise CodecError(f"shards of unequal length: {buffer.shape[0]} and {length}")
-    if not all(target.flags.writeable for target in targets):
-        raise CodecError("a target is read-only")
-    reads = [buffer.ctypes.data for buffer in sources]
-    writes = [buffer.ctypes.data for buffer in targets]
+    length = sources[0].size
+    reads = [_address(buffer, length, writes=False) for buffer in sources]
+    writes = [_address(buffer, length, writes=True) for buffer in targets]
     _check_apart(reads, writes, length)
     tables.apply(length, reads, writes)
 
 
+def _address(buffer: Buffer, length: int, *, writes: bool) -> int:
+    """Return where a shard lies. Raises CodecError if it is not one of this length, or can't be written but must be."""
+    view = buffer.__array_interface__  # one look-up for all: this is the cost of a call with small shards
+    if view["typestr"] != "|u1" or len(view["shape"]) != 1 or view["strides"] is not None:
+        raise CodecError(f"a shard is uint8 [n], contiguous; this one is {buffer.dtype} {list(buffer.shape)}")
+    if view["shape"][0] != length:
+        raise CodecError(f"shards of unequal length: {view['shape'][0]} and {length}")
+    address, is_read_only = view["data"]
+    if writes and is_read_only:
+        raise CodecError("a target is read-only")
+    return int(address)
+
+
 def _check_apart(reads: Sequence[int], writes: Sequence[int], length: int) -> None:
     """Raise CodecError if a target overlaps another target or a source."""
-    spans = sorted([(start, 0) for start in reads] + [(start, 1) for start in writes])
-    last_end = {0: 0, 1: 0}
-    for start, is_target in spans:
-        if start < last_end[1] or (is_target and start < last_end[0]):
-            raise CodecError("a target overlaps another shard")
-        last_end[is_target] = max(last_end[is_target], start + length)
+    for i, start in enumerate(writes):
+        for other in (*reads, *writes[:i]):
+            if -length < start - other < length:
+                raise CodecError("a target overlaps another shard")
