@@ -30,7 +30,9 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("GHOST_CACHE_DIR") or Path.home() / ".cache" / "ghostserve")
 
 
-def resolve_model(name: str | None, cache_dir: Path | None = None, progress: Progress = lambda stage, done: None) -> Path:
+def resolve_model(
+    name: str | None, cache_dir: Path | None = None, progress: Progress = lambda stage, done: None
+) -> Path:
     """Return the directory of a model's files, made or fetched where needed.
 
     name: None or "default", a local directory, or a hub id. progress is told (stage, part done from 0 to 1).

@@ -1,0 +1,278 @@
+"""A communicator over shared memory, for CPU ranks of one host: the fast one there, and the one that aborts at once.
+
+The memory is an anonymous file (memfd) of rank 0, reached by the others through /proc, so nothing is left behind by a
+process that is killed. Each rank owns a sequence word and two slots. To take part in operation i a rank writes its
+slot i mod 2, then its word, and wakes those who wait for it (futex). A slot is written again in operation i + 2, which
+a rank enters after all have entered i + 1 and so have done with i.
+
+Order of stores: x86 keeps it; other machines would need fences that Python does not have, and are refused.
+"""
+
+import ctypes
+import mmap
+import os
+import platform
+import select
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from services.worker.communicator.base import Bytes, Communicator, cut
+from shared.errors import CommunicatorAborted, ConfigError, DeadlineExceeded, ProtocolError
+
+_SYS_FUTEX = 202  # x86-64
+_FUTEX_WAIT = 0
+_FUTEX_WAKE = 1
+_EVERYONE = 0x7FFFFFFF
+_ABORTED = 0x80000000
+_SEQUENCE = 0x7FFFFFFF  # the rest of a word counts barriers, round and round
+_LINE = 64  # each word on a cache line of its own
+_SLICE = 0.02  # a wait looks for dead peers this often
+_ONE_PHASE_BYTES = 32 << 10  # above: each rank sums its part, then all copy the sums
+
+_syscall = ctypes.CDLL(None).syscall  # releases the GIL
+_syscall.argtypes = [ctypes.c_long, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p] + [
+    ctypes.c_long
+] * 2
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = [("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long)]
+
+
+_SLICE_SPEC = _Timespec(0, int(_SLICE * 1e9))
+_SLICE_ADDRESS = ctypes.addressof(_SLICE_SPEC)
+
+
+class ShmRendezvous:
+    """The shared memory of one communicator, held by rank 0 until all ranks are connected."""
+
+    def __init__(self, size: int, slot_bytes: int) -> None:
+        if platform.machine() not in ("x86_64", "AMD64"):
+            raise ConfigError(f"communicator shm needs x86-64, this is {platform.machine()}: use gloo")
+        slot_bytes = _round_up(slot_bytes, 4096)
+        self._fd = os.memfd_create("ghostserve", os.MFD_CLOEXEC)
+        os.ftruncate(self._fd, _header_bytes(size) + size * 2 * slot_bytes)
+        self.address = f"/proc/{os.getpid()}/fd/{self._fd}"
+
+    def close(self) -> None:
+        """Forget the memory. Ranks that are connected keep it."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class ShmCommunicator(Communicator):
+    """Ranks of one host over the memory at `address` (see ShmRendezvous)."""
+
+    def __init__(self, address: str, rank: int, size: int, timeout: float) -> None:
+        super().__init__(rank, size, timeout)
+        self._map = _open(address)
+        header = _header_bytes(size)
+        self._slot_bytes = (len(self._map) - header) // (2 * size)
+        whole = np.frombuffer(self._map, dtype=np.uint8)
+        # line 0: abort; lines 1..size: sequence words; lines size+1..2*size: process ids
+        words = [ctypes.c_uint32.from_buffer(self._map, line * _LINE) for line in range(1 + 2 * size)]
+        self._abort_word, self._words, self._pids = words[0], words[1 : 1 + size], words[1 + size :]
+        self._addresses = [ctypes.addressof(word) for word in self._words]
+        self._peers = [r for r in range(size) if r != rank]
+        # slots: uint8 [size, 2, slot_bytes]
+        self._slots = torch.from_numpy(whole[header : header + size * 2 * self._slot_bytes]).view(size, 2, -1)
+        self._slots_np = self._slots.numpy()
+        self._views: dict[tuple[torch.dtype, int, int], list[torch.Tensor]] = {}
+        self._sequence = 0
+        self._operation = 0
+        self._pidfds: dict[int, int] = {}
+        self._closed = False
+        try:
+            self._connect()
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self) -> None:
+        self._pids[self.rank].value = os.getpid()
+        self._barrier()  # word 1: everyone is here, and has said its process id
+        for peer in self._peers:
+            pid = self._pids[peer].value
+            try:
+                self._pidfds[peer] = os.pidfd_open(pid)
+            except ProcessLookupError:
+                raise CommunicatorAborted(f"rank {peer} is gone") from None
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        flat = tensor.view(-1)
+        step = self._slot_bytes // flat.element_size()
+        if flat.numel() * flat.element_size() <= _ONE_PHASE_BYTES:
+            self._reduce_small(flat)
+        else:
+            for start in range(0, flat.numel(), step):
+                self._reduce_large(flat[start : start + step])
+
+    def _reduce_small(self, flat: torch.Tensor) -> None:
+        """Everyone sums everything: one barrier."""
+        slots = self._begin(flat)
+        slots[self.rank].copy_(flat)
+        self._barrier()
+        _ordered_sum(slots, flat)
+
+    def _reduce_large(self, flat: torch.Tensor) -> None:
+        """Each rank sums its part in place of its own slot's, which nobody else reads; then all copy: two barriers."""
+        slots = self._begin(flat)
+        slots[self.rank].copy_(flat)
+        self._barrier()
+        part = -(-flat.numel() // self.size)
+        mine = slice(self.rank * part, (self.rank + 1) * part)
+        _ordered_sum([slot[mine] for slot in slots], slots[self.rank][mine])
+        self._barrier()
+        for rank, slot in enumerate(slots):
+            flat[rank * part : (rank + 1) * part].copy_(slot[rank * part : (rank + 1) * part])
+
+    def all_gather(self, tensor: torch.Tensor, out: torch.Tensor) -> None:
+        self._check_gather(tensor, out)
+        flat, flat_out = tensor.view(-1), out.view(self.size, -1)
+        step = self._slot_bytes // flat.element_size()
+        for start in range(0, flat.numel(), step):
+            piece = flat[start : start + step]
+            slots = self._begin(piece)
+            slots[self.rank].copy_(piece)
+            self._barrier()
+            for rank, slot in enumerate(slots):
+                flat_out[rank, start : start + step].copy_(slot)
+
+    def all_to_all(self, send: Sequence[Sequence[Bytes]], receive: Sequence[Sequence[Bytes]]) -> None:
+        self._check_exchange(send, receive)
+        send_sizes = [[len(buffer) for buffer in buffers] for buffers in send]
+        receive_sizes = [[len(buffer) for buffer in buffers] for buffers in receive]
+        totals = self._gather_totals([sum(sizes) for sizes in send_sizes])  # [from, to] bytes
+        if [int(n) for n in totals[:, self.rank]] != [sum(sizes) for sizes in receive_sizes]:
+            self.abort()
+            raise ProtocolError(f"all_to_all: rank {self.rank} expects other sizes than its peers send")
+        part = self._slot_bytes // self.size
+        for start in range(0, int(totals.max()), part):
+            buffer = self._operation % 2
+            self._operation += 1
+            for to in range(self.size):
+                at = to * part
+                for piece in cut(send_sizes[to], start, part):
+                    source = send[to][piece.buffer][piece.offset : piece.offset + piece.length]
+                    self._slots_np[self.rank, buffer, at : at + piece.length] = source
+                    at += piece.length
+            self._barrier()
+            for source_rank in range(self.size):
+                at = self.rank * part
+                for piece in cut(receive_sizes[source_rank], start, part):
+                    target = receive[source_rank][piece.buffer]
+                    target[piece.offset : piece.offset + piece.length] = self._slots_np[
+                        source_rank, buffer, at : at + piece.length
+                    ]
+                    at += piece.length
+
+    def _gather_totals(self, totals: Sequence[int]) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+        out = torch.empty(self.size, self.size, dtype=torch.int64)
+        self.all_gather(torch.tensor(totals, dtype=torch.int64), out)
+        return out.numpy()  # type: ignore[return-value]
+
+    def abort(self) -> None:
+        if self._closed:
+            return
+        self._abort_word.value = 1
+        for word, address in zip(self._words, self._addresses, strict=True):
+            word.value |= _ABORTED  # a word that changed ends a futex wait, also one that is only about to begin
+            _syscall(_SYS_FUTEX, address, _FUTEX_WAKE, _EVERYONE, None, 0, 0)
+
+    def close(self) -> None:
+        if not self._closed:
+            self.abort()
+            self._closed = True
+            for pidfd in self._pidfds.values():
+                os.close(pidfd)
+            self._pidfds.clear()
+            self._views.clear()  # the map itself goes with the last view of it
+
+    def _begin(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """All ranks' slots for the next operation, as views like `flat` [n]."""
+        buffer = self._operation % 2
+        self._operation += 1
+        key = (flat.dtype, flat.numel(), buffer)
+        views = self._views.get(key)
+        if views is None:
+            length = flat.numel() * flat.element_size()
+            views = [self._slots[rank, buffer, :length].view(flat.dtype) for rank in range(self.size)]
+            if len(self._views) < 256:
+                self._views[key] = views
+        return views
+
+    def _barrier(self) -> None:
+        """Say that this rank got here, and wait until all have."""
+        if self._closed or self._abort_word.value:
+            raise CommunicatorAborted("the epoch was aborted")
+        sequence = self._sequence = (self._sequence + 1) & _SEQUENCE
+        self._words[self.rank].value = sequence
+        _syscall(_SYS_FUTEX, self._addresses[self.rank], _FUTEX_WAKE, _EVERYONE, None, 0, 0)
+        for peer in self._peers:
+            if self._words[peer].value != sequence:
+                self._await(peer, sequence)
+
+    def _await(self, peer: int, sequence: int) -> None:
+        word, address = self._words[peer], self._addresses[peer]
+        deadline = time.monotonic() + self.timeout
+        while True:
+            seen = word.value
+            if (seen - sequence) & _SEQUENCE <= 1:  # one further at most: the next barrier can't be passed without us
+                return
+            if seen & _ABORTED or self._abort_word.value:
+                raise CommunicatorAborted("the epoch was aborted")
+            _syscall(_SYS_FUTEX, address, _FUTEX_WAIT, seen, _SLICE_ADDRESS, 0, 0)
+            if word.value == seen:
+                self._look_for_trouble(peer, deadline)
+
+    def _look_for_trouble(self, peer: int, deadline: float) -> None:
+        if self._pidfds:
+            poll = select.poll()
+            ranks = {pidfd: rank for rank, pidfd in self._pidfds.items()}
+            for pidfd in ranks:
+                poll.register(pidfd, select.POLLIN)
+            for pidfd, _ in poll.poll(0):
+                self.abort()
+                raise CommunicatorAborted(f"rank {ranks[pidfd]} is gone")
+        if time.monotonic() > deadline:
+            self.abort()
+            raise DeadlineExceeded(f"rank {peer} did not take part within {self.timeout} s")
+
+
+def _ordered_sum(slots: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    """out [n] = slots[0] + slots[1] + ..., in this order; half-precision is added in float32 and rounded once."""
+    if out.dtype in (torch.bfloat16, torch.float16):
+        total = slots[0].float()
+        for slot in slots[1:]:
+            total += slot
+        out.copy_(total)
+    elif len(slots) == 1:
+        out.copy_(slots[0])
+    else:
+        total = slots[0] + slots[1]
+        for slot in slots[2:]:
+            total += slot
+        out.copy_(total)
+
+
+def _open(address: str) -> mmap.mmap:
+    try:
+        fd = os.open(address, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise CommunicatorAborted(f"rank 0's shared memory {address} is gone: {error.strerror}") from error
+    try:
+        return mmap.mmap(fd, os.fstat(fd).st_size)
+    finally:
+        os.close(fd)
+
+
+def _header_bytes(size: int) -> int:
+    return _round_up((1 + 2 * size) * _LINE, 4096)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

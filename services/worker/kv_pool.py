@@ -1,0 +1,88 @@
+"""The KV of all sequences on one rank, in pages: page p is one contiguous range of bytes.
+
+A page holds `page_tokens` consecutive tokens of one sequence, for all layers and the rank's KV heads, so that it can be
+moved, encoded and decoded as bytes by code that knows nothing of models.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+_ALIGNMENT = 64
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class KVPool:
+    """`pages` pages of KV.
+
+    kv: [pages, layers, 2, page_tokens, kv_heads, head_dim], keys at [:, :, 0] and values at [:, :, 1]; kv_heads are
+    the rank's own. The memory is 64-byte aligned and touched ahead of time, so that no step pays for page faults.
+    """
+
+    def __init__(
+        self,
+        *,
+        pages: int,
+        layers: int,
+        page_tokens: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if min(pages, layers, page_tokens, kv_heads, head_dim) < 1:
+            raise ValueError("a pool has at least one page, layer, token, head and dimension")
+        self.pages = pages
+        self.layers = layers
+        self.page_tokens = page_tokens
+        self.kv_heads = kv_heads
+        self.head_dim = head_dim
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self._block_values = page_tokens * kv_heads * head_dim  # keys, or values, of one layer in one page
+        values = pages * layers * 2 * self._block_values
+        flat = _zeros(values * dtype.itemsize, self.device).view(dtype)
+        self.kv = flat.view(pages, layers, 2, page_tokens, kv_heads, head_dim)
+        # blocks: [pages * layers * 2, page_tokens * kv_heads * head_dim], row (page * layers + layer) * 2 + (0 key, 1 value)
+        self.blocks = flat.view(pages * layers * 2, self._block_values)
+        # slots: [pages * layers * 2 * page_tokens, kv_heads, head_dim], one row a token
+        self.slots = flat.view(-1, kv_heads, head_dim)
+        self.page_bytes = layers * 2 * self._block_values * dtype.itemsize
+        self._bytes = flat.view(torch.uint8).view(pages, self.page_bytes)
+        self._host: Bytes | None = self._bytes.numpy() if self.device.type == "cpu" else None
+
+    def page(self, page_id: int) -> Bytes:
+        """One page as writable bytes, uint8 [page_bytes], without a copy. CPU pools only."""
+        if self._host is None:
+            raise TypeError("the pages of a pool on a GPU have no host view: use page_tensor")
+        if not 0 <= page_id < self.pages:
+            raise IndexError(f"page {page_id} of {self.pages}")
+        return self._host[page_id]
+
+    def page_tensor(self, page_id: int) -> torch.Tensor:
+        """One page as a uint8 tensor [page_bytes] on the pool's device, without a copy."""
+        return self._bytes[page_id]
+
+    def digest(self, pages: np.ndarray[Any, np.dtype[np.int32]], tokens: int) -> str:
+        """xxh3-128 (hex) over the KV of tokens 0 .. tokens - 1 of a sequence, whichever pages hold them.
+
+        pages: int32 page table of at least ceil(tokens / page_tokens) entries. Of the last page only valid tokens count.
+        """
+        state = xxhash.xxh3_128()
+        for index in range(-(-tokens // self.page_tokens)):
+            valid = min(self.page_tokens, tokens - index * self.page_tokens)
+            content = self.kv[int(pages[index]), :, :, :valid].contiguous().cpu()
+            state.update(content.view(-1).view(torch.uint8).numpy())
+        return state.hexdigest()
+
+
+def _zeros(size: int, device: torch.device) -> torch.Tensor:
+    """uint8 [size], zeroed (which touches every page of memory) and aligned to 64 bytes."""
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=torch.uint8, device=device)
+    memory = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
+    offset = -memory.data_ptr() % _ALIGNMENT
+    return memory[offset : offset + size].zero_()
