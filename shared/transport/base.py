@@ -82,28 +82,42 @@ class BulkLimits:
 DEFAULT_LIMITS = BulkLimits()
 
 
-class BulkHandler(Protocol):
-    """What a server does with requests. All but commit are synchronous and must not block."""
+class Incoming(Protocol):
+    """A put whose bytes are about to arrive."""
 
-    def reserve(self, request: PutShards) -> Sequence[memoryview | GhostError]:
-        """Give for each shard the buffer that its bytes go to, or the error that refuses it (its bytes are dropped)."""
+    @property
+    def places(self) -> Sequence[memoryview | GhostError]:
+        """For each shard the buffer that its bytes go to, or the error that refuses it (its bytes are dropped)."""
         ...
 
-    async def commit(self, request: PutShards, reserved: Sequence[memoryview | GhostError]) -> Sequence[Outcome]:
+    async def commit(self) -> Sequence[Outcome]:
         """All bytes have arrived: make the shards count, and say for each what became of it."""
         ...
 
-    def abandon(self, request: PutShards, reserved: Sequence[memoryview | GhostError]) -> None:
-        """The bytes will not all arrive, or commit was cancelled: give the buffers of what is not committed back."""
+    def abandon(self) -> None:
+        """The bytes will not all arrive, or commit was cancelled: give back what is not committed."""
         ...
 
-    def fetch(self, request: GetShards) -> Sequence[memoryview | GhostError]:
-        """Give each shard's bytes, of the length asked for, held unchanged until release."""
+
+class Outgoing(Protocol):
+    """A get whose bytes are being sent."""
+
+    @property
+    def places(self) -> Sequence[memoryview | GhostError]:
+        """For each shard its bytes, of the length asked for, held unchanged until release; or why there are none."""
         ...
 
-    def release(self, request: GetShards, fetched: Sequence[memoryview | GhostError]) -> None:
-        """The bytes that fetch gave have been sent, or never will be."""
+    def release(self) -> None:
+        """The bytes have been sent, or never will be."""
         ...
+
+
+class BulkHandler(Protocol):
+    """What a server does with requests. Must not block; a request that it can't serve at all is refused in places."""
+
+    def put(self, request: PutShards) -> Incoming: ...
+
+    def get(self, request: GetShards) -> Outgoing: ...
 
 
 class Stream(ABC):

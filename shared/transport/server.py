@@ -5,7 +5,6 @@ import hmac
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 
 from shared.errors import ConfigError, GhostError, PeerLost, ProtocolError
 from shared.transport import backends, frames
@@ -14,8 +13,10 @@ from shared.transport.base import (
     BulkHandler,
     BulkLimits,
     GetShards,
+    Incoming,
     Listener,
     Outcome,
+    Outgoing,
     PutShards,
     Stream,
 )
@@ -124,40 +125,31 @@ class _Connection:
         self._undo.clear()
 
     async def _take_put(self, request_id: int, request: PutShards, tasks: asyncio.TaskGroup) -> None:
-        reserved = self._handler.reserve(request)
-        undo = partial(self._handler.abandon, request, reserved)
-        self._undo.add(undo)
+        incoming = self._handler.put(request)
+        self._undo.add(incoming.abandon)
         wanted = [
             (place if isinstance(place, memoryview) else None, length)
-            for place, length in zip(reserved, request.lengths, strict=True)
+            for place, length in zip(incoming.places, request.lengths, strict=True)
         ]
         await frames.receive_payloads(self._stream, wanted, self._limits.stall_s)
-        tasks.create_task(self._commit(request_id, request, reserved, undo))
+        tasks.create_task(self._commit(request_id, incoming))
 
-    async def _commit(
-        self,
-        request_id: int,
-        request: PutShards,
-        reserved: Sequence[memoryview | GhostError],
-        undo: Callable[[], None],
-    ) -> None:
-        outcomes = await self._handler.commit(request, reserved)
-        self._undo.discard(undo)
+    async def _commit(self, request_id: int, incoming: Incoming) -> None:
+        outcomes = await incoming.commit()
+        self._undo.discard(incoming.abandon)
         await self._reply(Reply(request_id, tuple(outcomes)), ())
 
     def _take_get(self, request_id: int, request: GetShards, tasks: asyncio.TaskGroup) -> None:
-        fetched = self._handler.fetch(request)
-        undo = partial(self._handler.release, request, fetched)
-        self._undo.add(undo)
-        tasks.create_task(self._send_fetched(request_id, fetched, undo))
+        outgoing = self._handler.get(request)
+        self._undo.add(outgoing.release)
+        tasks.create_task(self._send(request_id, outgoing))
 
-    async def _send_fetched(
-        self, request_id: int, fetched: Sequence[memoryview | GhostError], undo: Callable[[], None]
-    ) -> None:
-        outcomes = tuple(item if isinstance(item, GhostError) else None for item in fetched)
-        await self._reply(Reply(request_id, outcomes), [item for item in fetched if isinstance(item, memoryview)])
-        self._undo.discard(undo)
-        undo()
+    async def _send(self, request_id: int, outgoing: Outgoing) -> None:
+        places = outgoing.places
+        outcomes = tuple(place if isinstance(place, GhostError) else None for place in places)
+        await self._reply(Reply(request_id, outcomes), [place for place in places if isinstance(place, memoryview)])
+        self._undo.discard(outgoing.release)
+        outgoing.release()
 
     async def _reply(self, reply: Reply, payloads: Sequence[memoryview]) -> None:
         async with self._sending:

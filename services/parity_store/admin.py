@@ -1,0 +1,238 @@
+"""The store's admin endpoint: HTTP on a port of its own, guarded by the cluster token where one is set."""
+
+import hmac
+import json
+import time
+from dataclasses import asdict, dataclass
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from services.parity_store.arena import Arena
+from services.parity_store.shards import Shard
+from services.parity_store.store import Store
+from shared.types import PAGE_KEY_BYTES, PageKey
+
+MAX_LIMIT = 1000
+_OPEN_PATHS = ("/health", "/live")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardView:
+    """One shard as the admin endpoint shows it."""
+
+    group: str
+    number: int
+    k: int
+    m: int
+    epoch: int
+    bytes: int
+    checksum: str
+    data_checksums: list[str]
+    age_s: float
+    readers: int
+
+
+@dataclass(frozen=True, slots=True)
+class StatusView:
+    """What GET /admin/status answers."""
+
+    store_id: str
+    incarnation: str
+    bulk_address: str
+    connected: bool
+    index: str
+    uptime_s: float
+    capacity_bytes: int
+    used_bytes: int
+    stripes: int
+    shards: int
+    index_queue: int
+    epochs: dict[str, int]
+    totals: dict[str, int]
+
+
+class Admin:
+    """The endpoint's handlers, over a store. `connected` is kept by the app: whether the coordinator is there."""
+
+    def __init__(self, store: Store, arena: Arena, store_id: str, incarnation: str, bulk_address: str):
+        self.connected = False
+        self._store = store
+        self._arena = arena
+        self._store_id = store_id
+        self._incarnation = incarnation
+        self._bulk_address = bulk_address
+        self._started = time.monotonic()
+        self._registry = CollectorRegistry()
+        self._registry.register(_StoreCollector(store, arena))
+
+    def application(self, token: str | None) -> web.Application:
+        """Return the aiohttp application; with a token, all but /health and /live need it as a bearer token."""
+        application = web.Application(middlewares=[_errors_as_json, _guard(token)], client_max_size=64 * 1024)
+        application.add_routes(
+            [
+                web.get("/health", self._health),
+                web.get("/live", self._live),
+                web.get("/metrics", self._metrics),
+                web.get("/admin/status", self._status),
+                web.get("/admin/stripes", self._stripes),
+                web.get("/admin/stripes/{page_key}", self._stripe),
+                web.delete("/admin/stripes/{page_key}", self._delete_stripe),
+            ]
+        )
+        return application
+
+    async def _live(self, _: web.Request) -> web.Response:
+        return web.json_response({"status": "alive"})
+
+    async def _health(self, _: web.Request) -> web.Response:
+        """200 only where the store can do all that it is for: take shards, index them, and be known."""
+        reasons = []
+        if not self.connected:
+            reasons.append("no connection to the coordinator")
+        if self._store.writer.is_away:
+            reasons.append("the stripe index is away")
+        return web.json_response(
+            {"status": "unhealthy" if reasons else "healthy", "reasons": reasons}, status=503 if reasons else 200
+        )
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(self._registry), content_type="text/plain", charset="utf-8")
+
+    async def _status(self, _: web.Request) -> web.Response:
+        table, writer = self._store.table, self._store.writer
+        status = StatusView(
+            store_id=self._store_id,
+            incarnation=self._incarnation,
+            bulk_address=self._bulk_address,
+            connected=self.connected,
+            index="away" if writer.is_away else "ok",
+            uptime_s=round(time.monotonic() - self._started, 3),
+            capacity_bytes=self._arena.capacity_bytes,
+            used_bytes=self._arena.used_bytes,
+            stripes=table.stripe_count,
+            shards=table.count,
+            index_queue=writer.queued,
+            epochs=table.epochs,
+            totals=asdict(self._store.totals),
+        )
+        return web.json_response(asdict(status))
+
+    async def _stripes(self, request: web.Request) -> web.Response:
+        after = _page_key(request.query["cursor"], "cursor") if "cursor" in request.query else b""
+        limit = _limit(request.query.get("limit", "100"))
+        keys = self._store.table.stripes(after, limit + 1)
+        stripes = [self._view(key) for key in keys[:limit]]
+        return web.json_response({"stripes": stripes, "next_cursor": keys[limit - 1].hex() if keys[limit:] else None})
+
+    async def _stripe(self, request: web.Request) -> web.Response:
+        page_key = _page_key(request.match_info["page_key"], "page_key")
+        if not self._store.table.stripe(page_key):
+            raise web.HTTPNotFound(text=f"no shard of stripe {page_key.hex()} in this store")
+        return web.json_response(self._view(page_key))
+
+    async def _delete_stripe(self, request: web.Request) -> web.Response:
+        page_key = _page_key(request.match_info["page_key"], "page_key")
+        groups = {shard.group for shard in self._store.table.stripe(page_key)}
+        released = sum(self._store.release(group, [page_key]) for group in groups)
+        if not released:
+            raise web.HTTPNotFound(text=f"no shard of stripe {page_key.hex()} in this store")
+        return web.json_response({"page_key": page_key.hex(), "released_shards": released})
+
+    def _view(self, page_key: PageKey) -> dict[str, object]:
+        shards = [asdict(_shard_view(shard, time.time())) for shard in self._store.table.stripe(page_key)]
+        return {"page_key": page_key.hex(), "shards": shards}
+
+
+class _StoreCollector(Collector):
+    """The store's figures for Prometheus, read when it asks."""
+
+    def __init__(self, store: Store, arena: Arena):
+        self._store = store
+        self._arena = arena
+
+    def collect(self) -> list[Metric]:
+        """Return all metrics of the store."""
+        table, writer, totals = self._store.table, self._store.writer, self._store.totals
+        shards = CounterMetricFamily("ghost_store_shards", "Shards by what was done with them", labels=["outcome"])
+        for outcome, count in (
+            ("stored", totals.puts),
+            ("refused", totals.refused_puts),
+            ("read", totals.gets),
+            ("missing", totals.refused_gets),
+            ("released", totals.released),
+        ):
+            shards.add_metric([outcome], count)
+        transferred = CounterMetricFamily("ghost_store_bytes", "Shard bytes moved", labels=["direction"])
+        transferred.add_metric(["in"], totals.bytes_in)
+        transferred.add_metric(["out"], totals.bytes_out)
+        return [
+            shards,
+            transferred,
+            GaugeMetricFamily("ghost_store_capacity_bytes", "Size of the arena", self._arena.capacity_bytes),
+            GaugeMetricFamily("ghost_store_used_bytes", "Bytes of the arena in use", self._arena.used_bytes),
+            GaugeMetricFamily("ghost_store_stripes", "Stripes with a shard here", table.stripe_count),
+            GaugeMetricFamily("ghost_store_shards_held", "Shards here", table.count),
+            GaugeMetricFamily("ghost_store_index_queue", "Shards whose index write is pending", writer.queued),
+            GaugeMetricFamily("ghost_store_index_away", "1 while the stripe index can't be reached", writer.is_away),
+        ]
+
+
+def _guard(token: str | None) -> Middleware:
+    """Return the middleware that asks for the token."""
+    wanted = f"Bearer {token}".encode()
+
+    @web.middleware
+    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
+        if token is not None and request.path not in _OPEN_PATHS and not hmac.compare_digest(given, wanted):
+            raise web.HTTPUnauthorized(text="wrong or missing token", headers={"WWW-Authenticate": "Bearer"})
+        return await handler(request)
+
+    return guard
+
+
+@web.middleware
+async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        if error.status >= 400:
+            error.text = json.dumps({"error": {"message": error.text, "code": error.status}})
+            error.content_type = "application/json"
+        raise
+
+
+def _page_key(text: str, name: str) -> PageKey:
+    try:
+        page_key = bytes.fromhex(text)
+    except ValueError:
+        page_key = b""
+    if len(page_key) != PAGE_KEY_BYTES:
+        raise web.HTTPBadRequest(text=f"{name} must be {2 * PAGE_KEY_BYTES} hexadecimal digits")
+    return page_key
+
+
+def _limit(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 6 or not 1 <= int(text) <= MAX_LIMIT:
+        raise web.HTTPBadRequest(text=f"limit must be a number from 1 to {MAX_LIMIT}")
+    return int(text)
+
+
+def _shard_view(shard: Shard, now: float) -> ShardView:
+    label = shard.label
+    return ShardView(
+        group=shard.group,
+        number=label.number,
+        k=label.k,
+        m=label.m,
+        epoch=shard.epoch,
+        bytes=label.length,
+        checksum=f"{label.checksum:016x}",
+        data_checksums=[f"{checksum:016x}" for checksum in label.data_checksums],
+        age_s=round(now - shard.stored_at, 3),
+        readers=shard.pins,
+    )

@@ -1,0 +1,117 @@
+"""The parity store service: bulk transport, stripe index, admin endpoint, and the channel to the coordinator."""
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from services.parity_store.admin import Admin
+from services.parity_store.arena import Arena
+from services.parity_store.index_writer import IndexWriter
+from services.parity_store.shards import ShardTable
+from services.parity_store.store import Store
+from shared import channel
+from shared.config import ParityStoreSettings, default_name
+from shared.errors import ConfigError, GhostError, PeerLost, ProtocolError
+from shared.messages import EpochNow, Goodbye, Message, ReleaseStripes, StoreHello, Welcome
+from shared.service import check_bind
+from shared.stripe_index import StripeIndex
+from shared.transport.server import serve
+from shared.types import StoreInfo
+
+log = logging.getLogger(__name__)
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
+
+
+async def run(settings: ParityStoreSettings, stop: asyncio.Event) -> None:
+    """Be a parity store until the event is set. Raises ConfigError for settings that can't work."""
+    check_bind(settings.host, settings.secret)
+    incarnation = os.urandom(8).hex()
+    store_id = settings.name or f"{default_name('store')}-{settings.port or incarnation[:8]}"
+    arena = Arena(settings.capacity_mb << 20)
+    async with StripeIndex(settings.redis_url) as index:
+        writer = IndexWriter(index, store_id, incarnation)
+        store = Store(ShardTable(arena), writer)
+        async with serve(
+            f"tcp://{_bracketed(settings.host)}:{settings.port}", store, token=settings.secret or ""
+        ) as bulk:
+            bulk_address = f"tcp://{_bracketed(settings.advertise_host)}:{urlsplit(bulk.address).port}"
+            admin = Admin(store, arena, store_id, incarnation, bulk_address)
+            async with _listening(admin.application(settings.secret), settings) as admin_port:
+                admin_url = f"http://{_bracketed(settings.advertise_host)}:{admin_port}"
+                info = StoreInfo(store_id, incarnation, bulk_address, admin_url, arena.capacity_bytes)
+                log.info("store %s: bulk %s, admin %s, %d MiB", store_id, bulk_address, admin_url, settings.capacity_mb)
+                async with asyncio.TaskGroup() as tasks:
+                    running = [
+                        tasks.create_task(writer.run(), name="index writer"),
+                        tasks.create_task(_follow(settings, store, admin, info), name="coordinator"),
+                    ]
+                    await stop.wait()
+                    for task in running:
+                        task.cancel()
+        store.table.check()
+
+
+async def _follow(settings: ParityStoreSettings, store: Store, admin: Admin, info: StoreInfo) -> None:
+    """Keep a channel to the coordinator, dialled again whenever it breaks, and do what it says.
+
+    Raises GhostError if the coordinator does not want this store at all.
+    """
+    pause = _FIRST_PAUSE_S
+    while True:
+        try:
+            dialled = channel.dial(
+                settings.coordinator_url, settings.secret, StoreHello(info), settings.dial_deadline_s
+            )
+            async with dialled as (link, answer):
+                _obey(store, answer)
+                admin.connected, pause = True, _FIRST_PAUSE_S
+                async for message in link:
+                    _obey(store, message)
+            log.warning("the coordinator closed the channel")
+        except (PeerLost, ProtocolError) as error:
+            log.warning("%s", error)
+        finally:
+            admin.connected = False
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
+def _obey(store: Store, message: Message) -> None:
+    match message:
+        case Welcome():
+            store.advance_epoch(message.config.group, message.epoch)
+        case EpochNow():
+            store.advance_epoch(message.group, message.epoch)
+        case ReleaseStripes():
+            store.release(message.group, message.keys or None)
+        case Goodbye(final=True):
+            raise GhostError(f"the coordinator does not want this store: {message.reason}")
+        case Goodbye():
+            raise PeerLost(f"the coordinator said goodbye: {message.reason}")
+        case _:
+            raise ProtocolError(f"the coordinator sent a store {type(message).__name__}")
+
+
+@asynccontextmanager
+async def _listening(application: web.Application, settings: ParityStoreSettings) -> AsyncIterator[int]:
+    """Serve the admin endpoint; yield its port."""
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0)
+    await runner.setup()
+    try:
+        try:
+            await web.TCPSite(runner, settings.host, settings.admin_port).start()
+        except OSError as error:
+            raise ConfigError(f"can't listen on {settings.host}:{settings.admin_port}: {error}") from error
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
