@@ -1,0 +1,141 @@
+"""`ghostserve`: one entry, one subcommand a service, and those that run or test a whole cluster."""
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from shared.config import (
+    CommonSettings,
+    CoordinatorSettings,
+    GatewaySettings,
+    ParityStoreSettings,
+    WorkerSettings,
+    add_flags,
+    load_settings,
+)
+from shared.errors import GhostError
+
+Run = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand. Returns the exit code: 0, 1 after a failure, 2 for a wrong call."""
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    run: Run = parsed.run
+    try:
+        return run(parsed)
+    except GhostError as error:
+        print(f"ghostserve: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    from services.local import ServeSettings
+
+    parser = argparse.ArgumentParser(
+        prog="ghostserve",
+        description="LLM serving that loses no request when a device dies.",
+        epilog="Each setting is a flag, or the environment variable named beside it; the flag wins.",
+    )
+    parser.add_argument("--version", action="version", version=f"ghostserve {_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add(commands, "serve", "run a whole cluster on this machine until Ctrl-C", ServeSettings, _serve)
+    _add(commands, "gateway", "run the REST API", GatewaySettings, _gateway)
+    _add(commands, "coordinator", "run the coordinator", CoordinatorSettings, _coordinator)
+    _add(commands, "worker", "run this host's workers", WorkerSettings, _worker)
+    _add(commands, "parity-store", "run a parity store", ParityStoreSettings, _parity_store)
+    drill = commands.add_parser(
+        "drill",
+        help="start a cluster, kill workers in mid-stream, and see that no token is lost",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    from services.drill import add_arguments
+
+    add_arguments(drill)
+    drill.set_defaults(run=_drill)
+    model = commands.add_parser("model", help="fetch or convert a model, and print the directory of its files")
+    model.add_argument("name", nargs="?", default="default", help="default, a directory, or a hub id")
+    model.set_defaults(run=_model)
+    return parser
+
+
+def _add(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    summary: str,
+    settings: type[CommonSettings],
+    run: Run,
+) -> None:
+    command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    add_flags(command, settings)
+    command.set_defaults(run=run)
+
+
+def _version() -> str:
+    try:
+        return version("ghostserve")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _announce(address: str) -> None:
+    print(f"listening on {address}", flush=True)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from services.local import ServeSettings
+    from services.serve import serve
+
+    return serve(load_settings(ServeSettings, arguments))
+
+
+def _gateway(arguments: argparse.Namespace) -> int:
+    from services.gateway.app import run
+    from shared.service import run_service
+
+    settings = load_settings(GatewaySettings, arguments)
+    return run_service("gateway", lambda stop: run(settings, stop, _announce), log_level=settings.log_level)
+
+
+def _coordinator(arguments: argparse.Namespace) -> int:
+    from services.coordinator.app import run
+    from shared.service import run_service
+
+    settings = load_settings(CoordinatorSettings, arguments)
+    return run_service("coordinator", lambda stop: run(settings, stop, _announce), log_level=settings.log_level)
+
+
+def _worker(arguments: argparse.Namespace) -> int:
+    from services.worker.supervisor import supervise
+
+    return supervise(load_settings(WorkerSettings, arguments))
+
+
+def _parity_store(arguments: argparse.Namespace) -> int:
+    from services.parity_store.app import run
+    from shared.service import run_service
+
+    settings = load_settings(ParityStoreSettings, arguments)
+    return run_service("parity-store", lambda stop: run(settings, stop, _announce), log_level=settings.log_level)
+
+
+def _drill(arguments: argparse.Namespace) -> int:
+    from services.drill import drill
+
+    return asyncio.run(drill(arguments))
+
+
+def _model(arguments: argparse.Namespace) -> int:
+    from services.serve import fetch_model
+
+    print(fetch_model(arguments.name))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

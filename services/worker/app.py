@@ -1,0 +1,175 @@
+"""A worker process: control channel on the event loop, model on the compute thread, protection in the shadow."""
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+
+import torch
+
+from kernels.codec import make_codec
+from services.worker.model_files import resolve_model
+from services.worker.protect import Protector
+from services.worker.restore import Restorer
+from services.worker.runner import Runner
+from services.worker.shadow import Shadow
+from services.worker.stores import StoreClients
+from shared.channel import Channel, dial
+from shared.config import WorkerSettings
+from shared.errors import ConfigError, GhostError, PeerLost
+from shared.messages import (
+    Assign,
+    DigestPlan,
+    Dismiss,
+    Goodbye,
+    Heartbeat,
+    Join,
+    Message,
+    ProtectPlan,
+    RestorePlan,
+    StepPlan,
+    Welcome,
+    WorkerHello,
+    WorkerReady,
+)
+from shared.types import GroupConfig
+
+log = logging.getLogger(__name__)
+
+REDIAL_S = 0.5
+
+
+async def run(settings: WorkerSettings, name: str, device: str, stop: asyncio.Event) -> None:
+    """Serve the coordinator until `stop` is set, dialling it again whenever the channel is lost."""
+    worker = Worker(settings, name, device)
+    try:
+        serving = asyncio.create_task(worker.serve())
+        stopped = asyncio.create_task(stop.wait())
+        done, _ = await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if serving not in done:
+            serving.cancel()
+        await asyncio.gather(serving, return_exceptions=serving not in done)
+    finally:
+        await worker.close()
+
+
+class Worker:
+    """One device, from its first hello to its end. Its state beyond the model is void when the channel is lost."""
+
+    def __init__(self, settings: WorkerSettings, name: str, device: str):
+        self._settings = settings
+        self._name = name
+        self._device = device
+        self._loop = asyncio.get_running_loop()
+        self._channel: Channel | None = None
+        self._runner: Runner | None = None
+        self._config: GroupConfig | None = None
+        self._epoch = 0
+        self._stores = StoreClients(
+            settings.secret, put_deadline_s=settings.put_deadline_s, fetch_deadline_s=settings.fetch_deadline_s
+        )
+
+    async def serve(self) -> None:
+        """Dial, serve, dial again. Raises GhostError when the coordinator does not want this worker."""
+        hello = WorkerHello(self._name, socket.gethostname(), _host_id(), os.getpid(), self._device)
+        while True:
+            try:
+                async with dial(
+                    self._settings.coordinator_url, self._settings.secret, hello, self._settings.dial_deadline_s
+                ) as (channel, welcome):
+                    if isinstance(welcome, Welcome):
+                        await self._session(channel, welcome)
+            except PeerLost as error:
+                log.info("%s", error)
+            finally:
+                self._channel = None
+                if self._runner is not None:
+                    self._runner.interrupt(0)
+            await asyncio.sleep(REDIAL_S)
+
+    async def _session(self, channel: Channel, welcome: Welcome) -> None:
+        self._channel = channel
+        beating: asyncio.Task[None] | None = None
+        try:
+            runner = await self._load(welcome.config)
+            channel.send(WorkerReady(runner.info, runner.pool.pages))
+            beating = asyncio.create_task(self._beat(channel, runner, welcome.config.heartbeat_s))
+            async for message in channel:
+                self._handle(runner, message)
+            log.warning("the coordinator closed the channel")
+        finally:
+            if beating is not None:
+                beating.cancel()
+                await asyncio.gather(beating, return_exceptions=True)
+
+    async def _load(self, config: GroupConfig) -> Runner:
+        """The runner for a configuration: made once, since the group's does not change while it lives."""
+        if self._runner is not None:
+            if self._config != config:
+                raise GhostError("the group's configuration has changed; this worker starts anew")
+            return self._runner
+        self._config = config
+        began = time.monotonic()
+        self._runner = await asyncio.to_thread(self._make_runner, config)
+        log.info("ready in %.2f s: %d pages", time.monotonic() - began, self._runner.pool.pages)
+        return self._runner
+
+    def _make_runner(self, config: GroupConfig) -> Runner:
+        device = torch.device(self._device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"device {self._device}: no CUDA device here")
+        codec = make_codec(config.size, config.parity, device.type)
+        protector = Protector(config.group, codec, self._stores, self._loop, self._report)
+        restorer = Restorer(config.group, codec, self._stores, self._loop)
+        model_dir = resolve_model(self._settings.model or config.model)
+        shadow = Shadow(protector, restorer, self._report)
+        return Runner(Path(model_dir), config, device, self._settings.advertise_host, shadow, self._report)
+
+    def _handle(self, runner: Runner, message: Message) -> None:
+        match message:
+            case Assign():
+                self._epoch = message.epoch
+                runner.submit(message)
+            case Join() | StepPlan() | DigestPlan():
+                runner.submit(message)
+            case ProtectPlan() | RestorePlan():
+                runner.shadow.submit(message)
+            case Dismiss():
+                self._epoch = message.epoch
+                runner.interrupt(0)
+            case Goodbye():
+                if message.final:
+                    raise GhostError(f"the coordinator does not want this worker: {message.reason}")
+                raise PeerLost(f"the coordinator gave this worker up: {message.reason}")
+            case _:
+                log.warning("the coordinator sent %s", type(message).__name__)
+
+    async def _beat(self, channel: Channel, runner: Runner, interval_s: float) -> None:
+        while not channel.closed:
+            channel.send(Heartbeat(self._epoch, runner.step_done, runner.in_flight))
+            await asyncio.sleep(interval_s)
+
+    def _report(self, message: Message) -> None:
+        """Send to the coordinator, from any thread. What it can't be told any more it does not need to know."""
+
+        def send() -> None:
+            if self._channel is not None and not self._channel.closed:
+                self._channel.send(message)
+
+        self._loop.call_soon_threadsafe(send)
+
+    async def close(self) -> None:
+        """End threads and connections."""
+        if self._runner is not None:
+            await asyncio.to_thread(self._runner.close)
+            await asyncio.to_thread(self._runner.shadow.close)
+        await self._stores.close()
+
+
+def _host_id() -> str:
+    """Equal for processes that can open each other's files under /proc: one kernel, one PID namespace."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{os.readlink('/proc/self/ns/pid')}"

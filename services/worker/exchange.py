@@ -1,0 +1,75 @@
+"""Pages between ranks: every rank sends its slices of a batch of pages to the ranks that need them, all at once.
+
+Knows pages of bytes and a communicator, nothing of models, so that another engine's KV cache can stand there.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from services.worker.communicator.base import Communicator
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+ROUND_BYTES = 8 << 20
+"""Page bytes of one rank in one round: bounds the staging memory, at (k - 1) times this at most."""
+
+
+class PageBytes(Protocol):
+    """A KV cache as pages of bytes."""
+
+    page_bytes: int
+
+    def page(self, page_id: int, /) -> Bytes:
+        """One page: writable, uint8 [page_bytes], without a copy."""
+        ...
+
+
+class Exchange:
+    """The exchange of one epoch. Used by one thread, the shadow; all ranks call `gather` with the same arguments."""
+
+    def __init__(self, communicator: Communicator, pool: PageBytes):
+        self.communicator = communicator
+        self.pool = pool
+        self.rank = communicator.rank
+        self.size = communicator.size
+        self.round_pages = max(1, ROUND_BYTES // pool.page_bytes)
+        """Pages a call may name."""
+        self._staging: dict[int, Bytes] = {}
+
+    def gather(self, pages: Sequence[int], receivers: Sequence[Collection[int]]) -> dict[int, dict[int, Bytes]]:
+        """Bring slices of pages to the ranks in `receivers`, one collection a page; what receivers have is not sent.
+
+        Returns, for each index whose page this rank receives, the slices by rank: its own, which is a view of the
+        pool and not to be trusted where it is the one that is lost, and those of ranks that are no receivers.
+        They are valid until the next call. At most `round_pages` pages.
+        """
+        send: list[list[Bytes]] = [[] for _ in range(self.size)]
+        wanted: list[list[int]] = [[] for _ in range(self.size)]
+        for index, (page, to) in enumerate(zip(pages, receivers, strict=True)):
+            if self.rank in to:
+                for source in range(self.size):
+                    if source not in to:
+                        wanted[source].append(index)
+            else:
+                for target in to:
+                    send[target].append(self.pool.page(page))
+        inbox = [self._stage(source, len(indices)) for source, indices in enumerate(wanted)]
+        self.communicator.all_to_all(send, [[each.reshape(-1)] if len(each) else [] for each in inbox])
+        slices: dict[int, dict[int, Bytes]] = {
+            index: {self.rank: self.pool.page(page)}
+            for index, (page, to) in enumerate(zip(pages, receivers, strict=True))
+            if self.rank in to
+        }
+        for source, indices in enumerate(wanted):
+            for row, index in enumerate(indices):
+                slices[index][source] = inbox[source][row]
+        return slices
+
+    def _stage(self, source: int, count: int) -> Bytes:
+        """Reused memory for `count` pages from one rank: uint8 [count, page_bytes]."""
+        held = self._staging.get(source)
+        if held is None or len(held) < count:
+            held = self._staging[source] = np.empty((count, self.pool.page_bytes), dtype=np.uint8)
+        return held[:count]

@@ -1,0 +1,123 @@
+"""Protection: sealed pages are exchanged, encoded, and their parity put to the stores, in the shadow of the model."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from kernels.codec import Codec, checksum
+from services.worker.exchange import Bytes, Exchange
+from services.worker.stores import StoreClients
+from shared.messages import ProtectDone, ProtectPlan
+from shared.transport.base import PutShards, ShardLabel
+from shared.types import StoreInfo, encoding_rank, place_shards, unpack_ids
+
+PARITY_IN_FLIGHT_BYTES = 128 << 20
+"""Parity that waits for a store's acknowledgement; the shadow waits above it, the model never."""
+
+
+class Protector:
+    """Encodes one rank's share of each batch of stripes and puts the parity to the stores."""
+
+    def __init__(
+        self,
+        group: str,
+        codec: Codec,
+        stores: StoreClients,
+        loop: asyncio.AbstractEventLoop,
+        report: Callable[[ProtectDone], None],
+    ):
+        self._group = group
+        self._codec = codec
+        self._stores = stores
+        self._loop = loop
+        self._report = report
+        self._in_flight = 0
+        self._room = threading.Condition()
+
+    def protect(self, plan: ProtectPlan, exchange: Exchange) -> None:
+        """Protect the pages of a plan. Returns when all is encoded; acknowledgements are reported as they come."""
+        pages = unpack_ids(plan.pages)
+        for start in range(0, len(pages), exchange.round_pages):
+            end = start + exchange.round_pages
+            self._round(plan, exchange, pages[start:end], plan.keys[start:end])
+
+    def _round(self, plan: ProtectPlan, exchange: Exchange, pages: Sequence[int], keys: Sequence[bytes]) -> None:
+        began = time.monotonic()
+        k, m, length = self._codec.k, self._codec.m, exchange.pool.page_bytes
+        owners = [(encoding_rank(key, exchange.size),) for key in keys]
+        slices = exchange.gather(pages, owners)
+        if not slices:
+            return
+        parity = np.empty((len(slices), m, length), dtype=np.uint8)
+        self._take_room(parity.nbytes)
+        labels: list[tuple[ShardLabel, ...]] = []
+        for row, (index, by_rank) in enumerate(slices.items()):
+            data = [by_rank[rank] for rank in range(k)]
+            shards = list(parity[row])
+            self._codec.encode(data, shards)
+            sums = tuple(checksum(shard) for shard in data)
+            labels.append(
+                tuple(
+                    ShardLabel(keys[index], k + number, k, m, length, checksum(shard), sums)
+                    for number, shard in enumerate(shards)
+                )
+            )
+        work = self._put(plan.epoch, exchange.rank, plan.stores, labels, parity, began)
+        asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def _put(
+        self,
+        epoch: int,
+        rank: int,
+        stores: Sequence[StoreInfo],
+        labels: Sequence[tuple[ShardLabel, ...]],
+        parity: Bytes,
+        began: float,
+    ) -> None:
+        """Put shards [stripes, m, length] to their stores, each store's in one request, and report the outcome."""
+        try:
+            addresses = {store.store_id: store.bulk_address for store in stores}
+            batches: dict[str, list[tuple[ShardLabel, Bytes]]] = {}
+            for row, shards in enumerate(labels):
+                places = place_shards(shards[0].page_key, len(shards), list(addresses))
+                for number, (label, store) in enumerate(zip(shards, places, strict=True)):
+                    batches.setdefault(addresses[store], []).append((label, parity[row][number]))
+            reasons: dict[bytes, str] = {}
+            await asyncio.gather(*(self._put_batch(epoch, where, batch, reasons) for where, batch in batches.items()))
+            keys = [shards[0].page_key for shards in labels]
+            failed = tuple(key for key in keys if key in reasons)
+            self._report(
+                ProtectDone(
+                    epoch=epoch,
+                    rank=rank,
+                    protected=tuple(key for key in keys if key not in reasons),
+                    failed=failed,
+                    reason=reasons[failed[0]] if failed else "",
+                    parity_bytes=(len(keys) - len(failed)) * self._codec.m * parity.shape[2],
+                    seconds=time.monotonic() - began,
+                )
+            )
+        finally:
+            self._give_room(parity.nbytes)
+
+    async def _put_batch(
+        self, epoch: int, address: str, batch: Sequence[tuple[ShardLabel, Bytes]], reasons: dict[bytes, str]
+    ) -> None:
+        request = PutShards(self._group, epoch, tuple(label for label, _ in batch))
+        outcomes = await self._stores.put(address, request, [memoryview(shard) for _, shard in batch])
+        for (label, _), outcome in zip(batch, outcomes, strict=True):
+            if outcome is not None:
+                reasons[label.page_key] = f"{address}: {type(outcome).__name__}: {outcome}"
+
+    def _take_room(self, size: int) -> None:
+        with self._room:
+            self._room.wait_for(lambda: not self._in_flight or self._in_flight + size <= PARITY_IN_FLIGHT_BYTES)
+            self._in_flight += size
+
+    def _give_room(self, size: int) -> None:
+        with self._room:
+            self._in_flight -= size
+            self._room.notify_all()

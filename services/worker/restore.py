@@ -1,0 +1,103 @@
+"""Recovery of pages: survivors send their slices, stores the parity, and a new rank decodes its own into its pool."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+import numpy as np
+
+from kernels.codec import Codec, checksum
+from services.worker.exchange import Bytes, Exchange
+from services.worker.stores import StoreClients
+from shared.errors import GhostError
+from shared.messages import RestoreDone, RestorePlan, StripeRestore
+from shared.transport.base import GetShards, Outcome, ShardRef
+
+
+class Restorer:
+    """One rank's part in restoring: a sender where it survived, a decoder where it is new."""
+
+    def __init__(self, group: str, codec: Codec, stores: StoreClients, loop: asyncio.AbstractEventLoop):
+        self._group = group
+        self._codec = codec
+        self._stores = stores
+        self._loop = loop
+
+    def restore(self, plan: RestorePlan, exchange: Exchange) -> RestoreDone:
+        """Take part in a plan; says which stripes this rank could not decode, and why the first of them."""
+        began = time.monotonic()
+        failed: dict[bytes, str] = {}
+        step = exchange.round_pages
+        rounds = [plan.stripes[start : start + step] for start in range(0, len(plan.stripes), step)]
+        parity = self._fetch(rounds[0], exchange)
+        for number, stripes in enumerate(rounds):
+            ahead = self._fetch(rounds[number + 1], exchange) if number + 1 < len(rounds) else None
+            slices = exchange.gather([stripe.page for stripe in stripes], [stripe.lost for stripe in stripes])
+            if parity is not None:
+                shards, outcomes = parity
+                reasons = outcomes.result()
+                for index, by_rank in slices.items():
+                    stripe = stripes[index]
+                    why = reasons.get(stripe.key) or self._decode(stripe, by_rank, shards[stripe.key], exchange)
+                    if why:
+                        failed[stripe.key] = why
+            parity = ahead
+        mine = sum(exchange.rank in stripe.lost for stripe in plan.stripes)
+        return RestoreDone(
+            epoch=plan.epoch,
+            plan=plan.plan,
+            rank=exchange.rank,
+            failed=tuple(failed),
+            reason=next(iter(failed.values()), ""),
+            bytes_restored=(mine - len(failed)) * exchange.pool.page_bytes,
+            seconds=time.monotonic() - began,
+        )
+
+    def _fetch(
+        self, stripes: Sequence[StripeRestore], exchange: Exchange
+    ) -> tuple[dict[bytes, Bytes], "Future[dict[bytes, str]]"] | None:
+        """Begin to read the parity [len(stripe.parity), page_bytes] of the stripes that this rank has lost."""
+        mine = [stripe for stripe in stripes if exchange.rank in stripe.lost]
+        if not mine:
+            return None
+        length = exchange.pool.page_bytes
+        shards = {stripe.key: np.empty((len(stripe.parity), length), dtype=np.uint8) for stripe in mine}
+        return shards, asyncio.run_coroutine_threadsafe(self._get(mine, shards, length), self._loop)
+
+    async def _get(self, stripes: Sequence[StripeRestore], shards: dict[bytes, Bytes], length: int) -> dict[bytes, str]:
+        """Read parity, each store's in one request. Returns the reasons of stripes that can't be had."""
+        batches: dict[str, list[tuple[ShardRef, Bytes, int]]] = {}
+        for stripe in stripes:
+            for row, shard in enumerate(stripe.parity):
+                entry = (ShardRef(stripe.key, shard.shard, length), shards[stripe.key][row], shard.checksum)
+                batches.setdefault(shard.bulk_address, []).append(entry)
+        reasons: dict[bytes, str] = {}
+
+        async def get(address: str, batch: list[tuple[ShardRef, Bytes, int]]) -> None:
+            request = GetShards(self._group, tuple(ref for ref, _, _ in batch))
+            outcomes: Sequence[Outcome]
+            try:
+                outcomes = await self._stores.get(address, request, [memoryview(into) for _, into, _ in batch])
+            except GhostError as error:
+                outcomes = (error,) * len(batch)
+            for (ref, into, recorded), outcome in zip(batch, outcomes, strict=True):
+                if outcome is not None:
+                    reasons[ref.page_key] = f"{address}: {type(outcome).__name__}: {outcome}"
+                elif checksum(into) != recorded:
+                    reasons[ref.page_key] = f"{address}: a parity shard is damaged"
+
+        await asyncio.gather(*(get(address, batch) for address, batch in batches.items()))
+        return reasons
+
+    def _decode(self, stripe: StripeRestore, by_rank: dict[int, Bytes], parity: Bytes, exchange: Exchange) -> str:
+        """Decode this rank's slice straight into its pool. Returns what was wrong, or nothing."""
+        target = exchange.pool.page(stripe.page)
+        data = {rank: shard for rank, shard in by_rank.items() if rank not in stripe.lost}
+        rows = {shard.shard: parity[row] for row, shard in enumerate(stripe.parity)}
+        present = {**data, **rows}
+        plan = self._codec.plan(present.keys(), [exchange.rank])
+        self._codec.reconstruct(plan, [present[source] for source in plan.sources], [target])
+        if checksum(target) != stripe.data_checksums[exchange.rank]:
+            return f"page {stripe.page} differs from its recorded checksum after decoding"
+        return ""

@@ -1,0 +1,289 @@
+"""The compute thread of a worker: takes a rank, runs steps, hashes KV. One job at a time, in the order they came."""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+
+from services.worker.batch import Chunk
+from services.worker.communicator.base import Communicator, Kind
+from services.worker.communicator.create import RendezvousHandle, create, open_rendezvous
+from services.worker.kv_pool import KVPool
+from services.worker.model import RankModel
+from services.worker.sampler import is_plain_greedy, sample, sample_greedy, token_logprobs
+from services.worker.shadow import Shadow
+from shared.errors import CommunicatorAborted, DeadlineExceeded
+from shared.messages import (
+    Assign,
+    DigestDone,
+    DigestPlan,
+    Join,
+    Joined,
+    Message,
+    RankFailed,
+    Rendezvous,
+    Sample,
+    SequenceStep,
+    StepDone,
+    StepPlan,
+)
+from shared.types import GroupConfig, ModelInfo, TokenLogprob
+
+log = logging.getLogger(__name__)
+
+Job = Assign | Join | StepPlan | DigestPlan
+MAX_JOBS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The rank this worker holds, and since when."""
+
+    assign: Assign
+    assigned_at: float
+    weights_s: float
+
+
+class Runner:
+    """One device's model and pool. `submit` and `interrupt` come from the event loop, the rest runs on its own thread.
+
+    Reports are messages for the coordinator; `report` must be safe to call from any thread.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path,
+        config: GroupConfig,
+        device: torch.device,
+        advertise_host: str,
+        shadow: Shadow,
+        report: Callable[[Message], None],
+    ):
+        self.config = config
+        self.shadow = shadow
+        self.step_done = 0
+        self.in_flight = False
+        self._report = report
+        self._advertise_host = advertise_host
+        self._epoch = 0
+        self._jobs: queue.Queue[tuple[Job, float] | None] = queue.Queue(MAX_JOBS)
+        self._communicator: Communicator | None = None
+        self._rendezvous: list[RendezvousHandle] = []
+        self._place: Place | None = None
+        self._loaded_rank: int | None = None
+        dtype = cast(torch.dtype, getattr(torch, config.dtype))
+        self.model = RankModel(model_dir, size=config.size, dtype=dtype, device=device)
+        spec = self.model.spec
+        per_page = (
+            spec.layers * 2 * config.page_tokens * (spec.kv_heads // config.size) * spec.head_dim * dtype.itemsize
+        )
+        self.pool = KVPool(
+            pages=max(1, config.kv_bytes // per_page),
+            layers=spec.layers,
+            page_tokens=config.page_tokens,
+            kv_heads=spec.kv_heads // config.size,
+            head_dim=spec.head_dim,
+            dtype=dtype,
+            device=device,
+        )
+        self.info = ModelInfo(
+            model_dir=str(model_dir),
+            fingerprint=spec.fingerprint,
+            architecture=spec.architecture,
+            dtype=config.dtype,
+            vocab_size=spec.vocab_size,
+            max_positions=spec.max_positions,
+            layers=spec.layers,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            eos_token_ids=tuple(spec.eos_token_ids),
+            page_bytes=self.pool.page_bytes,
+        )
+        self._slot_bytes = config.max_step_tokens * spec.hidden * dtype.itemsize
+        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
+        self._thread.start()
+
+    # -- from the event loop -----------------------------------------------------------------------------------------
+
+    def submit(self, job: Job) -> None:
+        """Queue a job. An Assign ends the epoch before: its collectives abort, its jobs are skipped."""
+        if isinstance(job, Assign):
+            self.interrupt(job.epoch)
+        self._jobs.put_nowait((job, time.monotonic()))
+
+    def interrupt(self, epoch: int) -> None:
+        """From now on only jobs of `epoch` count; a step that waits for peers ends at once."""
+        self._epoch = epoch
+        self.shadow.interrupt(epoch)
+        communicator = self._communicator
+        if communicator is not None:
+            communicator.abort()
+
+    def close(self) -> None:
+        """End the thread."""
+        self.interrupt(-1)
+        self._jobs.put(None)
+        self._thread.join(timeout=5.0)
+
+    # -- the compute thread ------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        torch.set_grad_enabled(False)
+        while (entry := self._jobs.get()) is not None:
+            job, received = entry
+            if job.epoch != self._epoch:
+                continue
+            try:
+                match job:
+                    case Assign():
+                        self._assign(job, received)
+                    case Join():
+                        self._join(job)
+                    case StepPlan():
+                        self._report(self.step(job))
+                    case DigestPlan():
+                        self._report(self._digest(job))
+            except (CommunicatorAborted, DeadlineExceeded) as error:
+                self._failed(job.epoch, f"{type(job).__name__}: {error}", fatal=False)
+            except Exception as error:
+                log.exception("%s failed", type(job).__name__)
+                self._failed(job.epoch, f"{type(job).__name__}: {type(error).__name__}: {error}", fatal=True)
+            finally:
+                self.in_flight = False
+        self._leave()
+
+    def _failed(self, epoch: int, reason: str, *, fatal: bool) -> None:
+        if epoch == self._epoch and self._place is not None:
+            self._report(RankFailed(epoch, self._place.assign.rank, reason, fatal))
+
+    def _assign(self, assign: Assign, received: float) -> None:
+        self._leave()
+        began = time.monotonic()
+        if self._loaded_rank != assign.rank:
+            self.model.load(assign.rank)
+            self._loaded_rank = assign.rank
+        self._place = Place(assign, received, time.monotonic() - began)
+        self.step_done = 0
+        if assign.rank == 0:
+            kind = cast(Kind, assign.communicator)
+            for slot_bytes in (self._slot_bytes, self.shadow.slot_bytes):
+                self._rendezvous.append(
+                    open_rendezvous(kind, assign.size, host=self._advertise_host, slot_bytes=slot_bytes)
+                )
+            self._report(Rendezvous(assign.epoch, *(each.address for each in self._rendezvous)))
+
+    def _join(self, join: Join) -> None:
+        place = self._place
+        if place is None:
+            return
+        assign = place.assign
+        made = [
+            create(
+                cast(Kind, assign.communicator),
+                address,
+                assign.rank,
+                assign.size,
+                timeout=self.config.collective_timeout_s,
+                slot_bytes=slot_bytes,
+            )
+            for address, slot_bytes in (
+                (join.model_address, self._slot_bytes),
+                (join.exchange_address, self.shadow.slot_bytes),
+            )
+        ]
+        self._communicator = made[0]
+        self.shadow.enter(join.epoch, made[1], self.pool)
+        for handle in self._rendezvous:
+            handle.close()
+        self._rendezvous.clear()
+        self._report(Joined(join.epoch, assign.rank, place.weights_s, time.monotonic() - place.assigned_at))
+
+    def _leave(self) -> None:
+        if self._communicator is not None:
+            self._communicator.close()
+            self._communicator = None
+        for handle in self._rendezvous:
+            handle.close()
+        self._rendezvous.clear()
+
+    def step(self, plan: StepPlan) -> StepDone:
+        """Run the model over a step's chunks and draw the next tokens; KV goes to the pool."""
+        if self._place is None:
+            raise RuntimeError("a step without a rank")
+        began = time.monotonic()
+        self.in_flight = True
+        chunks = [_chunk(each) for each in plan.sequences]
+        with torch.inference_mode():
+            logits = self.model.forward(chunks, self.pool, self._communicator)
+            samples = _draw(plan.sequences, chunks, logits)
+        self.step_done = plan.step
+        self.shadow.step_done(plan.step)
+        return StepDone(plan.epoch, plan.step, self._place.assign.rank, samples, time.monotonic() - began)
+
+    def _digest(self, plan: DigestPlan) -> DigestDone:
+        if self._place is None:
+            raise RuntimeError("a digest without a rank")
+        value = self.pool.digest(np.frombuffer(plan.pages, dtype="<i4"), plan.tokens)
+        return DigestDone(plan.epoch, plan.digest, self._place.assign.rank, value)
+
+
+def _chunk(part: SequenceStep) -> Chunk:
+    return Chunk(
+        tokens=np.frombuffer(part.tokens, dtype="<i4"),
+        start=part.start,
+        prompt_tokens=part.prompt_tokens,
+        pages=np.frombuffer(part.pages, dtype="<i4"),
+        logits=part.logits,
+    )
+
+
+def _draw(parts: Sequence[SequenceStep], chunks: Sequence[Chunk], logits: torch.Tensor) -> tuple[Sample, ...]:
+    """Samples of the sequences that want one, from logits [rows, vocab] in chunk order."""
+    samples = []
+    row = 0
+    greedy: list[tuple[int, int]] = []  # (sequence, row): drawn in one go
+    for part, chunk in zip(parts, chunks, strict=True):
+        rows = logits[row : row + chunk.rows]
+        row += chunk.rows
+        prompt_logprobs = _prompt_logprobs(part, rows)
+        if part.sampling is None:
+            if prompt_logprobs:
+                samples.append(Sample(part.sequence, -1, None, prompt_logprobs))
+            continue
+        if is_plain_greedy(part.sampling) and not prompt_logprobs:
+            greedy.append((part.sequence, row - 1))
+            continue
+        drawn = sample(
+            rows[-1],
+            part.sampling,
+            position=chunk.end,
+            prompt=np.frombuffer(part.prompt, dtype="<i4"),
+            output=np.frombuffer(part.history, dtype="<i4"),
+        )
+        logprob = None if drawn.logprob is None else TokenLogprob(drawn.token, drawn.logprob, drawn.top)
+        samples.append(Sample(part.sequence, drawn.token, logprob, prompt_logprobs))
+    if greedy:
+        tokens = sample_greedy(logits[[row for _, row in greedy]] if len(greedy) < len(logits) else logits)
+        samples.extend(Sample(sequence, token) for (sequence, _), token in zip(greedy, tokens, strict=True))
+    return tuple(samples)
+
+
+def _prompt_logprobs(part: SequenceStep, rows: torch.Tensor) -> tuple[TokenLogprob, ...]:
+    """Logprobs of the prompt tokens that follow each row [n, vocab], up to the prompt's end."""
+    if part.prompt_logprobs is None:
+        return ()
+    following = [*np.frombuffer(part.tokens, dtype="<i4")[1:].tolist(), part.next_token]
+    found = []
+    for offset, token in enumerate(following):
+        if part.start + offset + 1 >= part.prompt_tokens or token < 0:
+            break
+        logprob, top = token_logprobs(rows[offset].numpy(force=True), token, part.prompt_logprobs)
+        found.append(TokenLogprob(token, logprob, top))
+    return tuple(found)

@@ -1,0 +1,126 @@
+"""A host's workers: one parent that has imported everything and forks a process a device, again when one dies.
+
+A fork of a parent that has imported torch and transformers is a ready worker in a fraction of the 4 s of a new process,
+and shares its memory for code. The parent runs no event loop and no tensor operation, so that forking it is safe.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import time
+
+from shared.config import WorkerSettings, default_name
+from shared.service import die_with_parent, run_service
+
+log = logging.getLogger(__name__)
+
+SIGNALS = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT}
+STOP_DEADLINE_S = 10.0
+QUICK_DEATH_S = 5.0
+MAX_BACKOFF_S = 10.0
+
+
+def supervise(settings: WorkerSettings) -> int:
+    """Run `settings.count` workers until SIGTERM or SIGINT; restart each that dies, as a spare. Returns an exit code.
+
+    A worker that dies within QUICK_DEATH_S of its start is restarted after a pause that doubles each time.
+    """
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s supervisor: %(message)s")
+    import services.worker.app  # noqa: F401  what the forks share
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    host = _Host(settings)
+    for place in range(settings.count):
+        host.start(place)
+    return host.watch()
+
+
+class _Host:
+    """The processes of one host: place -> pid."""
+
+    def __init__(self, settings: WorkerSettings):
+        self._settings = settings
+        self._prefix = settings.name or default_name("worker")
+        self._pids: dict[int, int] = {}
+        self._started: dict[int, float] = {}
+        self._backoff: dict[int, float] = {}
+        self._due: dict[int, float] = {}
+        self._serial = 0
+
+    def start(self, place: int) -> None:
+        self._serial += 1
+        name = f"{self._prefix}-{place}.{self._serial}"
+        pid = os.fork()
+        if pid == 0:
+            os._exit(_child(self._settings, name, _device(self._settings.device, place)))
+        self._pids[place] = pid
+        self._started[place] = time.monotonic()
+        self._due.pop(place, None)
+
+    def watch(self) -> int:
+        while True:
+            now = time.monotonic()
+            for place, due in list(self._due.items()):
+                if due <= now:
+                    self.start(place)
+            pause = min((due - now for due in self._due.values()), default=3600.0)
+            info = signal.sigtimedwait(SIGNALS, max(0.0, pause))
+            if info is not None and info.si_signo != signal.SIGCHLD:
+                return self._stop()
+            self._reap()
+
+    def _reap(self) -> None:
+        for place, pid in list(self._pids.items()):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if not done:
+                continue
+            del self._pids[place]
+            code = os.waitstatus_to_exitcode(status)
+            lived = time.monotonic() - self._started[place]
+            pause = 0.0
+            if lived < QUICK_DEATH_S:
+                pause = min(MAX_BACKOFF_S, max(0.5, 2 * self._backoff.get(place, 0.0)))
+            self._backoff[place] = pause
+            self._due[place] = time.monotonic() + pause
+            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            log.warning(
+                "worker %d (pid %d) died with %s after %.1f s; restarted in %.1f s", place, pid, how, lived, pause
+            )
+
+    def _stop(self) -> int:
+        for pid in self._pids.values():
+            os.kill(pid, signal.SIGTERM)
+        end = time.monotonic() + STOP_DEADLINE_S
+        late = False
+        for pid in self._pids.values():
+            while not os.waitpid(pid, os.WNOHANG)[0]:
+                if time.monotonic() > end:
+                    late = True
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+                    break
+                signal.sigtimedwait({signal.SIGCHLD}, 0.1)
+        return 1 if late else 0
+
+
+def _device(device: str, place: int) -> str:
+    return f"cuda:{place}" if device == "cuda" else device
+
+
+def _child(settings: WorkerSettings, name: str, device: str) -> int:
+    """The life of one worker process."""
+    die_with_parent()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    import torch
+
+    from services.worker.app import run
+
+    if device == "cpu":
+        threads = settings.threads or max(1, (os.cpu_count() or 1) // settings.count)
+        torch.set_num_threads(threads)
+
+    async def service(stop: asyncio.Event) -> None:
+        await run(settings, name, device, stop)
+
+    return run_service(f"worker {name}", service, log_level=settings.log_level)
