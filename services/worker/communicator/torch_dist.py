@@ -1,0 +1,227 @@
+"""Communicators over torch.distributed: gloo between CPUs of several hosts, NCCL between GPUs.
+
+The process groups are built directly over a TCPStore of rank 0, without a default group, so that those of an old epoch
+can still be dying beside those of a new one.
+"""
+
+import contextlib
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from services.worker.communicator.base import Bytes, Communicator, cut
+from shared.errors import CommunicatorAborted, DeadlineExceeded, ProtocolError
+
+_ROUND_BYTES = 8 << 20  # all_to_all: how much one rank sends at a time
+_LEAVING = 0.2  # seconds between a peer's leaving and an abort: others may still be in the last operation
+_opening = threading.Lock()  # one group at a time, so that the sockets it opens can be told
+_Start = Callable[[], dist.Work]
+
+
+class StoreRendezvous:
+    """The TCPStore of one communicator, held by rank 0 until all ranks are connected."""
+
+    def __init__(self, size: int, host: str) -> None:
+        self._store: dist.TCPStore | None = dist.TCPStore(
+            host, 0, size, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
+        )
+        self.address = f"{host}:{self._store.port}"
+
+    def close(self) -> None:
+        """Close the store. Ranks that are connected do without it."""
+        self._store = None
+
+
+class _GroupCommunicator(Communicator):
+    """What gloo and NCCL have in common: a process group, and the translation of its errors."""
+
+    def __init__(self, address: str, rank: int, size: int, timeout: float) -> None:
+        super().__init__(rank, size, timeout)
+        self._aborted = threading.Event()
+        try:
+            host, _, port = address.rpartition(":")
+            bound = timedelta(seconds=timeout)
+            store = dist.TCPStore(host, int(port), size, is_master=False, wait_for_workers=False, timeout=bound)
+            self._group = self._open(dist.PrefixStore("ghostserve", store), host, bound)
+        except (RuntimeError, ValueError) as error:
+            raise DeadlineExceeded(f"rank {rank} of {size} could not connect through {address}: {error}") from error
+
+    def _open(self, store: dist.Store, host: str, timeout: timedelta) -> dist.Backend:
+        raise NotImplementedError
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        # the backends' own sums depend on the size (rings are cut by it); gathered and added in order they don't
+        parts = tensor.new_empty(self.size, *tensor.shape)
+        self.all_gather(tensor, parts)
+        total = parts[0].float() if tensor.dtype in (torch.bfloat16, torch.float16) else parts[0]
+        for part in parts[1:]:
+            total = total.add_(part)
+        tensor.copy_(total)
+
+    def all_gather(self, tensor: torch.Tensor, out: torch.Tensor) -> None:
+        self._check_gather(tensor, out)
+        self._run(lambda: self._group.allgather([list(out.unbind(0))], [tensor]))
+
+    def all_to_all(self, send: Sequence[Sequence[Bytes]], receive: Sequence[Sequence[Bytes]]) -> None:
+        self._check_exchange(send, receive)
+        send_sizes = [[len(buffer) for buffer in buffers] for buffers in send]
+        receive_sizes = [[len(buffer) for buffer in buffers] for buffers in receive]
+        totals = torch.empty(self.size, self.size, dtype=torch.int64, device=self._device)
+        self.all_gather(torch.tensor([sum(sizes) for sizes in send_sizes], device=self._device), totals)
+        if totals[:, self.rank].tolist() != [sum(sizes) for sizes in receive_sizes]:
+            self.abort()
+            raise ProtocolError(f"all_to_all: rank {self.rank} expects other sizes than its peers send")
+        part = _ROUND_BYTES // self.size
+        for start in range(0, int(totals.max()), part):
+            lengths_out = [max(0, min(part, sum(sizes) - start)) for sizes in send_sizes]
+            lengths_in = [max(0, min(part, sum(sizes) - start)) for sizes in receive_sizes]
+            outgoing = np.empty(sum(lengths_out), dtype=np.uint8)
+            at = 0
+            for buffers, sizes in zip(send, send_sizes, strict=True):
+                for piece in cut(sizes, start, part):
+                    outgoing[at : at + piece.length] = buffers[piece.buffer][piece.offset : piece.offset + piece.length]
+                    at += piece.length
+            incoming = self._exchange(torch.from_numpy(outgoing), lengths_out, lengths_in)
+            at = 0
+            for buffers, sizes in zip(receive, receive_sizes, strict=True):
+                for piece in cut(sizes, start, part):
+                    buffers[piece.buffer][piece.offset : piece.offset + piece.length] = incoming[at : at + piece.length]
+                    at += piece.length
+
+    def _exchange(self, outgoing: torch.Tensor, lengths_out: list[int], lengths_in: list[int]) -> Bytes:
+        """Send uint8 `outgoing`, cut by lengths_out; return what came, in rank order."""
+        sent = outgoing.to(self._device)
+        came = torch.empty(sum(lengths_in), dtype=torch.uint8, device=self._device)
+        self._run(lambda: self._group.alltoall_base(came, sent, lengths_in, lengths_out, dist.AllToAllOptions()))
+        return came.numpy(force=True)
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def _run(self, start: _Start) -> None:
+        """Start an operation and wait for it. The backend bounds the wait by the group's timeout."""
+        if self._aborted.is_set():
+            raise CommunicatorAborted("the epoch was aborted")
+        began = time.monotonic()
+        try:
+            start().wait()
+        except RuntimeError as error:
+            late = time.monotonic() - began >= 0.95 * self.timeout and not self._aborted.is_set()
+            self.abort()
+            if late:
+                raise DeadlineExceeded(f"a peer did not take part within {self.timeout} s") from error
+            raise CommunicatorAborted(f"a peer is gone, or the epoch ended: {error}") from error
+
+
+class GlooCommunicator(_GroupCommunicator):
+    """Ranks on CPUs, over TCP. `abort` shuts down the group's own sockets, which frees the waiters of this rank.
+
+    gloo tells a waiter only of the peer it waits for. So a thread watches the connections to all peers, and aborts when
+    one of them has ended: a failure, or an abort, travels to every rank.
+    """
+
+    _sockets: list[socket.socket]
+
+    def _open(self, store: dist.Store, host: str, timeout: timedelta) -> dist.Backend:
+        options = dist.ProcessGroupGloo._Options()
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=_own_address(host))]
+        options._timeout = timeout
+        with _opening:
+            before = _open_sockets()
+            group = dist.ProcessGroupGloo(store, self.rank, self.size, options)
+            self._sockets = [_duplicate(fd) for fd, inode in _open_sockets().items() if before.get(fd) != inode]
+        self._closing = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="gloo-watch", daemon=True)
+        self._watcher.start()
+        return group
+
+    def _watch(self) -> None:
+        poll = select.poll()
+        for one in self._sockets:
+            poll.register(one.fileno(), select.POLLRDHUP)
+        poll.poll()  # ends at the latest when `abort` shuts the sockets down
+        if not self._closing.wait(_LEAVING):
+            self.abort()
+
+    def abort(self) -> None:
+        self._aborted.set()
+        for one in self._sockets:
+            with contextlib.suppress(OSError):  # not connected any more
+                one.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._closing.set()
+        self.abort()
+        self._watcher.join(self.timeout)
+        for one in self._sockets:
+            one.close()
+        self._sockets = []
+
+
+class NcclCommunicator(_GroupCommunicator):
+    """Ranks on GPUs, each on the device that is current when it connects. Not tried: no machine with two GPUs so far."""
+
+    def _open(self, store: dist.Store, host: str, timeout: timedelta) -> dist.Backend:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        return dist.ProcessGroupNCCL(store, self.rank, self.size, options)
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device())
+
+    def all_gather(self, tensor: torch.Tensor, out: torch.Tensor) -> None:
+        self._check_gather(tensor, out)
+        self._run(lambda: self._group._allgather_base(out, tensor))
+
+    def _run(self, start: _Start) -> None:
+        """Start an operation and wait until the device has done it: the host polls, so that it can see an abort."""
+        super()._run(start)
+        done = torch.cuda.Event()
+        done.record()
+        deadline = time.monotonic() + self.timeout
+        while not done.query():
+            if self._aborted.is_set():
+                raise CommunicatorAborted("the epoch was aborted")
+            if time.monotonic() > deadline:
+                self.abort()
+                raise DeadlineExceeded(f"a peer did not take part within {self.timeout} s")
+
+    def abort(self) -> None:
+        if not self._aborted.is_set():
+            self._aborted.set()
+            self._group.abort()
+
+    def close(self) -> None:
+        self.abort()
+
+
+def _own_address(host: str) -> str:
+    """This machine's address on the way to `host`."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))
+        return str(probe.getsockname()[0])
+
+
+def _open_sockets() -> dict[int, str]:
+    """The process's sockets: file descriptor -> what /proc calls it."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            target = os.readlink(f"/proc/self/fd/{name}")
+            if target.startswith("socket:"):
+                found[int(name)] = target
+    return found
+
+
+def _duplicate(fd: int) -> socket.socket:
+    return socket.socket(fileno=os.dup(fd))
