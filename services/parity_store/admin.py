@@ -14,7 +14,8 @@ from prometheus_client.registry import Collector
 from services.parity_store.arena import Arena
 from services.parity_store.shards import Shard
 from services.parity_store.store import Store
-from shared.types import PAGE_KEY_BYTES, PageKey
+from shared.transport.server import BulkServer
+from shared.types import PAGE_KEY_BYTES, PageKey, StoreInfo
 
 MAX_LIMIT = 1000
 _OPEN_PATHS = ("/health", "/live")
@@ -58,16 +59,14 @@ class StatusView:
 class Admin:
     """The endpoint's handlers, over a store. `connected` is kept by the app: whether the coordinator is there."""
 
-    def __init__(self, store: Store, arena: Arena, store_id: str, incarnation: str, bulk_address: str):
+    def __init__(self, store: Store, arena: Arena, bulk: BulkServer, info: StoreInfo):
         self.connected = False
         self._store = store
         self._arena = arena
-        self._store_id = store_id
-        self._incarnation = incarnation
-        self._bulk_address = bulk_address
+        self._info = info
         self._started = time.monotonic()
         self._registry = CollectorRegistry()
-        self._registry.register(_StoreCollector(store, arena))
+        self._registry.register(_StoreCollector(store, arena, bulk))
 
     def application(self, token: str | None) -> web.Application:
         """Return the aiohttp application; with a token, all but /health and /live need it as a bearer token."""
@@ -105,9 +104,9 @@ class Admin:
     async def _status(self, _: web.Request) -> web.Response:
         table, writer = self._store.table, self._store.writer
         status = StatusView(
-            store_id=self._store_id,
-            incarnation=self._incarnation,
-            bulk_address=self._bulk_address,
+            store_id=self._info.store_id,
+            incarnation=self._info.incarnation,
+            bulk_address=self._info.bulk_address,
             connected=self.connected,
             index="away" if writer.is_away else "ok",
             uptime_s=round(time.monotonic() - self._started, 3),
@@ -150,9 +149,10 @@ class Admin:
 class _StoreCollector(Collector):
     """The store's figures for Prometheus, read when it asks."""
 
-    def __init__(self, store: Store, arena: Arena):
+    def __init__(self, store: Store, arena: Arena, bulk: BulkServer):
         self._store = store
         self._arena = arena
+        self._bulk = bulk
 
     def collect(self) -> list[Metric]:
         """Return all metrics of the store."""
@@ -169,9 +169,12 @@ class _StoreCollector(Collector):
         transferred = CounterMetricFamily("ghost_store_bytes", "Shard bytes moved", labels=["direction"])
         transferred.add_metric(["in"], totals.bytes_in)
         transferred.add_metric(["out"], totals.bytes_out)
+        refused = CounterMetricFamily("ghost_store_refused_connections", "Bulk connections closed for what they sent")
+        refused.add_metric([], self._bulk.refused)
         return [
             shards,
             transferred,
+            refused,
             GaugeMetricFamily("ghost_store_capacity_bytes", "Size of the arena", self._arena.capacity_bytes),
             GaugeMetricFamily("ghost_store_used_bytes", "Bytes of the arena in use", self._arena.used_bytes),
             GaugeMetricFamily("ghost_store_stripes", "Stripes with a shard here", table.stripe_count),

@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 from aiohttp import web
@@ -28,8 +29,13 @@ log = logging.getLogger(__name__)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 
 
-async def run(settings: ParityStoreSettings, stop: asyncio.Event) -> None:
-    """Be a parity store until the event is set. Raises ConfigError for settings that can't work."""
+async def run(
+    settings: ParityStoreSettings, stop: asyncio.Event, on_listening: Callable[[str], None] | None = None
+) -> None:
+    """Be a parity store until the event is set. Raises ConfigError for settings that can't work.
+
+    `on_listening` is told the admin URL once both ports are open.
+    """
     check_bind(settings.host, settings.secret)
     incarnation = os.urandom(8).hex()
     store_id = settings.name or f"{default_name('store')}-{settings.port or incarnation[:8]}"
@@ -40,12 +46,15 @@ async def run(settings: ParityStoreSettings, stop: asyncio.Event) -> None:
         async with serve(
             f"tcp://{_bracketed(settings.host)}:{settings.port}", store, token=settings.secret or ""
         ) as bulk:
-            bulk_address = f"tcp://{_bracketed(settings.advertise_host)}:{urlsplit(bulk.address).port}"
-            admin = Admin(store, arena, store_id, incarnation, bulk_address)
+            address = f"tcp://{_bracketed(settings.advertise_host)}:{urlsplit(bulk.address).port}"
+            info = StoreInfo(store_id, incarnation, address, "", arena.capacity_bytes)
+            admin = Admin(store, arena, bulk, info)
             async with _listening(admin.application(settings.secret), settings) as admin_port:
                 admin_url = f"http://{_bracketed(settings.advertise_host)}:{admin_port}"
-                info = StoreInfo(store_id, incarnation, bulk_address, admin_url, arena.capacity_bytes)
-                log.info("store %s: bulk %s, admin %s, %d MiB", store_id, bulk_address, admin_url, settings.capacity_mb)
+                info = replace(info, admin_url=admin_url)
+                log.info("store %s: bulk %s, admin %s, %d MiB", store_id, address, admin_url, settings.capacity_mb)
+                if on_listening is not None:
+                    on_listening(admin_url)
                 async with asyncio.TaskGroup() as tasks:
                     running = [
                         tasks.create_task(writer.run(), name="index writer"),

@@ -59,7 +59,7 @@ class BulkServer:
             await connection.run()
         except ProtocolError as error:
             self.refused += 1
-            log.warning("bulk connection closed: %s", error)
+            log.info("bulk connection closed: %s", error)
         except PeerLost as error:
             log.debug("bulk connection ended: %s", error)
         except Exception:
