@@ -27,6 +27,7 @@ from services.worker.tensor_parallel import PackedLinear, Ranks, check_plan, lin
 from shared.errors import ModelError
 
 _SAMPLE_BYTES = 1 << 20
+_VECTOR_BLOCK = 64  # values: two AVX-512 registers of half precision
 # settings by which an architecture changes its logits after the head: we call the head ourselves
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
@@ -96,9 +97,10 @@ class RankModel:
         self._base: nn.Module = whole.base_model
         self._prefix = whole.base_model_prefix + "."
         self._vocab_share = -(-self.spec.vocab_size // size)  # the last rank's is filled up with zeros
-        self._head = PackedLinear(self.spec.hidden, self._vocab_share, "colwise", self._ranks)
-        _replace_linears(self._base, config.base_model_tp_plan, size, self._ranks)
+        self._head = PackedLinear(self.spec.hidden, self._vocab_share, "colwise", self._ranks, dtype, self.device)
+        _replace_linears(self._base, config.base_model_tp_plan, size, self._ranks, dtype, self.device)
         _replace_rms_norms(self._base)
+        _replace_activations(self._base)
         _fill_buffers(self._base, config, self.device)
         self._base.eval()
 
@@ -206,12 +208,39 @@ class _FusedRMSNorm(nn.Module):
         return torch.rms_norm(x, self.shape, self.weight, self.epsilon)
 
 
-def _replace_linears(base: nn.Module, plan: dict[str, str], size: int, ranks: Ranks) -> None:
+class _RowwiseActivation(nn.Module):
+    """An activation that gives a row the same bits wherever it stands. x [..., n].
+
+    torch computes whole blocks of a tensor with vector instructions and the rest, by other code, one by one; so rows
+    are made whole blocks.
+    """
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rest = x.shape[-1] % _VECTOR_BLOCK
+        if not rest:
+            return self.inner(x)  # type: ignore[no-any-return]
+        padded = nn.functional.pad(x, (0, _VECTOR_BLOCK - rest))
+        return self.inner(padded)[..., : x.shape[-1]]  # type: ignore[no-any-return]
+
+
+def _replace_activations(base: nn.Module) -> None:
+    for name, module in list(base.named_modules()):
+        if name.endswith(".act_fn"):
+            _set_module(base, name, _RowwiseActivation(module))
+
+
+def _replace_linears(
+    base: nn.Module, plan: dict[str, str], size: int, ranks: Ranks, dtype: torch.dtype, device: torch.device
+) -> None:
     for name, linear in list(linears(base)):
         style = plan_style(plan, name)
         outputs = share(linear.out_features, size, name) if style == "colwise" else linear.out_features
         inputs = share(linear.in_features, size, name) if style == "rowwise" else linear.in_features
-        _set_module(base, name, PackedLinear(inputs, outputs, style, ranks))
+        _set_module(base, name, PackedLinear(inputs, outputs, style, ranks, dtype, device))
 
 
 def _replace_rms_norms(base: nn.Module) -> None:

@@ -6,8 +6,10 @@ another path for few rows (it does for one row of a long one), rows are added un
 """
 
 import fnmatch
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -24,7 +26,8 @@ _PUBLISHED: Mapping[str, Style] = {
     "replicate": "replicated",
     "replicated_with_grad_allreduce": "replicated",
 }
-_PROBED_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_TRIED_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256)
+_LARGE = 4 << 20
 
 
 @dataclass(slots=True)
@@ -44,7 +47,15 @@ class PackedLinear(nn.Module):
     `pack` gives it its weights; before that it has a shape only. A rowwise slice sums over the ranks.
     """
 
-    def __init__(self, inputs: int, outputs: int, style: Style, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        style: Style,
+        ranks: Ranks,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
         super().__init__()
         self.inputs = inputs
         self.outputs = outputs
@@ -54,7 +65,7 @@ class PackedLinear(nn.Module):
         self._packed: torch.Tensor | None = None
         self._weight: torch.Tensor | None = None  # where oneDNN is not to be had: the plain one
         self._bias: torch.Tensor | None = None
-        self._least_rows = 1
+        self._least_rows = _least_rows(inputs, outputs, dtype) if torch.device(device).type == "cpu" else 1
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Take weight [outputs, inputs] and bias [outputs], of the model's dtype and on its device."""
@@ -63,7 +74,6 @@ class PackedLinear(nn.Module):
         self._bias = None if bias is None else bias.contiguous().clone()
         if weight.device.type == "cpu":
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
-            self._least_rows = _least_rows(self.inputs, self.outputs, weight.dtype)
         else:
             self._weight = weight.contiguous()
 
@@ -85,25 +95,27 @@ def _packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | N
     return torch.ops.mkldnn._linear_pointwise(padded, packed, bias, "none", [], "")[..., :rows, :]  # type: ignore[no-any-return]
 
 
-_least_rows_known: dict[tuple[int, int, torch.dtype], int] = {}
-
-
+@lru_cache(maxsize=256)
 def _least_rows(inputs: int, outputs: int, dtype: torch.dtype) -> int:
     """The number of rows from which on oneDNN gives each row the bits it has among many, found by trying."""
-    key = (inputs, outputs, dtype)
-    if key not in _least_rows_known:
-        generator = torch.Generator().manual_seed(inputs * 1_000_003 + outputs)
-        weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
-        x = torch.randn(_PROBED_ROWS[-1], inputs, generator=generator).to(dtype)
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        whole = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-        least = 1
-        for rows, following in zip(_PROBED_ROWS[:-1], _PROBED_ROWS[1:], strict=True):
-            part = torch.ops.mkldnn._linear_pointwise(x[:rows].contiguous(), packed, None, "none", [], "")
-            if not torch.equal(part, whole[:rows]):
+    large = inputs * outputs > _LARGE
+    tried = _TRIED_ROWS[: 10 if large else None]
+    generator = torch.Generator().manual_seed(inputs * 1_000_003 + outputs)
+    weight = torch.randn(min(outputs, 1024), inputs, generator=generator).to(dtype)
+    weight = weight.repeat(-(-outputs // len(weight)), 1)[:outputs]
+    x = torch.randn(tried[-1], inputs, generator=generator).to(dtype)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    whole = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    least = 1
+    for rows, following in itertools.pairwise(tried):
+        for first in range(
+            0, tried[-1] - rows, 32 if large else 8
+        ):  # half precision hides most differences: many tries
+            part = torch.ops.mkldnn._linear_pointwise(x[first : first + rows], packed, None, "none", [], "")
+            if not torch.equal(part, whole[first : first + rows]):
                 least = following
-        _least_rows_known[key] = least
-    return _least_rows_known[key]
+                break
+    return least
 
 
 def check_plan(plan: Mapping[str, str], model: str) -> None:
