@@ -1,0 +1,274 @@
+"""The gateway service: HTTP on one side, the coordinator on the other."""
+
+import asyncio
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from services.gateway.answer import Answer
+from services.gateway.cluster import Cluster
+from services.gateway.guard import Guard, read_body
+from services.gateway.intake import Job, Serving, prepare
+from services.gateway.metrics import CONTENT_TYPE, Metrics
+from services.gateway.openapi import describe
+from services.gateway.schemas import ChatRequest, CompletionRequest, parse
+from services.gateway.tokenizer import Tokenizer
+from shared.config import GatewaySettings
+from shared.errors import ConfigError, ModelError, RequestRejected
+from shared.service import check_bind
+from shared.types import ClusterStatus
+
+log = logging.getLogger(__name__)
+
+ACCEPT_DEADLINE_S = 15.0
+RELOAD_S = 10.0
+SHUTDOWN_S = 3.0
+KEEP_ALIVE_S = 75.0
+
+Json = dict[str, Any]
+
+
+async def run(
+    settings: GatewaySettings, stop: asyncio.Event, on_listening: Callable[[str], None] | None = None
+) -> None:
+    """Serve until `stop` is set. `on_listening` is told the base URL once the port is open."""
+    gateway = Gateway(settings)
+    runner = web.AppRunner(
+        gateway.application(),
+        handler_cancellation=True,
+        shutdown_timeout=SHUTDOWN_S,
+        keepalive_timeout=KEEP_ALIVE_S,
+        access_log=None,
+    )
+    await runner.setup()
+    gateway.connections = lambda: len(runner.server.connections) if runner.server is not None else 0
+    try:
+        site = web.TCPSite(runner, settings.host, settings.port)
+        try:
+            await site.start()
+        except OSError as error:
+            raise ConfigError(f"can't listen on {settings.host}:{settings.port}: {error.strerror}") from error
+        host, port = runner.addresses[0][:2]
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        log.info("gateway listening on %s", url)
+        if on_listening is not None:
+            on_listening(url)
+        async with asyncio.TaskGroup() as tasks:
+            background = [tasks.create_task(gateway.cluster.run()), tasks.create_task(gateway.keep_tokenizer())]
+            await stop.wait()
+            await site.stop()
+            gateway.cluster.stop()
+            for task in background:
+                task.cancel()
+    finally:
+        gateway.cluster.stop()
+        await runner.cleanup()
+
+
+class Gateway:
+    """The request handlers, and what they share. Raises ConfigError for a bind that nothing guards."""
+
+    def __init__(self, settings: GatewaySettings):
+        self._settings = settings
+        self._keys = _keys(settings)
+        self._tokenizer: Tokenizer | None = None
+        self._tokenizer_problem = "the tokenizer is not loaded yet"
+        self._version = _version()
+        self._created = int(time.time())
+        self.cluster = Cluster(settings)
+        self.metrics = Metrics(lambda: self.cluster.in_flight, lambda: self._trouble() is None)
+        self.connections: Callable[[], int] = lambda: 0
+
+    def application(self) -> web.Application:
+        """The aiohttp application with all routes."""
+        guard = Guard(self._keys, self._settings.max_connections, lambda: self.connections(), self.metrics)
+        application = web.Application(
+            middlewares=[guard.__call__], client_max_size=int(self._settings.max_body_mb * 2**20)
+        )
+        application.add_routes(
+            [
+                web.post("/v1/completions", functools.partial(self._generate, CompletionRequest)),
+                web.post("/v1/chat/completions", functools.partial(self._generate, ChatRequest)),
+                web.get("/v1/models", self._models),
+                web.get("/v1/models/{model:.+}", self._model),
+                web.get("/v1/fault_tolerance/status", self._status),
+                web.get("/health", self._health),
+                web.get("/live", self._live),
+                web.get("/version", self._show_version),
+                web.get("/metrics", self._show_metrics),
+                web.get("/openapi.json", self._openapi),
+            ]
+        )
+        return application
+
+    async def keep_tokenizer(self) -> None:
+        """Load the tokenizer once the model is known, and again when another model is served; until cancelled."""
+        loaded = ""
+        while True:
+            self.cluster.changed.clear()
+            status = self.cluster.status
+            source = self._settings.model or (status.model.model_dir if status is not None and status.model else "")
+            if source in ("", loaded):
+                await self.cluster.changed.wait()
+                continue
+            try:
+                self._tokenizer = await asyncio.to_thread(Tokenizer.load, source)
+                loaded = source
+                log.info("tokenizer of %s loaded", source)
+            except ModelError as error:
+                if self._tokenizer_problem != str(error):
+                    log.error("%s", error)
+                self._tokenizer_problem = str(error)
+                await asyncio.sleep(RELOAD_S)
+
+    async def _generate(
+        self, kind: type[CompletionRequest] | type[ChatRequest], request: web.Request
+    ) -> web.StreamResponse:
+        started = time.monotonic()
+        outcome = "error"
+        try:
+            serving = self._serving()
+            body = await read_body(request)
+            job = await asyncio.to_thread(lambda: _prepare(kind, body, serving))
+            with self.cluster.open(job.sequences) as call:
+                await call.accepted(ACCEPT_DEADLINE_S)
+                answer = Answer(job, call, self.metrics, started)
+                if job.request.stream:
+                    response = await answer.stream(request)
+                else:
+                    content = await answer.collect()
+                    response = web.json_response(content, headers={"X-Request-Id": job.reply_id})
+                outcome = answer.outcome
+                return response
+        except (RequestRejected, web.HTTPException):
+            outcome = "refused"
+            raise
+        except ConnectionError as error:
+            outcome = "aborted"
+            log.info("client went away: %s", error)
+            return web.Response(status=499)  # nobody reads it
+        except asyncio.CancelledError:
+            outcome = "aborted"
+            raise
+        finally:
+            self.metrics.requests.labels(request.path, outcome).inc()
+            self.metrics.latency.observe(time.monotonic() - started)
+
+    def _serving(self) -> Serving:
+        """What is needed to take a request. Raises RequestRejected (503) if it is not known.
+
+        A group in recovery still takes requests: the coordinator queues them.
+        """
+        status = self.cluster.status
+        if status is None:
+            raise _unavailable(self.cluster.absence or "no status")
+        if status.model is None or status.max_model_len <= 0:
+            raise _unavailable(f"the model is not loaded yet: {status.detail or status.state}")
+        if self._tokenizer is None:
+            raise _unavailable(self._tokenizer_problem)
+        model = status.model
+        return Serving(
+            tokenizer=self._tokenizer,
+            model=_model_name(status),
+            max_model_len=status.max_model_len,
+            vocab_size=model.vocab_size,
+            fingerprint=model.fingerprint,
+        )
+
+    def _trouble(self) -> str | None:
+        """Why a request would not be served right now; None if it would."""
+        try:
+            self._serving()
+        except RequestRejected as error:
+            return str(error)
+        status = self.cluster.status
+        if status is not None and status.state != "serving":
+            return status.detail or status.state
+        return None
+
+    async def _health(self, request: web.Request) -> web.Response:
+        trouble, status = self._trouble(), self.cluster.status
+        body: Json = {"status": "ok" if trouble is None else "unavailable", "detail": trouble or ""}
+        if status is not None:
+            body |= {"state": status.state, "epoch": status.epoch, "can_lose": status.can_lose}
+        return web.json_response(body, status=200 if trouble is None else 503)
+
+    async def _live(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": "alive"})
+
+    async def _show_version(self, request: web.Request) -> web.Response:
+        return web.json_response({"version": self._version})
+
+    async def _show_metrics(self, request: web.Request) -> web.Response:
+        return web.Response(body=self.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def _openapi(self, request: web.Request) -> web.Response:
+        return web.json_response(describe(self._version, keys=bool(self._keys)))
+
+    async def _models(self, request: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [self._model_card()]})
+
+    async def _model(self, request: web.Request) -> web.Response:
+        card, name = self._model_card(), request.match_info["model"]
+        if name != card["id"]:
+            raise RequestRejected(
+                f"The model {name[:100]!r} does not exist", status=404, code="model_not_found", param="model"
+            )
+        return web.json_response(card)
+
+    def _model_card(self) -> Json:
+        status = self.cluster.status
+        if status is None or status.model is None:
+            raise _unavailable(self.cluster.absence or "the model is not loaded yet")
+        return {
+            "id": _model_name(status),
+            "object": "model",
+            "created": self._created,
+            "owned_by": "ghostserve",
+            "max_model_len": status.max_model_len,
+        }
+
+    async def _status(self, request: web.Request) -> web.Response:
+        status = self.cluster.status
+        if status is None:
+            raise _unavailable(self.cluster.absence or "no status")
+        return web.json_response(dataclasses.asdict(status))
+
+
+def _prepare(kind: type[CompletionRequest] | type[ChatRequest], body: bytes, serving: Serving) -> Job:
+    return prepare(parse(kind, body), serving)
+
+
+def _keys(settings: GatewaySettings) -> list[str]:
+    """The keys of which clients need one; the cluster's token where others can reach us and no key is set."""
+    given = settings.api_keys.get_secret_value() if settings.api_keys else ""
+    if keys := [key.strip() for key in given.split(",") if key.strip()]:
+        return keys
+    try:
+        check_bind(settings.host, None)
+    except ConfigError:
+        check_bind(settings.host, settings.secret)
+        return [settings.secret] if settings.secret else []
+    return []
+
+
+def _model_name(status: ClusterStatus) -> str:
+    return status.served_name or (Path(status.model.model_dir).name if status.model else "")
+
+
+def _unavailable(detail: str) -> RequestRejected:
+    return RequestRejected(detail, status=503, code="unavailable")
+
+
+def _version() -> str:
+    try:
+        return version("ghostserve")
+    except PackageNotFoundError:
+        return "0.0.0"

@@ -1,0 +1,104 @@
+"""What every HTTP request passes: limits, API keys, and the translation of every error into OpenAI's shape."""
+
+import asyncio
+import hmac
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+from aiohttp import web
+
+from services.gateway.cluster import StreamLost
+from services.gateway.metrics import Metrics
+from services.gateway.responses import error_body, error_type
+from shared.errors import RequestRejected
+
+log = logging.getLogger(__name__)
+
+BODY_DEADLINE_S = 60.0
+RETRY_AFTER_S = 1
+_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def error_response(
+    status: int,
+    message: str,
+    *,
+    code: str | None = None,
+    param: str | None = None,
+    headers: dict[str, str] | None = None,
+) -> web.Response:
+    """An error in OpenAI's shape; those that pass say when to try again."""
+    headers = dict(headers or {})
+    if status in (429, 503):
+        headers.setdefault("Retry-After", str(RETRY_AFTER_S))
+    body = error_body(message, kind=error_type(status), code=code, param=param)
+    return web.json_response(body, status=status, headers=headers)
+
+
+class Guard:
+    """The application's one middleware.
+
+    `keys`: those of which a client must have one for paths under /v1; empty: no check.
+    """
+
+    def __init__(self, keys: Sequence[str], max_connections: int, connections: Callable[[], int], metrics: Metrics):
+        self._keys = [key.encode() for key in keys]
+        self._max_connections = max_connections
+        self._connections = connections
+        self._metrics = metrics
+
+    @web.middleware
+    async def __call__(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Pass the request on, or answer with an error."""
+        response = await self._answer(request, handler)
+        self._metrics.responses.labels(str(response.status)).inc()
+        return response
+
+    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            if self._connections() > self._max_connections:
+                response = error_response(503, "too many open connections", code="overloaded")
+                response.force_close()
+                return response
+            if request.path.startswith("/v1/") and not self._has_key(request):
+                return error_response(
+                    401, "Incorrect API key provided", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
+                )
+            return await handler(request)
+        except RequestRejected as error:
+            return error_response(error.status, str(error), code=error.code, param=error.param)
+        except StreamLost as error:
+            return error_response(error.status, str(error), code="stream_lost")
+        except web.HTTPException as error:
+            headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
+            message = f"{request.method} {request.path}: {error.reason}"[:300]
+            return error_response(error.status, message, code=_CODES.get(error.status), headers=headers)
+        except ConnectionError:
+            raise
+        except Exception as error:
+            log.exception("error in %s %s", request.method, request.path)
+            return error_response(500, f"internal error: {type(error).__name__}", code="internal_error")
+
+    def _has_key(self, request: web.Request) -> bool:
+        if not self._keys:
+            return True
+        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        matches = [hmac.compare_digest(given.encode(errors="replace"), key) for key in self._keys]  # all: same time
+        return scheme.lower() == "bearer" and any(matches)
+
+
+async def read_body(request: web.Request) -> bytes:
+    """The body of a JSON request. Raises RequestRejected or HTTPRequestEntityTooLarge."""
+    if request.content_type != "application/json":
+        raise RequestRejected(
+            "the body must be JSON, with Content-Type: application/json", status=415, code="unsupported_media_type"
+        )
+    try:
+        async with asyncio.timeout(BODY_DEADLINE_S):
+            return await request.read()
+    except TimeoutError:
+        raise RequestRejected("the body did not arrive in time", status=408, code="request_timeout") from None
+    except web.RequestPayloadError as error:
+        raise RequestRejected("the body is broken", code="invalid_body") from error

@@ -1,0 +1,80 @@
+"""The API's description for /openapi.json, from the request schemas."""
+
+from typing import Any
+
+from pydantic.json_schema import models_json_schema
+
+from services.gateway.schemas import ChatRequest, CompletionRequest
+
+Json = dict[str, Any]
+
+_GETS = {
+    "/v1/models": "The model that is served, as a list",
+    "/v1/models/{model}": "One model",
+    "/v1/fault_tolerance/status": "Ranks, spares, stores, protection and recoveries",
+    "/health": "200 while requests are served; 503 with the reason otherwise",
+    "/live": "200 while the process runs",
+    "/version": "GhostServe's version",
+    "/metrics": "Prometheus metrics",
+}
+_ERROR = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+
+def describe(version: str, *, keys: bool) -> Json:
+    """The OpenAPI document. `keys`: whether clients need an API key."""
+    _, schemas = models_json_schema(
+        [(CompletionRequest, "validation"), (ChatRequest, "validation")], ref_template="#/components/schemas/{model}"
+    )
+    paths: dict[str, Json] = {
+        "/v1/completions": {"post": _post("Continue a prompt", "CompletionRequest")},
+        "/v1/chat/completions": {"post": _post("Answer a conversation", "ChatRequest")},
+    }
+    for path, summary in _GETS.items():
+        paths[path] = {"get": {"summary": summary, "responses": {"200": {"description": summary}}}}
+    paths["/v1/models/{model}"]["get"]["parameters"] = [
+        {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+    ]
+    document: Json = {
+        "openapi": "3.1.0",
+        "info": {"title": "GhostServe", "version": version},
+        "paths": paths,
+        "components": {"schemas": {**schemas["$defs"], "Error": _ERROR}},
+    }
+    if keys:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+    return document
+
+
+def _post(summary: str, schema: str) -> Json:
+    error = {
+        "description": "An error in OpenAI's shape",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+    }
+    return {
+        "summary": summary,
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}},
+        },
+        "responses": {
+            "200": {
+                "description": "The answer; with stream: true as server-sent events",
+                "content": {"application/json": {}, "text/event-stream": {}},
+            },
+            **dict.fromkeys(("400", "401", "404", "413", "415", "429", "500", "503"), error),
+        },
+    }

@@ -1,0 +1,245 @@
+"""Bodies of answers in OpenAI's shape, built from deltas. Pure."""
+
+import codecs
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from services.gateway.intake import Job
+from services.gateway.schemas import ChatRequest
+from services.gateway.stream import Choice, Delta
+from services.gateway.tokenizer import Tokenizer
+from shared.types import TokenLogprob
+
+Json = dict[str, Any]
+
+_LEAST_LOGPROB = -9999.0  # JSON has no -inf
+
+
+def error_body(message: str, *, kind: str, code: str | None = None, param: str | None = None) -> Json:
+    """An error in OpenAI's shape."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_type(status: int) -> str:
+    """OpenAI's error type for an HTTP status."""
+    return "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
+
+
+def usage(job: Job, choices: Sequence[Choice]) -> Json:
+    """Token counts of an answer; a prompt with several choices counts once."""
+    per_prompt = len(choices) // len(job.prompts)
+    prompt_tokens = sum(len(prompt.ids) for prompt in job.prompts)
+    completion_tokens = sum(choice.completion_tokens for choice in choices)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(choice.cached_tokens for choice in choices[::per_prompt])},
+    }
+
+
+class Reply(Protocol):
+    """Builds the answer to one request, as chunks of a stream or as one response."""
+
+    def opening(self) -> list[Json]:
+        """The chunks that a stream begins with."""
+
+    def chunk(self, index: int, delta: Delta) -> Json | None:
+        """The chunk for a delta of choice `index`; None if it has nothing to tell."""
+
+    def usage_chunk(self, usage: Json) -> Json:
+        """The last chunk of a stream that was asked for its usage."""
+
+    def response(self, deltas: Sequence[Delta], usage: Json) -> Json:
+        """The answer that is not streamed, from one merged delta for each choice."""
+
+
+def reply_to(job: Job) -> Reply:
+    """The builder for a request's kind."""
+    return ChatReply(job) if isinstance(job.request, ChatRequest) else CompletionReply(job)
+
+
+@dataclass(slots=True)
+class _Envelope:
+    """The fields that all bodies of one answer share."""
+
+    job: Job
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def body(self, kind: str, choices: list[Json], usage: Json | None = None) -> Json:
+        body = {
+            "id": self.job.reply_id,
+            "object": kind,
+            "created": self.created,
+            "model": self.job.serving.model,
+            "system_fingerprint": f"fp_{self.job.serving.fingerprint[:12]}",
+            "choices": choices,
+        }
+        return body if usage is None else body | {"usage": usage}
+
+    def chunk(self, kind: str, choices: list[Json]) -> Json:
+        """A chunk; where usage is asked for, OpenAI sends it as null in every chunk but the last."""
+        body = self.body(kind, choices)
+        return body | {"usage": None} if self.job.request.include_usage else body
+
+    def extensions(self, delta: Delta) -> Json:
+        """GhostServe's own fields of a choice."""
+        asked = self.job.request
+        return ({"token_ids": list(delta.tokens)} if asked.return_token_ids else {}) | (
+            {"kv_digests": list(delta.kv_digests)} if asked.return_kv_digest and delta.finish_reason else {}
+        )
+
+    def is_telling(self, delta: Delta) -> bool:
+        """Whether a client would miss the chunk of this delta."""
+        asked = self.job.request.return_token_ids and delta.tokens
+        return bool(delta.text or delta.logprobs or delta.prompt_logprobs or delta.finish_reason or asked)
+
+
+class CompletionReply:
+    """Answers of /v1/completions."""
+
+    def __init__(self, job: Job):
+        self._envelope = _Envelope(job)
+        self._job = job
+        self._logprobs = {index: CompletionLogprobs(job.serving.tokenizer) for index in range(len(job.sequences))}
+
+    def opening(self) -> list[Json]:
+        """Nothing: an echo comes with the first tokens, as the prompt's logprobs do."""
+        return []
+
+    def chunk(self, index: int, delta: Delta) -> Json | None:
+        """See Reply."""
+        if not self._envelope.is_telling(delta) and not (delta.first and self._job.prompt_of(index).text):
+            return None
+        return self._envelope.chunk("text_completion", [self._choice(index, delta)])
+
+    def usage_chunk(self, usage: Json) -> Json:
+        """See Reply."""
+        return self._envelope.body("text_completion", [], usage)
+
+    def response(self, deltas: Sequence[Delta], usage: Json) -> Json:
+        """See Reply."""
+        choices = [self._choice(index, delta) for index, delta in enumerate(deltas)]
+        return self._envelope.body("text_completion", choices, usage)
+
+    def _choice(self, index: int, delta: Delta) -> Json:
+        prompt = self._job.prompt_of(index)
+        return {
+            "index": index,
+            "text": (prompt.text if delta.first else "") + delta.text,
+            "logprobs": self._logprobs_of(index, delta),
+            "finish_reason": delta.finish_reason,
+        } | self._envelope.extensions(delta)
+
+    def _logprobs_of(self, index: int, delta: Delta) -> Json | None:
+        sampling = self._job.sequences[index]
+        if sampling.sampling.logprobs is None:
+            return None
+        entries: list[tuple[int, TokenLogprob | None]] = []
+        if delta.first and sampling.prompt_logprobs is not None:
+            ids = self._job.prompt_of(index).ids
+            known = list(delta.prompt_logprobs)[-(len(ids) - 1) :] if len(ids) > 1 else []
+            entries += zip(ids, [*[None] * (len(ids) - len(known)), *known], strict=True)
+        entries += zip(delta.tokens, delta.logprobs, strict=False)
+        return self._logprobs[index].add(entries)
+
+
+class CompletionLogprobs:
+    """The logprobs of one completion; counts characters over chunks for text_offset."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._offset = 0
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, entries: Sequence[tuple[int, TokenLogprob | None]]) -> Json:
+        """The next tokens' part; the first token of a prompt has no logprob."""
+        body: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for token, logprob in entries:
+            data = self._tokenizer.token_bytes(token)
+            body["tokens"].append(_readable(data))
+            body["text_offset"].append(self._offset)
+            self._offset += len(self._characters.decode(data))
+            body["token_logprobs"].append(None if logprob is None else _finite(logprob.logprob))
+            body["top_logprobs"].append(None if logprob is None else self._top(logprob))
+        return body
+
+    def _top(self, chosen: TokenLogprob) -> dict[str, float]:
+        top: dict[str, float] = {}
+        for token, logprob in [*chosen.top, (chosen.token, chosen.logprob)]:
+            top.setdefault(_readable(self._tokenizer.token_bytes(token)), _finite(logprob))
+        return top
+
+
+class ChatReply:
+    """Answers of /v1/chat/completions."""
+
+    def __init__(self, job: Job):
+        self._envelope = _Envelope(job)
+        self._job = job
+
+    def opening(self) -> list[Json]:
+        """One chunk for each choice, with the role."""
+        delta = {"role": "assistant", "content": ""}
+        return [
+            self._envelope.chunk(
+                "chat.completion.chunk", [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
+            )
+            for index in range(len(self._job.sequences))
+        ]
+
+    def chunk(self, index: int, delta: Delta) -> Json | None:
+        """See Reply."""
+        if not self._envelope.is_telling(delta):
+            return None
+        content = {"content": delta.text} if delta.text or not delta.finish_reason else {}
+        return self._envelope.chunk("chat.completion.chunk", [self._choice(index, delta, "delta", content)])
+
+    def usage_chunk(self, usage: Json) -> Json:
+        """See Reply."""
+        return self._envelope.body("chat.completion.chunk", [], usage)
+
+    def response(self, deltas: Sequence[Delta], usage: Json) -> Json:
+        """See Reply."""
+        choices = [
+            self._choice(index, delta, "message", {"role": "assistant", "content": delta.text, "refusal": None})
+            for index, delta in enumerate(deltas)
+        ]
+        return self._envelope.body("chat.completion", choices, usage)
+
+    def _choice(self, index: int, delta: Delta, part: str, content: Json) -> Json:
+        return {
+            "index": index,
+            part: content,
+            "logprobs": self._logprobs(delta),
+            "finish_reason": delta.finish_reason,
+        } | self._envelope.extensions(delta)
+
+    def _logprobs(self, delta: Delta) -> Json | None:
+        if not delta.logprobs:
+            return None
+        content = [
+            self._token(chosen.token, chosen.logprob)
+            | {"top_logprobs": [self._token(token, logprob) for token, logprob in chosen.top]}
+            for chosen in delta.logprobs
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, token: int, logprob: float) -> Json:
+        data = self._job.serving.tokenizer.token_bytes(token)
+        return {"token": _readable(data), "logprob": _finite(logprob), "bytes": list(data)}
+
+
+def _finite(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else _LEAST_LOGPROB
+
+
+def _readable(data: bytes) -> str:
+    """A token as text; one that is part of a character as OpenAI writes it: bytes:\\xe2\\x80."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
