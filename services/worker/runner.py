@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from services.worker.batch import Chunk
+from services.worker.communicator import RendezvousHandle, create, open_rendezvous
 from services.worker.communicator.base import Communicator, Kind
-from services.worker.communicator.create import RendezvousHandle, create, open_rendezvous
 from services.worker.kv_pool import KVPool
 from services.worker.model import RankModel
 from services.worker.sampler import is_plain_greedy, sample, sample_greedy, token_logprobs

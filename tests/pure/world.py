@@ -1,0 +1,368 @@
+"""A simulated cluster around the real Group: workers, stores and index are a few lines each, and every message waits
+until the test's dice let it through. KV is modelled by the token ids that a page holds on each rank, so that any stale,
+missing or mixed-up page shows as a wrong token.
+"""
+
+import asyncio
+import hashlib
+import itertools
+import random
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from services.coordinator.group import Group, group_config
+from services.coordinator.membership import Member
+from shared.config import CoordinatorSettings
+from shared.messages import (
+    Assign,
+    DigestDone,
+    DigestPlan,
+    EpochNow,
+    Goodbye,
+    Join,
+    Joined,
+    Message,
+    ProtectDone,
+    ProtectPlan,
+    RankFailed,
+    Refused,
+    ReleaseStripes,
+    Rendezvous,
+    RestoreDone,
+    RestorePlan,
+    Sample,
+    StepDone,
+    StepPlan,
+    Tokens,
+    WorkerReady,
+)
+from shared.stripe_index import ShardEntry, Stripe
+from shared.types import (
+    GenerationRequest,
+    ModelInfo,
+    PageKey,
+    SamplingParams,
+    StoreInfo,
+    encoding_rank,
+    pack_ids,
+    unpack_ids,
+)
+
+VOCABULARY = 1000
+EOS = 7
+MODEL = ModelInfo("/nowhere", "fingerprint", "Sim", "float32", VOCABULARY, 4096, 2, 6, 4, (EOS,), 10_000_000)
+GARBAGE = -1
+
+
+def next_token(tokens: tuple[int, ...]) -> int:
+    """What the simulated model says after these tokens; never end of sequence."""
+    digest = hashlib.blake2b(pack_ids(tokens), digest_size=4).digest()
+    return 8 + int.from_bytes(digest, "little") % (VOCABULARY - 8)
+
+
+class Wire:
+    """A channel of which only the sending end is real."""
+
+    def __init__(self) -> None:
+        self.sent: deque[Message] = deque()
+        self.closed = False
+
+    def send(self, message: Message) -> None:
+        assert not self.closed
+        self.sent.append(message)
+
+
+@dataclass(eq=False)
+class SimWorker:
+    name: str
+    wire: Wire = field(default_factory=Wire)
+    out: deque[Message] = field(default_factory=deque)
+    kv: dict[int, list[int]] = field(default_factory=dict)
+    assign: Assign | None = None
+    joined: bool = False
+    stalled: Message | None = None
+    """A collective that waits for the other ranks."""
+
+
+class SimIndex:
+    """What the group asks of the stripe index."""
+
+    def __init__(self, world: "World"):
+        self._world = world
+        self._epoch = 0
+
+    async def epoch(self, group: str) -> int:
+        return self._epoch
+
+    async def advance_epoch(self, group: str, *, at_least: int = 0) -> int:
+        await asyncio.sleep(0)
+        self._epoch = max(self._epoch, at_least) + 1
+        return self._epoch
+
+    async def get_many(self, group: str, keys: list[PageKey]) -> dict[PageKey, Stripe]:
+        await asyncio.sleep(0)
+        world = self._world
+        return {
+            key: Stripe(
+                key,
+                tuple(
+                    ShardEntry(key, world.size + n, "store", world.incarnation, 1, world.size, world.parity, 1, 0, (0,))
+                    for n in range(world.parity)
+                ),
+            )
+            for key in keys
+            if key in world.parity_of
+        }
+
+
+class World:
+    """The dice, the workers, one store, one client."""
+
+    def __init__(self, seed: int, *, size: int = 3, parity: int = 1, pages: int = 24, page_tokens: int = 4):
+        self.dice = random.Random(seed)
+        self.size, self.parity, self.pages, self.page_tokens = size, parity, pages, page_tokens
+        settings = CoordinatorSettings(
+            tp=size,
+            parity=parity,
+            page_tokens=page_tokens,
+            max_step_tokens=self.dice.choice((3, 8, 32)),
+            max_batch=self.dice.choice((2, 8)),
+            heartbeat_timeout_s=3600,
+        )
+        self.group = Group(group_config(settings), settings, SimIndex(self), 0)  # type: ignore[arg-type]
+        self.group.rates.restore_start_s = 0.0
+        self.group.rates.restore_bytes_s = 1e12
+        self.workers: dict[str, SimWorker] = {}
+        self.parity_of: dict[PageKey, list[list[int]]] = {}
+        self.incarnation = "first"
+        self.store_wire: Wire | None = None
+        self.client = Wire()
+        self.requests: dict[str, GenerationRequest] = {}
+        self.received: dict[str, list[int]] = {}
+        self.finished: dict[str, str] = {}
+        self.restored = 0
+        self._names = itertools.count()
+        self._collectives: dict[tuple[Any, ...], set[str]] = {}
+
+    # -- what can happen ---------------------------------------------------------------------------------------------
+
+    def add_worker(self) -> None:
+        worker = SimWorker(f"w{next(self._names)}")
+        self.workers[worker.name] = worker
+        self.group.worker_joins(Member(worker.name, "host", "host", 1, "cpu", 0.0), worker.wire)  # type: ignore[arg-type]
+        worker.out.append(WorkerReady(MODEL, self.pages))
+
+    def kill(self, worker: SimWorker) -> None:
+        del self.workers[worker.name]
+        worker.wire.closed = True
+        self.group.worker_gone(worker.name, "killed", worker.wire)  # type: ignore[arg-type]
+
+    def lose_store(self) -> None:
+        if self.store_wire is not None:
+            wire, self.store_wire = self.store_wire, None
+            self.parity_of.clear()
+            self.incarnation = f"after {self.dice.random()}"
+            self.group.store_gone("store", wire)  # type: ignore[arg-type]
+
+    def add_store(self) -> None:
+        if self.store_wire is None:
+            self.store_wire = Wire()
+            info = StoreInfo("store", self.incarnation, "tcp://nowhere:1", "http://nowhere:1", 1)
+            self.group.store_joins(info, self.store_wire)  # type: ignore[arg-type]
+
+    def submit(self, *, length: int = 0, max_tokens: int = 0, shared_prefix: bool = False, digest: bool = False) -> str:
+        name = f"r{len(self.requests)}"
+        length = length or self.dice.randrange(1, 30)
+        prompt = [9] * min(16, length) if shared_prefix else []
+        prompt += [self.dice.randrange(8, VOCABULARY) for _ in range(length - len(prompt))]
+        request = GenerationRequest(
+            name,
+            pack_ids(prompt),
+            max_tokens or self.dice.randrange(1, 24),
+            SamplingParams(temperature=0.0),
+            kv_digest=digest,
+        )
+        self.group.submit(self.client, request)  # type: ignore[arg-type]
+        if not any(isinstance(m, Refused) and m.request_id == name for m in self.client.sent):
+            self.requests[name] = request
+            self.received[name] = []
+        return name
+
+    def abort(self) -> None:
+        live = [name for name in self.requests if name not in self.finished]
+        if live:
+            name = self.dice.choice(live)
+            self.finished[name] = "aborted"
+            self.group.abort(self.client, name)  # type: ignore[arg-type]
+
+    async def move(self) -> bool:
+        """Let one message through, somewhere. False: none is under way."""
+        moves: list[tuple[str, Any]] = []
+        for worker in self.workers.values():
+            if any(isinstance(message, Assign) for message in worker.wire.sent):
+                worker.stalled = None  # a new epoch ends the collectives of the one before
+            if worker.wire.sent and worker.stalled is None:
+                moves.append(("in", worker))
+            if worker.out:
+                moves.append(("out", worker))
+        if not moves:
+            return False
+        kind, worker = self.dice.choice(moves)
+        if kind == "out":
+            self.group.from_worker(worker.name, worker.out.popleft())
+        else:
+            self._receive(worker, worker.wire.sent.popleft())
+        await self.settle()
+        return True
+
+    async def settle(self) -> None:
+        for _ in range(6):
+            await asyncio.sleep(0)
+        if self.store_wire is not None:
+            while self.store_wire.sent:
+                message = self.store_wire.sent.popleft()
+                if isinstance(message, ReleaseStripes):
+                    for key in message.keys:
+                        self.parity_of.pop(key, None)
+                else:
+                    assert isinstance(message, EpochNow)
+        while self.client.sent:
+            message = self.client.sent.popleft()
+            if isinstance(message, Tokens) and message.request_id in self.received:
+                self._client_receives(message)
+
+    def _client_receives(self, message: Tokens) -> None:
+        assert message.request_id not in self.finished, "tokens after the end"
+        prompt = unpack_ids(self.requests[message.request_id].prompt)
+        received = self.received[message.request_id]
+        for token in unpack_ids(message.tokens):
+            expected = next_token(tuple(prompt + received))
+            assert token == expected, f"{message.request_id}: token {len(received)} is {token}, not {expected}"
+            received.append(token)
+        if message.finish_reason is not None:
+            self.finished[message.request_id] = message.finish_reason
+            assert len(received) == self.requests[message.request_id].max_tokens
+            if self.requests[message.request_id].kv_digest:
+                assert message.kv_digests == (str(tuple(prompt + received)[:-1]),) * self.size
+
+    # -- a worker ----------------------------------------------------------------------------------------------------
+
+    def _receive(self, worker: SimWorker, message: Message) -> None:
+        match message:
+            case Assign():
+                worker.assign, worker.joined = message, False
+                if message.rank == 0:
+                    worker.out.append(Rendezvous(message.epoch, "model", "exchange"))
+            case Join() if worker.assign is not None and message.epoch == worker.assign.epoch:
+                worker.joined = True
+                worker.out.append(Joined(message.epoch, worker.assign.rank, 0.0, 0.0))
+            case StepPlan() | ProtectPlan() | RestorePlan() if self._current(worker, message.epoch):
+                self._enter(worker, message)
+            case DigestPlan() if self._current(worker, message.epoch):
+                assert worker.assign is not None
+                tokens = self._read(worker, unpack_ids(message.pages), message.tokens)
+                worker.out.append(DigestDone(message.epoch, message.digest, worker.assign.rank, str(tuple(tokens))))
+            case Goodbye():
+                pass
+            case _:
+                pass
+
+    def _current(self, worker: SimWorker, epoch: int) -> bool:
+        return worker.assign is not None and worker.joined and worker.assign.epoch == epoch
+
+    def _enter(self, worker: SimWorker, plan: StepPlan | ProtectPlan | RestorePlan) -> None:
+        """Do this rank's part; what follows the barrier happens when the last rank of the epoch is in."""
+        if isinstance(plan, StepPlan):
+            for part in plan.sequences:
+                self._write(worker, unpack_ids(part.pages), part.start, unpack_ids(part.tokens))
+        worker.stalled = plan
+        peers = [
+            each
+            for each in self.workers.values()
+            if each.assign is not None and each.assign.epoch == plan.epoch and each.stalled == plan
+        ]
+        if len(peers) == self.size:
+            for peer in peers:
+                peer.stalled = None
+            by_rank = {peer.assign.rank: peer for peer in peers if peer.assign is not None}
+            assert sorted(by_rank) == list(range(self.size))
+            match plan:
+                case StepPlan():
+                    self._sample(plan, by_rank)
+                case ProtectPlan():
+                    self._encode(plan, by_rank)
+                case RestorePlan():
+                    self._decode(plan, by_rank)
+
+    def _write(self, worker: SimWorker, pages: list[int], start: int, tokens: list[int]) -> None:
+        for position, token in enumerate(tokens, start):
+            page = worker.kv.setdefault(pages[position // self.page_tokens], [GARBAGE] * self.page_tokens)
+            page[position % self.page_tokens] = token
+
+    def _read(self, worker: SimWorker, pages: list[int], count: int) -> list[int]:
+        blank = [GARBAGE] * self.page_tokens
+        return [
+            worker.kv.get(pages[position // self.page_tokens], blank)[position % self.page_tokens]
+            for position in range(count)
+        ]
+
+    def _sample(self, plan: StepPlan, by_rank: dict[int, SimWorker]) -> None:
+        for rank, worker in by_rank.items():
+            samples = []
+            for part in plan.sequences:
+                count = part.start + len(unpack_ids(part.tokens))
+                seen = self._read(worker, unpack_ids(part.pages), count)
+                assert GARBAGE not in seen, f"rank {rank} computes over KV that is not there"
+                if part.sampling is not None:
+                    samples.append(Sample(part.sequence, next_token(tuple(seen))))
+            worker.out.append(StepDone(plan.epoch, plan.step, rank, tuple(samples), 0.0))
+
+    def _encode(self, plan: ProtectPlan, by_rank: dict[int, SimWorker]) -> None:
+        for rank, worker in by_rank.items():
+            mine = [
+                (page, key)
+                for page, key in zip(unpack_ids(plan.pages), plan.keys, strict=True)
+                if encoding_rank(key, self.size) == rank
+            ]
+            for page, key in mine:
+                slices = [list(by_rank[each].kv[page]) for each in range(self.size)]
+                assert slices.count(slices[0]) == self.size, "ranks disagree on a sealed page"
+                assert GARBAGE not in slices[0]
+                if self.store_wire is not None:
+                    self.parity_of[key] = slices
+            if mine:
+                keys = tuple(key for _, key in mine)
+                stored = self.store_wire is not None
+                worker.out.append(
+                    ProtectDone(plan.epoch, rank, keys if stored else (), () if stored else keys, "no store", 1, 0.0)
+                )
+
+    def _decode(self, plan: RestorePlan, by_rank: dict[int, SimWorker]) -> None:
+        for rank, worker in by_rank.items():
+            failed = []
+            for stripe in plan.stripes:
+                encoded = self.parity_of.get(stripe.key)
+                assert len(stripe.lost) <= self.parity
+                if rank not in stripe.lost:
+                    continue
+                if encoded is None:
+                    failed.append(stripe.key)
+                    worker.kv[stripe.page] = [GARBAGE] * self.page_tokens
+                    continue
+                for other, peer in by_rank.items():
+                    if other not in stripe.lost:
+                        assert peer.kv[stripe.page] == encoded[other], "a survivor's sealed page has changed"
+                worker.kv[stripe.page] = list(encoded[rank])
+                self.restored += 1
+            worker.out.append(RestoreDone(plan.epoch, plan.plan, rank, tuple(failed), "gone", 1, 0.0))
+
+    def abort_collective(self) -> None:
+        """A stalled rank reports that its collective was aborted, as it does when a peer dies."""
+        stalled = [
+            worker for worker in self.workers.values() if worker.stalled is not None and worker.assign is not None
+        ]
+        if stalled:
+            worker = self.dice.choice(stalled)
+            assert worker.assign is not None
+            worker.out.append(RankFailed(worker.assign.epoch, worker.assign.rank, "aborted", fatal=False))
