@@ -103,30 +103,42 @@ class RankModel:
         _replace_activations(self._base)
         _fill_buffers(self._base, config, self.device)
         self._base.eval()
+        self._shared_loaded = False
 
     def load(self, rank: int) -> None:
-        """Fill in the weights of `rank`'s slice, reading no other from the files. May be called again for another."""
+        """Fill in the weights of `rank`'s slice, reading no other from the files. May be called again for another.
+
+        What all ranks share (embeddings, norms) is read by the first call, or by `load_shared` ahead of it.
+        """
         if not 0 <= rank < self.size:
             raise ValueError(f"rank {rank} of {self.size}")
+        self.load_shared()
         with _Weights(self._dir, self.device, self.dtype) as weights, torch.inference_mode():
             for name, module in self._base.named_modules():
-                full = self._prefix + name
                 if isinstance(module, PackedLinear):
-                    part = {"colwise": 0, "rowwise": 1}.get(module.style)
-                    weight = weights.read(full + ".weight", part, rank, self.size)
-                    bias = None
-                    if weights.has(full + ".bias") and (
-                        module.style != "rowwise" or rank == 0
-                    ):  # added once, not k times
-                        bias = weights.read(full + ".bias", 0 if module.style == "colwise" else None, rank, self.size)
-                    module.pack(weight, bias)
-                    continue
-                for parameter in list(module._parameters):
-                    if module._parameters[parameter] is not None:
-                        value = weights.read(f"{full}.{parameter}")
-                        module._parameters[parameter] = nn.Parameter(value, requires_grad=False)
+                    self._load_linear(weights, self._prefix + name, module, rank)
             self._load_head(weights, rank)
         self.rank = rank
+
+    def load_shared(self) -> None:
+        """Read the weights that are the same on every rank, which a spare can do before it has one."""
+        if self._shared_loaded:
+            return
+        with _Weights(self._dir, self.device, self.dtype) as weights, torch.inference_mode():
+            for name, module in self._base.named_modules():
+                for parameter, value in list(module._parameters.items()):
+                    if value is not None:
+                        content = weights.read(f"{self._prefix}{name}.{parameter}")
+                        module._parameters[parameter] = nn.Parameter(content, requires_grad=False)
+        self._shared_loaded = True
+
+    def _load_linear(self, weights: "_Weights", name: str, linear: PackedLinear, rank: int) -> None:
+        split = {"colwise": 0, "rowwise": 1}.get(linear.style)
+        weight = weights.read(name + ".weight", split, rank, self.size)
+        bias = None
+        if weights.has(name + ".bias") and (linear.style != "rowwise" or rank == 0):  # one rank's: it is summed
+            bias = weights.read(name + ".bias", 0 if linear.style == "colwise" else None, rank, self.size)
+        linear.pack(weight, bias)
 
     def _load_head(self, weights: "_Weights", rank: int) -> None:
         name = "lm_head.weight"
@@ -134,7 +146,9 @@ class RankModel:
             name = self._prefix + "embed_tokens.weight"
         first = rank * self._vocab_share
         weight = weights.read_rows(name, first, min(first + self._vocab_share, self.spec.vocab_size))
-        self._head.pack(nn.functional.pad(weight, (0, 0, 0, self._vocab_share - len(weight))), None)
+        if len(weight) < self._vocab_share:
+            weight = nn.functional.pad(weight, (0, 0, 0, self._vocab_share - len(weight)))
+        self._head.pack(weight, None)
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk], pool: KVPool, comm: Communicator | None) -> torch.Tensor:
