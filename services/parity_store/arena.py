@@ -8,7 +8,7 @@ import heapq
 import mmap
 from dataclasses import dataclass, field
 
-from shared.errors import StoreFull
+from shared.errors import ConfigError, StoreFull
 
 SLAB_BYTES = 4 << 20
 _SMALLEST = 512
@@ -42,10 +42,14 @@ class Arena:
     """capacity_bytes (rounded down to whole slabs, at least one) of memory, taken from the system as it is used."""
 
     def __init__(self, capacity_bytes: int, slab_bytes: int = SLAB_BYTES):
+        """Raises ConfigError if the system has no such range."""
         self._slab_bytes = slab_bytes
         self._count = max(1, capacity_bytes // slab_bytes)
         self.capacity_bytes = self._count * slab_bytes
-        self._memory = memoryview(mmap.mmap(-1, self.capacity_bytes))
+        try:
+            self._memory = memoryview(mmap.mmap(-1, self.capacity_bytes))
+        except (OSError, OverflowError) as error:
+            raise ConfigError(f"can't have {self.capacity_bytes} bytes of memory for parity: {error}") from error
         self._free_slabs = list(range(self._count))  # a heap: low slabs first, so that runs stay whole at the end
         self._slabs: dict[int, _Slab] = {}
         self._runs: dict[int, int] = {}  # first slab -> how many, for shards larger than one

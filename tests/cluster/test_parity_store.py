@@ -300,14 +300,11 @@ async def test_the_admin_endpoint_shows_and_deletes_stripes(
     assert "ghost_store_stripes 6.0" in metrics
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["s?limit=0", "s?limit=x", "s?limit=10001", "s?cursor=zz", "s/abc", "s/" + "g" * 32, "s/" + "0" * 34],
-)
-async def test_a_bad_admin_request_is_named_as_such(store: StoreProcess, path: str) -> None:
-    status, answer = await store.admin("GET", f"/admin/stripe{path}")
-    assert status == 400
-    assert answer["error"]["message"]
+async def test_a_bad_admin_request_is_named_as_such(store: StoreProcess) -> None:
+    for path in ("s?limit=0", "s?limit=x", "s?limit=10001", "s?cursor=zz", "s/abc", "s/" + "g" * 32, "s/" + "0" * 34):
+        status, answer = await store.admin("GET", f"/admin/stripe{path}")
+        assert status == 400, path
+        assert answer["error"]["message"], path
 
 
 async def test_a_token_guards_every_port(group: str, redis_url: str) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.parity_store.arena import Arena, Block, size_class
-from shared.errors import StoreFull
+from shared.errors import ConfigError, StoreFull
 
 SLAB = 64 << 10
 
@@ -90,3 +90,8 @@ def test_little_of_a_slot_is_wasted() -> None:
     assert size_class(1) == 512
     for length in range(4096, 3_000_000, 9_973):
         assert length <= size_class(length) <= length * 9 / 8
+
+
+def test_more_memory_than_can_be_addressed_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="memory"):
+        Arena(1 << 60)
