@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from services.gateway.answer import Answer
 from services.gateway.cluster import Cluster
@@ -46,6 +47,7 @@ async def run(
         shutdown_timeout=SHUTDOWN_S,
         keepalive_timeout=KEEP_ALIVE_S,
         access_log=None,
+        logger=_http_log(),
     )
     await runner.setup()
     gateway.connections = lambda: len(runner.server.connections) if runner.server is not None else 0
@@ -77,7 +79,7 @@ class Gateway:
 
     def __init__(self, settings: GatewaySettings):
         self._settings = settings
-        self._keys = _keys(settings)
+        self._keys = client_keys(settings)
         self._tokenizer: Tokenizer | None = None
         self._tokenizer_problem = "the tokenizer is not loaded yet"
         self._version = _version()
@@ -246,7 +248,7 @@ def _prepare(kind: type[CompletionRequest] | type[ChatRequest], body: bytes, ser
     return prepare(parse(kind, body), serving)
 
 
-def _keys(settings: GatewaySettings) -> list[str]:
+def client_keys(settings: GatewaySettings) -> list[str]:
     """The keys of which clients need one; the cluster's token where others can reach us and no key is set."""
     given = settings.api_keys.get_secret_value() if settings.api_keys else ""
     if keys := [key.strip() for key in given.split(",") if key.strip()]:
@@ -257,6 +259,22 @@ def _keys(settings: GatewaySettings) -> list[str]:
         check_bind(settings.host, settings.secret)
         return [settings.secret] if settings.secret else []
     return []
+
+
+def _http_log() -> logging.Logger:
+    """aiohttp's log, with one line for a request that is not HTTP: its bytes, in aiohttp's traceback, may hold a key."""
+    logger = logging.getLogger("services.gateway.http")
+    if not logger.filters:
+        logger.addFilter(_without_bytes)
+    return logger
+
+
+def _without_bytes(record: logging.LogRecord) -> bool:
+    if record.exc_info and isinstance(record.exc_info[1], HttpProcessingError):
+        record.levelno, record.levelname = logging.INFO, "INFO"
+        record.msg, record.args = "not HTTP: %s", (type(record.exc_info[1]).__name__,)
+        record.exc_info = record.exc_text = None
+    return True
 
 
 def _model_name(status: ClusterStatus) -> str:
