@@ -5,10 +5,11 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from aiohttp import web
 
-from services.coordinator.group import Group, group_config
+from services.coordinator.group import Group
 from services.coordinator.journal import Journal
 from services.coordinator.membership import Member
 from shared.channel import CHANNEL_PATH, Channel, accept
@@ -17,6 +18,7 @@ from shared.errors import ConfigError, GhostError
 from shared.messages import GatewayHello, Goodbye, StoreHello, Welcome, WorkerHello
 from shared.service import check_bind
 from shared.stripe_index import StripeIndex
+from shared.types import GroupConfig
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,31 @@ async def run(
             await group.run(stop)
         finally:
             await runner.cleanup()
+
+
+def group_config(settings: CoordinatorSettings) -> GroupConfig:
+    """The group's configuration from the coordinator's settings. Raises ConfigError for what can't be."""
+    if settings.parity + settings.tp > 256:
+        raise ConfigError(f"--tp {settings.tp} and --parity {settings.parity}: together at most 256")
+    served = settings.served_name or settings.model.rstrip("/").rsplit("/", 1)[-1]
+    config = GroupConfig(
+        group=settings.group,
+        model=settings.model,
+        served_name=served,
+        dtype=settings.dtype,
+        size=settings.tp,
+        parity=settings.parity,
+        protection=settings.protection,
+        page_tokens=settings.page_tokens,
+        kv_bytes=settings.kv_memory_mb << 20,
+        max_step_tokens=settings.max_step_tokens,
+        max_batch=settings.max_batch,
+        communicator=settings.communicator,
+        heartbeat_s=settings.heartbeat_s,
+        heartbeat_timeout_s=settings.heartbeat_timeout_s,
+        collective_timeout_s=settings.collective_timeout_s,
+    )
+    return replace(config, protection="none") if settings.tp == 1 else config
 
 
 def application(group: Group, token: str | None) -> web.Application:
@@ -126,8 +153,7 @@ async def _store(group: Group, hello: StoreHello, channel: Channel) -> None:
 
 async def _gateway(group: Group, channel: Channel) -> None:
     channel.send(Welcome(group.config, group.membership.epoch))
-    group.gateways.add(channel)
-    group.announce()
+    group.gateway_joins(channel)
     try:
         async for message in channel:
             group.from_gateway(channel, message)

@@ -7,23 +7,23 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 from services.coordinator.journal import Journal
 from services.coordinator.membership import Member, Membership
 from services.coordinator.pages import PagePool, Shadow
 from services.coordinator.recovery import Rates, Stripe, plan_restore, valid_tokens, wanted_keys
-from services.coordinator.scheduler import Output, Scheduler, Sequence
+from services.coordinator.requests import Requests
+from services.coordinator.scheduler import Scheduler
+from services.coordinator.timeline import Recovery, Timeline
 from shared.channel import Channel
 from shared.config import CoordinatorSettings
-from shared.errors import ConfigError, GhostError, PeerLost
+from shared.errors import GhostError, PeerLost
 from shared.messages import (
     Abort,
-    Accepted,
     Assign,
     DigestDone,
-    DigestPlan,
     EpochNow,
     Goodbye,
     Heartbeat,
@@ -43,20 +43,16 @@ from shared.messages import (
     StepDone,
     StepPlan,
     Submit,
-    Tokens,
     WorkerReady,
 )
 from shared.stripe_index import StripeIndex
 from shared.types import (
     ClusterStatus,
-    GenerationRequest,
     GroupConfig,
     ModelInfo,
-    RecoveryRecord,
+    PageKey,
     StoreInfo,
     pack_ids,
-    root_key,
-    unpack_ids,
 )
 
 log = logging.getLogger(__name__)
@@ -68,44 +64,16 @@ BROKEN_GRACE_S = 1.0
 """After a rank's collective failed: how long to wait for news of who is lost, before all ranks join anew."""
 PROTECT_BATCH_PAGES = 256
 PROTECT_IN_FLIGHT_PAGES = 1024
-RECOVERIES_KEPT = 32
 
 
 @dataclass(slots=True)
-class Ticket:
-    """A request that a gateway waits for."""
+class Restoring:
+    """A RestorePlan under way: the ranks that have not answered, and the stripes that none has failed to decode."""
 
-    request_id: str
-    gateway: Channel
-    sequence: Sequence
-
-
-@dataclass(slots=True)
-class Recovery:
-    """A recovery under way. `awaiting` maps sequences to the tokens that must have KV again."""
-
-    started: float
-    reason: str
-    lost: set[int] = field(default_factory=set)
-    joined: float = 0.0
-    weights_s: float = 0.0
-    resumed: float = 0.0
-    restored_pages: int = 0
-    recomputed_tokens: int = 0
-    kv_bytes: int = 0
-    sequences: int = 0
-    awaiting: dict[int, int] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Gathering:
-    """Answers of all ranks to one plan."""
-
-    number: int
+    plan: int
     waiting: set[int]
-    failed: set[bytes] = field(default_factory=set)
-    values: dict[int, str] = field(default_factory=dict)
-    reason: str = ""
+    good: set[PageKey]
+    trouble: str = ""
 
 
 class Group:
@@ -122,20 +90,18 @@ class Group:
         self.model: ModelInfo | None = None
         self.pool = PagePool(0, protect=False)
         self.scheduler: Scheduler | None = None
+        self.requests: Requests | None = None
         self.rates = Rates()
         self._settings = settings
         self._index = index
         self._journal = Journal(index, config.group)
         self._workers: dict[str, Channel] = {}
-        self._tickets: dict[str, Ticket] = {}
         self._step = 0
         self._step_started = 0.0
         self._step_tokens = 0
         self._plan = 0
-        self._restoring: Gathering | None = None
-        self._digests: dict[int, tuple[int, Gathering]] = {}
-        self._recovery: Recovery | None = None
-        self._records: list[RecoveryRecord] = []
+        self._restoring: Restoring | None = None
+        self._timeline = Timeline()
         self._parity_bytes = 0
         self._broken_since: float | None = None
         self._status_sent = 0.0
@@ -195,9 +161,7 @@ class Group:
         rank = self.membership.gone(name, reason)
         log.warning("worker %s is lost (%s): %s", name, "a spare" if rank is None else f"rank {rank}", reason)
         if rank is not None:
-            self._interrupt(f"rank {rank} ({name}): {reason}")
-            assert self._recovery is not None
-            self._recovery.lost.add(rank)
+            self._interrupt(f"rank {rank} ({name}): {reason}").lost.add(rank)
             self._try_form()
         self.announce()
 
@@ -214,8 +178,8 @@ class Group:
             case Rendezvous() if self.membership.rendezvous(message.epoch):
                 self._to_ranks(Join(epoch, message.model_address, message.exchange_address))
             case Joined(epoch=of):
-                if of == epoch and self._recovery is not None:
-                    self._recovery.weights_s = max(self._recovery.weights_s, message.weights_s)
+                if of == epoch and (recovery := self._timeline.current) is not None:
+                    recovery.weights_s = max(recovery.weights_s, message.weights_s)
                 if self.membership.joined(of, name):
                     self._spawn(self._restore(epoch))
             case StepDone(epoch=of, step=step) if of == epoch and step == self._step:
@@ -228,10 +192,11 @@ class Group:
                     log.warning("%d stripes are not protected: %s", len(message.failed), message.reason)
                 self._protect()
                 self.step()
-            case RestoreDone(epoch=of, plan=plan) if of == epoch:
-                self._restore_done(plan, message)
-            case DigestDone(epoch=of) if of == epoch:
-                self._digest_done(message)
+            case RestoreDone(epoch=of) if of == epoch:
+                self._restore_done(message)
+            case DigestDone(epoch=of) if of == epoch and self.requests is not None:
+                self.requests.digest_done(message)
+                self.step()
             case RankFailed(epoch=of) if of == epoch:
                 if message.fatal:
                     self.worker_gone(name, message.reason)
@@ -269,6 +234,7 @@ class Group:
             max_model_len=limit,
             eos_token_ids=model.eos_token_ids,
         )
+        self.requests = Requests(self.scheduler, model, config.size, self._to_ranks)
         log.info("model %s, %d pages of %d tokens, sequences to %d", model.architecture, ready.pages,
                  config.page_tokens, limit)  # fmt: skip
 
@@ -279,16 +245,14 @@ class Group:
 
     # -- recovery ----------------------------------------------------------------------------------------------------
 
-    def _interrupt(self, reason: str) -> None:
+    def _interrupt(self, reason: str) -> Recovery:
         """The epoch is over: nothing in flight counts any more."""
         self._broken_since = None
         self._restoring = None
-        self._digests.clear()
-        if self.scheduler is not None:
+        if self.scheduler is not None and self.requests is not None:
             self.scheduler.rollback()
-        if self._recovery is None or self._recovery.resumed:
-            self._close_record(time.monotonic())
-            self._recovery = Recovery(time.monotonic(), reason)
+            self.requests.interrupted()
+        return self._timeline.interrupted(reason, time.monotonic())
 
     def _broken(self, reason: str) -> None:
         """The epoch can't go on, though nobody is known to be lost: form again."""
@@ -336,8 +300,8 @@ class Group:
         """Ask the ranks to decode what they can of the running sequences' pages."""
         assert self.scheduler is not None
         assert self.model is not None
-        if self._recovery is not None:
-            self._recovery.joined = time.monotonic()
+        if self._timeline.current is not None:
+            self._timeline.current.joined = time.monotonic()
         running = list(self.scheduler.running)
         keys = wanted_keys(self.pool, running)
         stripes: dict[bytes, Stripe] = {}
@@ -360,7 +324,7 @@ class Group:
             self._resume()
             return
         self._plan += 1
-        self._restoring = Gathering(self._plan, set(range(self.config.size)), {stripe.key for stripe in plan})
+        self._restoring = Restoring(self._plan, set(range(self.config.size)), {stripe.key for stripe in plan})
         self._to_ranks(RestorePlan(epoch, self._plan, plan))
 
     async def _look_up(self, keys: list[bytes]) -> dict[bytes, Stripe]:
@@ -377,27 +341,26 @@ class Group:
                 stripes[key] = Stripe(parity, shards[0].data_checksums)
         return stripes
 
-    def _restore_done(self, plan: int, message: RestoreDone) -> None:
-        gathering = self._restoring
-        if gathering is None or gathering.number != plan:
+    def _restore_done(self, done: RestoreDone) -> None:
+        restoring = self._restoring
+        if restoring is None or restoring.plan != done.plan:
             return
-        gathering.waiting.discard(message.rank)
-        if message.failed:
-            gathering.values.update({message.rank: message.reason})
-        for key in message.failed:
-            gathering.failed.discard(key)  # `failed` holds the stripes still good, until all have answered
-        if self._recovery is not None:
-            self._recovery.kv_bytes += message.bytes_restored
-        if gathering.waiting:
+        restoring.waiting.discard(done.rank)
+        restoring.good.difference_update(done.failed)
+        restoring.trouble = restoring.trouble or done.reason
+        recovery = self._timeline.current
+        if recovery is not None:
+            recovery.kv_bytes += done.bytes_restored
+        if restoring.waiting:
             return
         self._restoring = None
-        for key in gathering.failed:
+        if restoring.trouble:
+            log.warning("some pages are recomputed instead of restored: %s", restoring.trouble)
+        for key in restoring.good:
             self.pool.restored(key)
-        if gathering.values:
-            log.warning("some pages are recomputed instead of restored: %s", next(iter(gathering.values.values())))
-        if self._recovery is not None:
-            self._recovery.restored_pages += len(gathering.failed)
-            self.rates.saw_restore(self._recovery.kv_bytes, message.seconds)
+        if recovery is not None:
+            recovery.restored_pages += len(restoring.good)
+            self.rates.saw_restore(recovery.kv_bytes, done.seconds)
         self._resume()
 
     def _resume(self) -> None:
@@ -409,55 +372,18 @@ class Group:
         dropped = self.pool.drop_missing()
         self.membership.restored()
         self.pool.protect_again(Shadow.PENDING, Shadow.UNPROTECTED)
-        if self._recovery is not None:
-            self._recovery.resumed = time.monotonic()
-            self._recovery.recomputed_tokens = sum(lost.values())
-            self._recovery.sequences = len(running)
-            self._recovery.awaiting = {each.number: each.goal for each in running if each.remaining}
-            log.info(
-                "recovered: %d pages restored, %d tokens to recompute, %d cached pages dropped",
-                self._recovery.restored_pages,
-                self._recovery.recomputed_tokens,
-                dropped,
-            )
+        recomputed = sum(lost.values())
+        self._timeline.resumed((each for each in running if each.remaining), recomputed, time.monotonic())
+        log.info("serving: %d tokens to recompute, %d cached pages dropped", recomputed, dropped)
         self.step()
-        self._watch_recovery()
+        self._progressed()
         self.announce()
 
-    def _watch_recovery(self) -> None:
-        """Close the record when every sequence has the KV it had."""
-        recovery = self._recovery
-        if recovery is None or not recovery.resumed or self.scheduler is None:
-            return
-        computed = {each.number: each.computed for each in self.scheduler.running}
-        behind = {number: goal for number, goal in recovery.awaiting.items() if computed.get(number, goal) < goal}
-        recovery.awaiting = behind
-        if not behind:
-            self._close_record(time.monotonic())
+    def _progressed(self) -> None:
+        """Close the recovery's record when every sequence has the KV it had."""
+        assert self.scheduler is not None
+        if self._timeline.progressed(self.scheduler.running, self.membership.epoch, time.monotonic()):
             self.announce()
-
-    def _close_record(self, now: float) -> None:
-        recovery, self._recovery = self._recovery, None
-        if recovery is None or not recovery.resumed:
-            return
-        self._records.append(
-            RecoveryRecord(
-                epoch=self.membership.epoch,
-                reason=recovery.reason,
-                lost_ranks=tuple(sorted(recovery.lost)),
-                started=recovery.started,
-                regroup_s=recovery.joined - recovery.started - recovery.weights_s,
-                weights_s=recovery.weights_s,
-                restore_s=recovery.resumed - recovery.joined,
-                recompute_s=now - recovery.resumed,
-                ended=now,
-                restored_pages=recovery.restored_pages,
-                recomputed_tokens=recovery.recomputed_tokens,
-                kv_bytes_restored=recovery.kv_bytes,
-                sequences=recovery.sequences,
-            )
-        )
-        del self._records[:-RECOVERIES_KEPT]
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -465,7 +391,8 @@ class Group:
         """Schedule one step and send it to all ranks, if the group serves and none is in flight."""
         if self.membership.state != "serving" or self.scheduler is None or self.scheduler.busy:
             return
-        self._ask_digests()
+        assert self.requests is not None
+        self.requests.ask_digests(self.membership.epoch)
         sequences = self.scheduler.plan()
         if sequences:
             self._step += 1
@@ -475,14 +402,14 @@ class Group:
 
     def _step_done(self, done: StepDone) -> None:
         """The first rank's answer counts: all ranks draw the same."""
-        if self.scheduler is None or not self.scheduler.busy:
+        if self.scheduler is None or self.requests is None or not self.scheduler.busy:
             return
         self.rates.saw_prefill(self._step_tokens, done.seconds)
         for output in self.scheduler.complete(done.samples):
-            self._deliver(output)
+            self.requests.deliver(output)
         self._protect()
         self.step()
-        self._watch_recovery()
+        self._progressed()
 
     def _protect(self) -> None:
         """Send sealed pages to the shadow, and tell the stores which stripes are gone."""
@@ -499,122 +426,32 @@ class Group:
             keys = tuple(page.key for page in pages if page.key is not None)
             self._to_ranks(ProtectPlan(self.membership.epoch, self._step, numbers, keys, stores))
 
-    # -- requests ----------------------------------------------------------------------------------------------------
+    # -- gateways ----------------------------------------------------------------------------------------------------
 
-    def submit(self, gateway: Channel, request: GenerationRequest) -> None:
-        """Queue a request, or refuse it and say why."""
-        refusal = self._refusal(request)
-        if refusal is not None:
-            gateway.send(refusal)
-            return
-        assert self.scheduler is not None
-        assert self.model is not None
-        sequence = self.scheduler.add(request, root_key(self.model.fingerprint, request.cache_salt))
-        self._tickets[request.request_id] = Ticket(request.request_id, gateway, sequence)
-        gateway.send(Accepted(request.request_id))
-        self.step()
-
-    def _refusal(self, request: GenerationRequest) -> Refused | None:
-        name, scheduler, model = request.request_id, self.scheduler, self.model
-        if scheduler is None or model is None:
-            return Refused(name, 503, "not_ready", "no worker has loaded the model yet")
-        if name in self._tickets:
-            return Refused(name, 400, "duplicate_request", "a request of this id is running")
-        if scheduler.full:
-            return Refused(name, 429, "queue_full", f"{len(scheduler.waiting)} requests are waiting; try again later")
-        try:
-            prompt = unpack_ids(request.prompt)
-        except ValueError:
-            return Refused(name, 400, "invalid_prompt", "the prompt is not a list of token ids", "prompt")
-        if not prompt or not all(0 <= token < model.vocab_size for token in prompt):
-            return Refused(
-                name,
-                400,
-                "invalid_prompt",
-                f"a prompt has 1 or more token ids from 0 to {model.vocab_size - 1}",
-                "prompt",
-            )
-        if len(prompt) + max(1, request.max_tokens) > scheduler.max_model_len:
-            text = (
-                f"{len(prompt)} prompt tokens and max_tokens {request.max_tokens} are more than the model's context "
-                f"of {scheduler.max_model_len}"
-            )
-            return Refused(name, 400, "context_length_exceeded", text, "max_tokens")
-        return None
-
-    def abort(self, gateway: Channel, request_id: str) -> None:
-        """Nobody waits for this request any more."""
-        ticket = self._tickets.get(request_id)
-        if ticket is not None and ticket.gateway is gateway:
-            self._forget(ticket)
+    def gateway_joins(self, gateway: Channel) -> None:
+        """A gateway said hello; from now on it hears of every change."""
+        self.gateways.add(gateway)
+        self.announce()
 
     def gateway_gone(self, gateway: Channel) -> None:
         """A gateway is lost, and with it all who wait behind it."""
         self.gateways.discard(gateway)
-        for ticket in [each for each in self._tickets.values() if each.gateway is gateway]:
-            self._forget(ticket)
+        if self.requests is not None:
+            self.requests.gateway_gone(gateway)
+        self.step()
 
     def from_gateway(self, gateway: Channel, message: Message) -> None:
         """Handle a gateway's message."""
         match message:
-            case Submit():
-                self.submit(gateway, message.request)
-            case Abort():
-                self.abort(gateway, message.request_id)
+            case Submit(request=request) if self.requests is None:
+                gateway.send(Refused(request.request_id, 503, "not_ready", "no worker has loaded the model yet"))
+            case Submit(request=request) if self.requests is not None:
+                self.requests.submit(gateway, request)
+            case Abort(request_id=request_id) if self.requests is not None:
+                self.requests.abort(gateway, request_id)
             case _:
                 log.warning("a gateway sent %s", type(message).__name__)
-
-    def _forget(self, ticket: Ticket) -> None:
-        assert self.scheduler is not None
-        self._tickets.pop(ticket.request_id, None)
-        self._digests.pop(ticket.sequence.number, None)
-        self.scheduler.remove(ticket.sequence)
         self.step()
-
-    def _deliver(self, output: Output, digests: tuple[str, ...] = ()) -> None:
-        """Stream new tokens to the gateway. A finished sequence that is to be hashed keeps its last message back."""
-        sequence = output.sequence
-        ticket = self._tickets.get(sequence.request.request_id)
-        finish = output.finish
-        if finish is not None and sequence.request.kv_digest and not digests:
-            finish = None
-        first = len(sequence.tokens) - sequence.prompt_tokens <= len(output.tokens)
-        if ticket is not None and not ticket.gateway.closed and (output.tokens or finish):
-            ticket.gateway.send(
-                Tokens(
-                    request_id=ticket.request_id,
-                    tokens=pack_ids(output.tokens),
-                    logprobs=output.logprobs,
-                    prompt_logprobs=tuple(sequence.prompt_logprobs) if first else (),
-                    finish_reason=finish,
-                    cached_tokens=sequence.cached_tokens,
-                    kv_digests=digests,
-                )
-            )
-        if finish is not None and ticket is not None:
-            self._forget(ticket)
-
-    def _ask_digests(self) -> None:
-        """Have finished sequences hashed whose requests asked for it, once in each epoch."""
-        assert self.scheduler is not None
-        for sequence in self.scheduler.running:
-            if sequence.finish is not None and not sequence.remaining and sequence.number not in self._digests:
-                self._plan += 1
-                self._digests[sequence.number] = (self._plan, Gathering(self._plan, set(range(self.config.size))))
-                pages = pack_ids(sequence.pages)
-                self._to_ranks(DigestPlan(self.membership.epoch, self._plan, pages, sequence.computed))
-
-    def _digest_done(self, message: DigestDone) -> None:
-        for number, (plan, gathering) in list(self._digests.items()):
-            if plan != message.digest:
-                continue
-            gathering.waiting.discard(message.rank)
-            gathering.values[message.rank] = message.value
-            if not gathering.waiting and self.scheduler is not None:
-                del self._digests[number]
-                sequence = next(each for each in self.scheduler.running if each.number == number)
-                digests = tuple(gathering.values[rank] for rank in range(self.config.size))
-                self._deliver(Output(sequence, (), (), sequence.finish), digests)
 
     # -- stores ------------------------------------------------------------------------------------------------------
 
@@ -675,7 +512,7 @@ class Group:
             stripes_pending=pool.count(Shadow.QUEUED) + pool.count(Shadow.PENDING),
             stripes_unprotected=pool.count(Shadow.UNPROTECTED),
             parity_bytes_stored=self._parity_bytes,
-            recoveries=tuple(self._records),
+            recoveries=tuple(self._timeline.records),
         )
 
     def _detail(self) -> str:
@@ -699,28 +536,3 @@ class Group:
         self.membership.check()
         if self.scheduler is not None:
             self.scheduler.check()
-
-
-def group_config(settings: CoordinatorSettings) -> GroupConfig:
-    """The group's configuration from the coordinator's settings. Raises ConfigError for what can't be."""
-    if settings.parity + settings.tp > 256:
-        raise ConfigError(f"--tp {settings.tp} and --parity {settings.parity}: together at most 256")
-    served = settings.served_name or settings.model.rstrip("/").rsplit("/", 1)[-1]
-    config = GroupConfig(
-        group=settings.group,
-        model=settings.model,
-        served_name=served,
-        dtype=settings.dtype,
-        size=settings.tp,
-        parity=settings.parity,
-        protection=settings.protection,
-        page_tokens=settings.page_tokens,
-        kv_bytes=settings.kv_memory_mb << 20,
-        max_step_tokens=settings.max_step_tokens,
-        max_batch=settings.max_batch,
-        communicator=settings.communicator,
-        heartbeat_s=settings.heartbeat_s,
-        heartbeat_timeout_s=settings.heartbeat_timeout_s,
-        collective_timeout_s=settings.collective_timeout_s,
-    )
-    return replace(config, protection="none") if settings.tp == 1 else config

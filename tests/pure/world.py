@@ -11,10 +11,12 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.coordinator.group import Group, group_config
+from services.coordinator.app import group_config
+from services.coordinator.group import Group
 from services.coordinator.membership import Member
 from shared.config import CoordinatorSettings
 from shared.messages import (
+    Abort,
     Assign,
     DigestDone,
     DigestPlan,
@@ -34,6 +36,7 @@ from shared.messages import (
     Sample,
     StepDone,
     StepPlan,
+    Submit,
     Tokens,
     WorkerReady,
 )
@@ -183,7 +186,7 @@ class World:
             SamplingParams(temperature=0.0),
             kv_digest=digest,
         )
-        self.group.submit(self.client, request)  # type: ignore[arg-type]
+        self.group.from_gateway(self.client, Submit(request))  # type: ignore[arg-type]
         if not any(isinstance(m, Refused) and m.request_id == name for m in self.client.sent):
             self.requests[name] = request
             self.received[name] = []
@@ -194,7 +197,7 @@ class World:
         if live:
             name = self.dice.choice(live)
             self.finished[name] = "aborted"
-            self.group.abort(self.client, name)  # type: ignore[arg-type]
+            self.group.from_gateway(self.client, Abort(name))  # type: ignore[arg-type]
 
     async def move(self) -> bool:
         """Let one message through, somewhere. False: none is under way."""

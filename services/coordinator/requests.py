@@ -1,0 +1,137 @@
+"""The requests of a group: taken or refused, streamed to the gateways, ended when nobody waits any more."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from services.coordinator.scheduler import Output, Scheduler, Sequence
+from shared.channel import Channel
+from shared.messages import Accepted, DigestDone, DigestPlan, Message, Refused, Tokens
+from shared.types import GenerationRequest, ModelInfo, pack_ids, root_key, unpack_ids
+
+
+@dataclass(slots=True)
+class Ticket:
+    """A request that a gateway waits for."""
+
+    request_id: str
+    gateway: Channel
+    sequence: Sequence
+
+
+@dataclass(slots=True)
+class Digests:
+    """The ranks' hashes of one sequence's KV, as they come in."""
+
+    plan: int
+    sequence: Sequence
+    values: dict[int, str] = field(default_factory=dict)
+
+
+class Requests:
+    """Tickets between gateways and the scheduler's sequences. `to_ranks` sends a message to every rank."""
+
+    def __init__(self, scheduler: Scheduler, model: ModelInfo, size: int, to_ranks: Callable[[Message], None]):
+        self._scheduler = scheduler
+        self._model = model
+        self._size = size
+        self._to_ranks = to_ranks
+        self._tickets: dict[str, Ticket] = {}
+        self._digests: dict[int, Digests] = {}
+        self._plans = 0
+
+    def submit(self, gateway: Channel, request: GenerationRequest) -> None:
+        """Queue a request, or refuse it and say why."""
+        refusal = self._refusal(request)
+        if refusal is not None:
+            gateway.send(refusal)
+            return
+        sequence = self._scheduler.add(request, root_key(self._model.fingerprint, request.cache_salt))
+        self._tickets[request.request_id] = Ticket(request.request_id, gateway, sequence)
+        gateway.send(Accepted(request.request_id))
+
+    def _refusal(self, request: GenerationRequest) -> Refused | None:
+        name, limit, vocabulary = request.request_id, self._scheduler.max_model_len, self._model.vocab_size
+        if name in self._tickets:
+            return Refused(name, 400, "duplicate_request", "a request of this id is running")
+        if self._scheduler.full:
+            waiting = len(self._scheduler.waiting)
+            return Refused(name, 429, "queue_full", f"{waiting} requests are waiting; try again later")
+        try:
+            prompt = unpack_ids(request.prompt)
+        except ValueError:
+            return Refused(name, 400, "invalid_prompt", "the prompt is not a list of token ids", "prompt")
+        if not prompt or not all(0 <= token < vocabulary for token in prompt):
+            text = f"a prompt has 1 or more token ids from 0 to {vocabulary - 1}"
+            return Refused(name, 400, "invalid_prompt", text, "prompt")
+        if len(prompt) + max(1, request.max_tokens) > limit:
+            text = (
+                f"{len(prompt)} prompt tokens and {request.max_tokens} to generate are more than the context of {limit}"
+            )
+            return Refused(name, 400, "context_length_exceeded", text, "max_tokens")
+        return None
+
+    def abort(self, gateway: Channel, request_id: str) -> None:
+        """Nobody waits for this request any more."""
+        ticket = self._tickets.get(request_id)
+        if ticket is not None and ticket.gateway is gateway:
+            self._end(ticket)
+
+    def gateway_gone(self, gateway: Channel) -> None:
+        """A gateway is lost, and with it all who wait behind it."""
+        for ticket in [each for each in self._tickets.values() if each.gateway is gateway]:
+            self._end(ticket)
+
+    def deliver(self, output: Output) -> None:
+        """Stream new tokens. A finished sequence that is to be hashed keeps its last message back until it is."""
+        sequence = output.sequence
+        hashed = sequence.request.kv_digest
+        finish = None if hashed else output.finish
+        self._send(sequence, Output(sequence, output.tokens, output.logprobs, finish), ())
+
+    def _send(self, sequence: Sequence, output: Output, digests: tuple[str, ...]) -> None:
+        ticket = self._tickets.get(sequence.request.request_id)
+        if ticket is None:
+            return
+        first = len(sequence.tokens) - sequence.prompt_tokens <= len(output.tokens)
+        if not ticket.gateway.closed and (output.tokens or output.finish):
+            ticket.gateway.send(
+                Tokens(
+                    request_id=ticket.request_id,
+                    tokens=pack_ids(output.tokens),
+                    logprobs=output.logprobs,
+                    prompt_logprobs=tuple(sequence.prompt_logprobs) if first else (),
+                    finish_reason=output.finish,
+                    cached_tokens=sequence.cached_tokens,
+                    kv_digests=digests,
+                )
+            )
+        if output.finish is not None:
+            self._end(ticket)
+
+    def _end(self, ticket: Ticket) -> None:
+        del self._tickets[ticket.request_id]
+        self._digests.pop(ticket.sequence.number, None)
+        self._scheduler.remove(ticket.sequence)
+
+    # -- digests -----------------------------------------------------------------------------------------------------
+
+    def interrupted(self) -> None:
+        """The epoch is over: its digests are asked for again."""
+        self._digests.clear()
+
+    def ask_digests(self, epoch: int) -> None:
+        """Have finished sequences hashed whose requests asked for it, once their KV is whole."""
+        for sequence in self._scheduler.running:
+            if sequence.finish is not None and not sequence.remaining and sequence.number not in self._digests:
+                self._plans += 1
+                self._digests[sequence.number] = Digests(self._plans, sequence)
+                self._to_ranks(DigestPlan(epoch, self._plans, pack_ids(sequence.pages), sequence.computed))
+
+    def digest_done(self, message: DigestDone) -> None:
+        """A rank's hash is there; with the last one the sequence ends."""
+        for digests in list(self._digests.values()):
+            if digests.plan == message.digest:
+                digests.values[message.rank] = message.value
+                if len(digests.values) == self._size:
+                    values = tuple(digests.values[rank] for rank in range(self._size))
+                    self._send(digests.sequence, Output(digests.sequence, (), (), digests.sequence.finish), values)
