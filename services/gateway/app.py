@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
 
 from services.gateway.answer import Answer
 from services.gateway.cluster import Cluster
-from services.gateway.guard import Guard, read_body
+from services.gateway.guard import Guard, client_keys, http_log, read_body
 from services.gateway.intake import Job, Serving, prepare
 from services.gateway.metrics import CONTENT_TYPE, Metrics
 from services.gateway.openapi import describe
@@ -23,7 +22,6 @@ from services.gateway.schemas import ChatRequest, CompletionRequest, parse
 from services.gateway.tokenizer import Tokenizer
 from shared.config import GatewaySettings
 from shared.errors import ConfigError, ModelError, RequestRejected
-from shared.service import check_bind
 from shared.types import ClusterStatus
 
 log = logging.getLogger(__name__)
@@ -47,7 +45,7 @@ async def run(
         shutdown_timeout=SHUTDOWN_S,
         keepalive_timeout=KEEP_ALIVE_S,
         access_log=None,
-        logger=_http_log(),
+        logger=http_log(),
     )
     await runner.setup()
     gateway.connections = lambda: len(runner.server.connections) if runner.server is not None else 0
@@ -116,7 +114,8 @@ class Gateway:
         while True:
             self.cluster.changed.clear()
             status = self.cluster.status
-            source = self._settings.model or (status.model.model_dir if status is not None and status.model else "")
+            named = status.model.model_dir if status is not None and status.model is not None else ""
+            source = named if self._settings.model in ("", "default") else self._settings.model
             if source in ("", loaded):
                 await self.cluster.changed.wait()
                 continue
@@ -246,35 +245,6 @@ class Gateway:
 
 def _prepare(kind: type[CompletionRequest] | type[ChatRequest], body: bytes, serving: Serving) -> Job:
     return prepare(parse(kind, body), serving)
-
-
-def client_keys(settings: GatewaySettings) -> list[str]:
-    """The keys of which clients need one; the cluster's token where others can reach us and no key is set."""
-    given = settings.api_keys.get_secret_value() if settings.api_keys else ""
-    if keys := [key.strip() for key in given.split(",") if key.strip()]:
-        return keys
-    try:
-        check_bind(settings.host, None)
-    except ConfigError:
-        check_bind(settings.host, settings.secret)
-        return [settings.secret] if settings.secret else []
-    return []
-
-
-def _http_log() -> logging.Logger:
-    """aiohttp's log, with one line for a request that is not HTTP: its bytes, in aiohttp's traceback, may hold a key."""
-    logger = logging.getLogger("services.gateway.http")
-    if not logger.filters:
-        logger.addFilter(_without_bytes)
-    return logger
-
-
-def _without_bytes(record: logging.LogRecord) -> bool:
-    if record.exc_info and isinstance(record.exc_info[1], HttpProcessingError):
-        record.levelno, record.levelname = logging.INFO, "INFO"
-        record.msg, record.args = "not HTTP: %s", (type(record.exc_info[1]).__name__,)
-        record.exc_info = record.exc_text = None
-    return True
 
 
 def _model_name(status: ClusterStatus) -> str:

@@ -198,7 +198,6 @@ class Cluster:
                     settings.coordinator_url, settings.secret, GatewayHello(name), settings.dial_deadline_s
                 ) as (channel, _):
                     log.info("connected to the coordinator at %s", settings.coordinator_url)
-                    pause = FIRST_REDIAL_S
                     self._channel = channel
                     async for message in channel:
                         self._take(message)
@@ -206,14 +205,14 @@ class Cluster:
             except GhostError as error:
                 reason = str(error)
                 log.log(logging.INFO if reason == self._reason else logging.WARNING, "no coordinator: %s", reason)
-                self._lose(reason)
+                pause = FIRST_REDIAL_S if self._status is not None else min(pause * 2, LAST_REDIAL_S)
+                self._lose(reason, f"the connection to the coordinator was lost: {reason}")
             await asyncio.sleep(pause)
-            pause = min(pause * 2, LAST_REDIAL_S)
 
     def stop(self) -> None:
         """End all calls, and accept no more: the gateway shuts down."""
         self._stopped = True
-        self._lose("the gateway is shutting down")
+        self._lose("the gateway is shutting down", "the gateway is shutting down")
 
     def _take(self, message: Message) -> None:
         match message:
@@ -228,10 +227,10 @@ class Cluster:
             case _:
                 log.debug("ignored %s", type(message).__name__)
 
-    def _lose(self, reason: str) -> None:
+    def _lose(self, reason: str, message: str) -> None:
         self._channel, self._status, self._reason = None, None, reason
         calls = set(self._calls.values())
         self._calls.clear()
         for call in calls:
-            call.fail(StreamLost(f"the connection to the coordinator was lost: {reason}"))
+            call.fail(StreamLost(message))
         self.changed.set()

@@ -6,11 +6,14 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from services.gateway.cluster import StreamLost
 from services.gateway.metrics import Metrics
 from services.gateway.responses import error_body, error_type
-from shared.errors import RequestRejected
+from shared.config import GatewaySettings
+from shared.errors import ConfigError, RequestRejected
+from shared.service import check_bind
 
 log = logging.getLogger(__name__)
 
@@ -102,3 +105,32 @@ async def read_body(request: web.Request) -> bytes:
         raise RequestRejected("the body did not arrive in time", status=408, code="request_timeout") from None
     except web.RequestPayloadError as error:
         raise RequestRejected("the body is broken", code="invalid_body") from error
+
+
+def client_keys(settings: GatewaySettings) -> list[str]:
+    """The keys of which clients need one; the cluster's token where others can reach us and no key is set."""
+    given = settings.api_keys.get_secret_value() if settings.api_keys else ""
+    if keys := [key.strip() for key in given.split(",") if key.strip()]:
+        return keys
+    try:
+        check_bind(settings.host, None)
+    except ConfigError:
+        check_bind(settings.host, settings.secret)
+        return [settings.secret] if settings.secret else []
+    return []
+
+
+def http_log() -> logging.Logger:
+    """aiohttp's log, with one line for what is not HTTP: in aiohttp's own traceback its bytes may show a key."""
+    logger = logging.getLogger("services.gateway.http")
+    if not logger.filters:
+        logger.addFilter(_without_bytes)
+    return logger
+
+
+def _without_bytes(record: logging.LogRecord) -> bool:
+    if record.exc_info and isinstance(record.exc_info[1], HttpProcessingError):
+        record.levelno, record.levelname = logging.INFO, "INFO"
+        record.msg, record.args = "not HTTP: %s", (type(record.exc_info[1]).__name__,)
+        record.exc_info = record.exc_text = None
+    return True

@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from shared.errors import ModelError, RequestRejected
@@ -43,6 +44,8 @@ class Tokenizer:
         """Load from a directory or a hub id; blocks for seconds. Raises ModelError."""
         from transformers import AutoTokenizer
 
+        if Path(source).is_absolute() and not Path(source).is_dir():
+            raise ModelError(f"tokenizer: there is no {source} on this host; say where it lies here (--model)")
         try:
             loaded = AutoTokenizer.from_pretrained(source)
         except Exception as error:  # transformers, tokenizers and the hub client raise dozens of kinds

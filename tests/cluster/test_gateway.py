@@ -18,6 +18,7 @@ import pytest
 from pydantic import SecretStr
 
 from services.gateway import answer, app
+from services.gateway.guard import client_keys
 from services.gateway.tokenizer import Tokenizer
 from shared.config import GatewaySettings
 from shared.errors import ConfigError
@@ -48,6 +49,7 @@ class Bench:
     coordinator: FakeCoordinator
     client: openai.AsyncOpenAI
     http: aiohttp.ClientSession
+    stop: asyncio.Event
 
     async def until_health(self, status: int) -> dict[str, Any]:
         async with asyncio.timeout(DEADLINE_S):
@@ -81,7 +83,7 @@ async def a_gateway(coordinator: FakeCoordinator, *, key: str = "none", **settin
             openai.AsyncOpenAI(base_url=url + "/v1", api_key=key, max_retries=0, timeout=DEADLINE_S) as client,
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(DEADLINE_S)) as http,
         ):
-            yield Bench(url, coordinator, client, http)
+            yield Bench(url, coordinator, client, http, stop)
     finally:
         stop.set()
         async with asyncio.timeout(DEADLINE_S):
@@ -294,7 +296,7 @@ async def test_a_failure_in_mid_stream_raises_in_the_client(bench: Bench) -> Non
     bench.coordinator.script = lambda request: Script(script.tokens, fail_after=3)
     stream = await bench.client.chat.completions.create(model="tiny", messages=HELLO, stream=True)
     seen = ""
-    with pytest.raises(openai.APIError, match="the model melted"):
+    with pytest.raises(openai.APIError, match="the model melted"):  # noqa: PT012
         async for chunk in stream:
             seen += chunk.choices[0].delta.content or ""
             assert chunk.choices[0].finish_reason is None
@@ -337,9 +339,9 @@ async def test_a_key_is_needed_where_keys_are_set(model_dir: Path, caplog: pytes
 async def test_a_bind_that_others_reach_needs_a_key() -> None:
     with pytest.raises(ConfigError, match="set a token"):
         await app.run(GatewaySettings(host="0.0.0.0", port=0), asyncio.Event())
-    assert app.client_keys(GatewaySettings(host="0.0.0.0", token=SecretStr("t"))) == ["t"]
-    assert app.client_keys(GatewaySettings(host="127.0.0.1", token=SecretStr("t"))) == []
-    assert app.client_keys(GatewaySettings(host="0.0.0.0", api_keys=SecretStr("a,b"), token=SecretStr("t"))) == [
+    assert client_keys(GatewaySettings(host="0.0.0.0", token=SecretStr("t"))) == ["t"]
+    assert client_keys(GatewaySettings(host="127.0.0.1", token=SecretStr("t"))) == []
+    assert client_keys(GatewaySettings(host="0.0.0.0", api_keys=SecretStr("a,b"), token=SecretStr("t"))) == [
         "a",
         "b",
     ]
@@ -477,6 +479,17 @@ async def test_the_coordinator_goes_and_comes_back(bench: Bench) -> None:
     gate.set()
     answer = await bench.client.completions.create(model="tiny", prompt="x")
     assert answer.choices[0].finish_reason == "stop"
+
+
+async def test_a_shutdown_in_mid_stream_raises_in_the_client(model_dir: Path) -> None:
+    async with FakeCoordinator(a_status(str(model_dir), 400, (2,))) as coordinator:
+        coordinator.script = lambda request: Script((5, 6, 7), gate=asyncio.Event(), gate_at=1)
+        async with a_gateway(coordinator) as bench:
+            await bench.until_health(200)
+            stream = await bench.client.completions.create(model="tiny", prompt="x", stream=True)
+            with pytest.raises(openai.APIError, match="shutting down"):  # noqa: PT012
+                async for _ in stream:
+                    bench.stop.set()
 
 
 async def test_without_a_coordinator_nothing_is_served_and_health_says_why(model_dir: Path) -> None:

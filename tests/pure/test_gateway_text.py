@@ -101,6 +101,8 @@ def test_chat_template_problems_are_the_clients(tokenizer: Tokenizer, tmp_path: 
 def test_a_missing_tokenizer_is_a_model_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="can't be loaded"):
         Tokenizer.load(str(tmp_path))
+    with pytest.raises(ModelError, match="on this host"):
+        Tokenizer.load("/nowhere/at/all")
 
 
 # -- stop strings ----------------------------------------------------------------------------------------------------
