@@ -4,13 +4,14 @@ import asyncio
 import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any
 from urllib.parse import urlsplit
 
 from shared.errors import ConfigError, DeadlineExceeded, PeerLost
 from shared.transport.base import Listener, Stream
 
-_CALL_BUFFERS, _CALL_BYTES = 64, 512 << 10  # in one system call; more moves no faster, and costs to list
+_VECTOR = 64  # buffers in one system call
 _TURN_BYTES = 8 << 20  # moved without waiting before other tasks get a turn
 _SCRATCH_BYTES = 256 << 10
 
@@ -47,7 +48,7 @@ class TcpStream(Stream):
         left, moved = _flat(buffers), 0
         while left:
             try:
-                count = self._sock.sendmsg(_head(left))
+                count = self._sock.sendmsg(list(islice(left, _VECTOR)))
             except (BlockingIOError, InterruptedError):
                 await self._wait_writable(stall_s)
                 continue
@@ -85,7 +86,7 @@ class TcpStream(Stream):
         """Receive what is there into the first buffers of left, and take off what is full."""
         while True:
             try:
-                count = self._sock.recvmsg_into(_head(left))[0]
+                count = self._sock.recvmsg_into(list(islice(left, _VECTOR)))[0]
             except (BlockingIOError, InterruptedError):
                 await self._wait_readable(stall_s)
                 continue
@@ -203,18 +204,6 @@ async def connect(address: str) -> TcpStream:
 
 def _flat(buffers: Iterable[memoryview]) -> deque[memoryview]:
     return deque(buffer.cast("B") for buffer in buffers if buffer.nbytes)
-
-
-def _head(left: deque[memoryview]) -> list[memoryview]:
-    """Return the first buffers: what one system call is given."""
-    head: list[memoryview] = []
-    size = 0
-    for buffer in left:
-        head.append(buffer)
-        size += buffer.nbytes
-        if size >= _CALL_BYTES or len(head) == _CALL_BUFFERS:
-            break
-    return head
 
 
 def _advance(left: deque[memoryview], count: int) -> None:
