@@ -25,6 +25,7 @@ from shared.errors import ModelError
 
 NAME = "ghostserve"
 TILE = 64
+_FUSED_KEYS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +55,10 @@ class StepAttention:
     """What attention needs in one step. Made by plan_attention."""
 
     pool: KVPool
-    slots: torch.Tensor  # int64 [2, rows]: where layer 0's keys and values of the step's tokens go, in pool.slots
-    blocks: torch.Tensor  # int64 [2 * gathered pages]: layer 0's blocks to gather, keys first
-    gathered: torch.Tensor  # [2, gathered tokens, kv_heads, head_dim] scratch
+    slots: torch.Tensor  # int64 [layers, 2, rows]: where keys and values of the step's tokens go, in pool.slots
+    blocks: torch.Tensor  # int64 [layers, 2 * gathered pages]: pool.blocks to gather, keys first
+    gathered: torch.Tensor  # scratch, [2, gathered tokens, kv_heads, head_dim]
+    by_head: torch.Tensor  # scratch, [2, kv_heads, gathered tokens, head_dim]; of one head, the same as gathered
     tiles: tuple[Tiles, ...]
     queries: tuple[Query, ...]
 
@@ -87,13 +89,15 @@ def plan_attention(chunks: Sequence[Chunk], pool: KVPool, scratch: "Scratch") ->
         pages.append(np.concatenate((table, np.zeros(whole - len(table), dtype=np.int64))))
         first_key += whole * page
         row += len(chunk.tokens)
-    slot = np.concatenate(slots)
-    block = np.concatenate(pages) * (pool.layers * 2)
+    slot, block = np.concatenate(slots), np.concatenate(pages) * (pool.layers * 2)
+    layer = np.arange(pool.layers)[:, None] * 2
+    gathered, by_head = scratch.take(pool, first_key)
     return StepAttention(
         pool=pool,
-        slots=torch.from_numpy(np.stack((slot, slot + page))).to(pool.device),
-        blocks=torch.from_numpy(np.concatenate((block, block + 1))).to(pool.device),
-        gathered=scratch.gathered(pool, first_key),
+        slots=torch.from_numpy(np.stack((slot + layer * page, slot + (layer + 1) * page), axis=1)).to(pool.device),
+        blocks=torch.from_numpy(np.concatenate((block + layer, block + layer + 1), axis=1)).to(pool.device),
+        gathered=gathered,
+        by_head=by_head,
         tiles=tuple(tiles),
         queries=tuple(queries),
     )
@@ -105,13 +109,18 @@ class Scratch:
     def __init__(self) -> None:
         self._memory: torch.Tensor | None = None
 
-    def gathered(self, pool: KVPool, tokens: int) -> torch.Tensor:
-        """[2, tokens, kv_heads, head_dim] of the pool's dtype, 64-byte aligned like all that torch allocates."""
+    def take(self, pool: KVPool, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """[2, tokens, kv_heads, head_dim] and [2, kv_heads, tokens, head_dim] of the pool's dtype; one for one head."""
+        copies = 1 if pool.kv_heads == 1 else 2
         values = 2 * tokens * pool.kv_heads * pool.head_dim
+        values += -values % 64  # 64-byte alignment for the second one too
         memory = self._memory
-        if memory is None or memory.numel() < values or memory.dtype != pool.dtype:
-            memory = self._memory = torch.empty(values * 5 // 4, dtype=pool.dtype, device=pool.device)
-        return memory[:values].view(2, tokens, pool.kv_heads, pool.head_dim)
+        if memory is None or memory.numel() < copies * values or memory.dtype != pool.dtype:
+            memory = self._memory = torch.empty(copies * values * 5 // 4, dtype=pool.dtype, device=pool.device)
+        used = 2 * tokens * pool.kv_heads * pool.head_dim
+        gathered = memory[:used].view(2, tokens, pool.kv_heads, pool.head_dim)
+        start = (copies - 1) * values
+        return gathered, memory[start : start + used].view(2, pool.kv_heads, tokens, pool.head_dim)
 
 
 def attend(
@@ -138,15 +147,16 @@ def attend(
     if softcap is not None or s_aux is not None:
         raise ModelError("attention with a soft cap or sinks is not supported")
     # write, then gather: [rows, kv_heads, head_dim] into slots; blocks of pages into [2, tokens, kv_heads, head_dim]
-    where = step.slots + layer * 2 * pool.page_tokens
-    pool.slots.index_copy_(0, where[0], key[0].transpose(0, 1))
-    pool.slots.index_copy_(0, where[1], value[0].transpose(0, 1))
-    gathered = step.gathered
-    torch.index_select(pool.blocks, 0, step.blocks + layer * 2, out=gathered.view(len(step.blocks), -1))
-    keys, values = gathered[0].transpose(0, 1), gathered[1].transpose(0, 1)  # [kv_heads, tokens, head_dim]
+    slots, blocks = step.slots[layer], step.blocks[layer]
+    pool.slots.index_copy_(0, slots[0], key[0].transpose(0, 1))
+    pool.slots.index_copy_(0, slots[1], value[0].transpose(0, 1))
+    torch.index_select(pool.blocks, 0, blocks, out=step.gathered.view(len(blocks), -1))
+    if pool.kv_heads > 1:
+        step.by_head.copy_(step.gathered.transpose(1, 2))
+    keys, values = step.by_head[0], step.by_head[1]  # [kv_heads, tokens, head_dim]
     heads, rows, dim = query.shape[1:]
     out = torch.empty(rows, heads, dim, dtype=query.dtype, device=query.device)
-    packed = query[0].view(pool.kv_heads, heads // pool.kv_heads, rows, dim)
+    packed = query[0].unflatten(0, (pool.kv_heads, -1))  # [kv_heads, group, rows, head_dim]
     packed_out = out.view(rows, pool.kv_heads, heads // pool.kv_heads, dim)
     for tiles in step.tiles:
         _attend_tiles(packed, keys, values, packed_out, tiles, scaling, window)
@@ -154,10 +164,24 @@ def attend(
         first, last = one.first_key, one.first_key + one.keys
         if window is not None:
             first = max(first, last - window)
-        packed_out[one.row] = nn.functional.scaled_dot_product_attention(
-            packed[None, :, :, one.row], keys[None, :, first:last], values[None, :, first:last], scale=scaling
-        )[0]
+        packed_out[one.row] = _attend_one(packed[:, :, one.row], keys[:, first:last], values[:, first:last], scaling)
     return out[None], None
+
+
+def _attend_one(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
+    """One token's query [kv_heads, group, head_dim] against keys and values [kv_heads, keys, head_dim].
+
+    Which way is taken depends on the number of keys alone. torch's fused attention is the faster one for few keys; for
+    one query it makes slow work of many. (One head is a plain product: a batch of one takes a slow path in oneDNN.)
+    """
+    if keys.shape[1] < _FUSED_KEYS:
+        return nn.functional.scaled_dot_product_attention(query[None], keys[None], values[None], scale=scaling)[0]
+    query = query * scaling
+    if len(keys) == 1:
+        scores = nn.functional.linear(query[0], keys[0])[None]
+    else:
+        scores = torch.bmm(query, keys.transpose(1, 2))
+    return torch.bmm(torch.softmax(scores, -1), values)
 
 
 def _attend_tiles(

@@ -23,7 +23,7 @@ from services.worker import attention
 from services.worker.batch import Chunk
 from services.worker.communicator.base import Communicator
 from services.worker.kv_pool import KVPool
-from services.worker.tensor_parallel import PackedLinear, Ranks, check_plan, linears, plan_style, share
+from services.worker.tensor_parallel import PackedLinear, Ranks, Sharded, check_plan, set_module, shard_linears
 from shared.errors import ModelError
 
 _SAMPLE_BYTES = 1 << 20
@@ -98,7 +98,8 @@ class RankModel:
         self._prefix = whole.base_model_prefix + "."
         self._vocab_share = -(-self.spec.vocab_size // size)  # the last rank's is filled up with zeros
         self._head = PackedLinear(self.spec.hidden, self._vocab_share, "colwise", self._ranks, dtype, self.device)
-        _replace_linears(self._base, config.base_model_tp_plan, size, self._ranks, dtype, self.device)
+        plan = config.base_model_tp_plan
+        self._sharded = shard_linears(self._base, plan, size, self._ranks, dtype, self.device)
         _replace_rms_norms(self._base)
         _replace_activations(self._base)
         _fill_buffers(self._base, config, self.device)
@@ -114,9 +115,8 @@ class RankModel:
             raise ValueError(f"rank {rank} of {self.size}")
         self.load_shared()
         with _Weights(self._dir, self.device, self.dtype) as weights, torch.inference_mode():
-            for name, module in self._base.named_modules():
-                if isinstance(module, PackedLinear):
-                    self._load_linear(weights, self._prefix + name, module, rank)
+            for sharded in self._sharded:
+                self._load_linear(weights, sharded, rank)
             self._load_head(weights, rank)
         self.rank = rank
 
@@ -132,12 +132,15 @@ class RankModel:
                         module._parameters[parameter] = nn.Parameter(content, requires_grad=False)
         self._shared_loaded = True
 
-    def _load_linear(self, weights: "_Weights", name: str, linear: PackedLinear, rank: int) -> None:
+    def _load_linear(self, weights: "_Weights", sharded: Sharded, rank: int) -> None:
+        linear = sharded.linear
+        names = [self._prefix + name for name in sharded.sources]
         split = {"colwise": 0, "rowwise": 1}.get(linear.style)
-        weight = weights.read(name + ".weight", split, rank, self.size)
+        weight = torch.cat([weights.read(name + ".weight", split, rank, self.size) for name in names])
         bias = None
-        if weights.has(name + ".bias") and (linear.style != "rowwise" or rank == 0):  # one rank's: it is summed
-            bias = weights.read(name + ".bias", 0 if linear.style == "colwise" else None, rank, self.size)
+        if weights.has(names[0] + ".bias") and (linear.style != "rowwise" or rank == 0):  # one rank's: it is summed
+            split = 0 if linear.style == "colwise" else None
+            bias = torch.cat([weights.read(name + ".bias", split, rank, self.size) for name in names])
         linear.pack(weight, bias)
 
     def _load_head(self, weights: "_Weights", rank: int) -> None:
@@ -210,16 +213,18 @@ def _wanted_rows(chunks: Sequence[Chunk]) -> list[int]:
 
 
 class _FusedRMSNorm(nn.Module):
-    """RMSNorm in one operation. x [..., n]."""
+    """RMSNorm in few operations, in float32 until its end. x [..., n]."""
 
     def __init__(self, weight: nn.Parameter, epsilon: float) -> None:
         super().__init__()
         self.weight = weight
-        self.shape = tuple(weight.shape)
-        self.epsilon = epsilon
+        self._epsilon = torch.tensor(epsilon, device="cpu")
+        self._inverse = 1.0 / weight.numel()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.rms_norm(x, self.shape, self.weight, self.epsilon)
+        norm = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32)
+        scale = torch.addcmul(self._epsilon, norm, norm, value=self._inverse).rsqrt_()
+        return (x * scale).mul_(self.weight).to(x.dtype)
 
 
 class _RowwiseActivation(nn.Module):
@@ -244,24 +249,14 @@ class _RowwiseActivation(nn.Module):
 def _replace_activations(base: nn.Module) -> None:
     for name, module in list(base.named_modules()):
         if name.endswith(".act_fn"):
-            _set_module(base, name, _RowwiseActivation(module))
-
-
-def _replace_linears(
-    base: nn.Module, plan: dict[str, str], size: int, ranks: Ranks, dtype: torch.dtype, device: torch.device
-) -> None:
-    for name, linear in list(linears(base)):
-        style = plan_style(plan, name)
-        outputs = share(linear.out_features, size, name) if style == "colwise" else linear.out_features
-        inputs = share(linear.in_features, size, name) if style == "rowwise" else linear.in_features
-        _set_module(base, name, PackedLinear(inputs, outputs, style, ranks, dtype, device))
+            set_module(base, name, _RowwiseActivation(module))
 
 
 def _replace_rms_norms(base: nn.Module) -> None:
     for name, module in list(base.named_modules()):
         if type(module).__name__.endswith("RMSNorm") and _is_plain_rms_norm(type(module)):
             epsilon = getattr(module, "variance_epsilon", None) or module.eps
-            _set_module(base, name, _FusedRMSNorm(module.weight, float(epsilon)))  # type: ignore[arg-type]
+            set_module(base, name, _FusedRMSNorm(module.weight, float(epsilon)))  # type: ignore[arg-type]
 
 
 def _is_plain_rms_norm(kind: type[nn.Module]) -> bool:
@@ -283,12 +278,7 @@ def _fill_buffers(base: nn.Module, config: Any, device: torch.device) -> None:
     """Make the modules anew that compute their own buffers (rotary embeddings): the skeleton's hold no values."""
     for name, module in list(base.named_modules()):
         if any(buffer.is_meta for buffer in module._buffers.values() if buffer is not None):
-            _set_module(base, name, type(module)(config=config).to(device))
-
-
-def _set_module(base: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(base.get_submodule(parent), child, module)
+            set_module(base, name, type(module)(config=config).to(device))
 
 
 class _Weights:

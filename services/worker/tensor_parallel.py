@@ -7,7 +7,7 @@ another path for few rows (it does for one row of a long one), rows are added un
 
 import fnmatch
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -28,6 +28,7 @@ _PUBLISHED: Mapping[str, Style] = {
 }
 _TRIED_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256)
 _LARGE = 4 << 20
+_linear_pointwise = torch.ops.mkldnn._linear_pointwise.default
 
 
 @dataclass(slots=True)
@@ -78,21 +79,85 @@ class PackedLinear(nn.Module):
             self._weight = weight.contiguous()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self._packed is None:
+        packed = self._packed
+        if packed is None:
             out = nn.functional.linear(x, self._weight, self._bias)  # type: ignore[arg-type]
+        elif x.shape[-2] >= self._least_rows:
+            out = _linear_pointwise(x, packed, self._bias, "none", [], "")
         else:
-            out = _packed_linear(x, self._packed, self._bias, self._least_rows)
+            padded = nn.functional.pad(x, (0, 0, 0, self._least_rows - x.shape[-2]))
+            out = _linear_pointwise(padded, packed, self._bias, "none", [], "")[..., : x.shape[-2], :].contiguous()
         if self._sums:
             self._ranks.all_reduce(out)
         return out
 
 
-def _packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, least_rows: int) -> torch.Tensor:
-    rows = x.shape[-2]
-    if rows >= least_rows:
-        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")  # type: ignore[no-any-return]
-    padded = nn.functional.pad(x, (0, 0, 0, least_rows - rows))
-    return torch.ops.mkldnn._linear_pointwise(padded, packed, bias, "none", [], "")[..., :rows, :]  # type: ignore[no-any-return]
+class FusedPart(nn.Module):
+    """One of several linears of the same input (queries, keys and values, say) that are computed as one.
+
+    The first computes all of them and keeps the others' parts until they are asked for with the same input.
+    """
+
+    def __init__(self, whole: PackedLinear, parts: tuple[int, ...], index: int, results: "FusedResults") -> None:
+        super().__init__()
+        self._whole = (whole,)  # in a tuple, so that it is no submodule of each of its parts
+        self._parts = parts
+        self._index = index
+        self._results = results
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        results = self._results
+        if self._index == 0 or results.x is not x:
+            results.x = x
+            results.parts = self._whole[0].forward(x).split(self._parts, -1)
+        return results.parts[self._index]
+
+
+@dataclass(slots=True)
+class FusedResults:
+    """What the first of fused linears computed, for the others."""
+
+    x: torch.Tensor | None = None
+    parts: tuple[torch.Tensor, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sharded:
+    """A linear of ours and the names of the transformers' ones whose rows it holds, one after the other."""
+
+    linear: PackedLinear
+    sources: tuple[str, ...]
+
+
+def shard_linears(
+    base: nn.Module, plan: Mapping[str, str], size: int, ranks: Ranks, dtype: torch.dtype, device: torch.device
+) -> list[Sharded]:
+    """Put slices in the place of all linears of a model without its head; those of one input become one."""
+    groups: dict[tuple[str, ...], list[tuple[str, nn.Linear]]] = {}
+    for name, module in list(base.named_modules()):
+        if isinstance(module, nn.Linear):
+            style = plan_style(plan, name)
+            parent = name.rpartition(".")[0]
+            alike = (parent, str(module.in_features), str(module.bias is None))
+            groups.setdefault((style, *alike) if style == "colwise" else (style, name), []).append((name, module))
+    sharded = []
+    for (kind, *_), members in groups.items():
+        style: Style = kind  # type: ignore[assignment]
+        name, first = members[0]
+        inputs = share(first.in_features, size, name) if style == "rowwise" else first.in_features
+        parts = tuple(share(m.out_features, size, n) if style == "colwise" else m.out_features for n, m in members)
+        linear = PackedLinear(inputs, sum(parts), style, ranks, dtype, device)
+        results = FusedResults()
+        for index, (name, _) in enumerate(members):
+            set_module(base, name, FusedPart(linear, parts, index, results) if len(parts) > 1 else linear)
+        sharded.append(Sharded(linear, tuple(name for name, _ in members)))
+    return sharded
+
+
+def set_module(base: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one with this full name."""
+    parent, _, child = name.rpartition(".")
+    setattr(base.get_submodule(parent), child, module)
 
 
 @lru_cache(maxsize=256)
@@ -105,13 +170,13 @@ def _least_rows(inputs: int, outputs: int, dtype: torch.dtype) -> int:
     weight = weight.repeat(-(-outputs // len(weight)), 1)[:outputs]
     x = torch.randn(tried[-1], inputs, generator=generator).to(dtype)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-    whole = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    whole = _linear_pointwise(x, packed, None, "none", [], "")
     least = 1
     for rows, following in itertools.pairwise(tried):
         for first in range(
             0, tried[-1] - rows, 32 if large else 8
         ):  # half precision hides most differences: many tries
-            part = torch.ops.mkldnn._linear_pointwise(x[first : first + rows], packed, None, "none", [], "")
+            part = _linear_pointwise(x[first : first + rows], packed, None, "none", [], "")
             if not torch.equal(part, whole[first : first + rows]):
                 least = following
                 break
@@ -133,13 +198,6 @@ def plan_style(plan: Mapping[str, str], name: str) -> Style:
         if fnmatch.fnmatchcase(name, pattern):
             return _PUBLISHED[published]
     return "replicated"
-
-
-def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Every nn.Linear of a model with its full name."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            yield name, module
 
 
 def share(total: int, size: int, what: str) -> int:
