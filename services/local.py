@@ -49,6 +49,7 @@ class ServeSettings(CommonSettings):
     stores: int = Field(1, ge=0, le=64, description="parity stores")
     parity: int = Field(1, ge=1, le=8, description="parity shards a stripe (m): how many ranks may be lost at once")
     protection: Protection = Field("parity", description="parity, or none: recompute everything after a loss")
+    restore: Literal["auto", "always"] = Field("auto", description="always, or auto: recompute where that is faster")
     device: str = Field("cpu", description="cpu, or cuda: worker i takes cuda:i")
     threads: int = Field(0, ge=0, description="compute threads a CPU worker; 0: cores / ranks, at least 1")
     page_tokens: int = Field(16, ge=1, le=1024, description="tokens a page")
@@ -122,7 +123,7 @@ class LocalCluster:
         coordinator = await self._start_service(
             "coordinator",
             ["--host", "127.0.0.1", "--port", "0", "--redis-url", redis_url, "--model", str(self.model_dir)],
-            ("served_name", "dtype", "tp", "parity", "protection", "page_tokens", "kv_memory_mb", "max_model_len",
+            ("served_name", "dtype", "tp", "parity", "protection", "restore", "page_tokens", "kv_memory_mb", "max_model_len",
              "max_step_tokens", "max_batch", "max_waiting", "communicator"),
         )  # fmt: skip
         dial = ["--coordinator-url", coordinator.address]

@@ -316,7 +316,7 @@ class Group:
             self.pool,
             running,
             stripes,
-            self.rates,
+            self.rates if self._settings.restore == "auto" else None,
             page_bytes=self.model.page_bytes,
             page_tokens=self.config.page_tokens,
         )

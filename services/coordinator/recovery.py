@@ -56,12 +56,12 @@ def plan_restore(
     pool: PagePool,
     sequences: Iterable[Sequence],
     stripes: Mapping[PageKey, Stripe],
-    rates: Rates,
+    rates: Rates | None,
     *,
     page_bytes: int,
     page_tokens: int,
 ) -> tuple[StripeRestore, ...]:
-    """The pages to decode: for each sequence, the run from its start that is recoverable, if that pays.
+    """The pages to decode: for each sequence, the run from its start that is recoverable, if that pays (by `rates`).
 
     A page after one that can't be restored is left out: recomputing the gap goes through it anyway.
     """
@@ -76,7 +76,7 @@ def plan_restore(
                 break
             lost = tuple(sorted(page.missing))
             run.append(StripeRestore(number, key, lost, stripe.parity[: len(lost)], stripe.data_checksums))
-        if run and rates.restoring_pays(len(run), page_bytes, page_tokens):
+        if run and (rates is None or rates.restoring_pays(len(run), page_bytes, page_tokens)):
             plan.update((stripe.key, stripe) for stripe in run)
     return tuple(plan.values())
 

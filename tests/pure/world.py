@@ -132,10 +132,9 @@ class World:
             max_step_tokens=self.dice.choice((3, 8, 32)),
             max_batch=self.dice.choice((2, 8)),
             heartbeat_timeout_s=3600,
+            restore="always",
         )
         self.group = Group(group_config(settings), settings, SimIndex(self), 0)  # type: ignore[arg-type]
-        self.group.rates.restore_start_s = 0.0
-        self.group.rates.restore_bytes_s = 1e12
         self.workers: dict[str, SimWorker] = {}
         self.parity_of: dict[PageKey, list[list[int]]] = {}
         self.incarnation = "first"

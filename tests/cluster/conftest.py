@@ -1,0 +1,63 @@
+"""A real cluster of local processes over a small random model, shared by the tests that break it and leave it whole."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from services.local import LocalCluster, ServeSettings
+from tests.tiny_tokenizer import make_tokenizer_dir
+
+SERVING_S = 60.0
+
+
+@pytest.fixture(scope="session")
+def small_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Llama with a tokenizer, as a model directory."""
+    from tests.worker.rank_threads import small_model
+
+    folder = small_model(tmp_path_factory.mktemp("model"), "Llama", vocab_size=400, max_position_embeddings=4096)
+    return make_tokenizer_dir(folder)
+
+
+def settings(**changes: Any) -> ServeSettings:
+    """Settings of a test's cluster: free ports, float32, little memory."""
+    return ServeSettings(
+        **({"port": 0, "dtype": "float32", "kv_memory_mb": 16, "store_memory_mb": 64, "restore": "always"} | changes)
+    )
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def cluster(small_model_dir: Path) -> AsyncIterator[LocalCluster]:
+    """Three ranks, a spare, a store; it serves before a test and must serve after it."""
+    async with LocalCluster(settings(), small_model_dir) as running:
+        await running.wait_serving(SERVING_S)
+        yield running
+        await whole(running)
+
+
+async def whole(cluster: LocalCluster) -> dict[str, Any]:
+    """Wait until the group serves, with all its workers ready again. Returns the status."""
+    end = time.monotonic() + SERVING_S
+    wanted = cluster.settings.tp + cluster.settings.spares
+    while True:
+        status = await cluster.wait_serving(SERVING_S)
+        if sum(worker["state"] != "loading" for worker in status["workers"]) == wanted:
+            return status
+        assert time.monotonic() < end, f"no full set of workers: {status['workers']}\n{cluster.logs()}"
+        await asyncio.sleep(0.05)
+
+
+async def quiet(cluster: LocalCluster) -> dict[str, Any]:
+    """Wait until nothing runs and nothing waits for protection. Returns the status."""
+    end = time.monotonic() + SERVING_S
+    while True:
+        status = await whole(cluster)
+        if not (status["running"] or status["waiting"] or status["stripes_pending"] or status["pages_held"]):
+            return status
+        assert time.monotonic() < end, f"work is left over: {status}"
+        await asyncio.sleep(0.05)
