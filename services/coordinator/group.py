@@ -413,8 +413,7 @@ class Group:
 
     def _protect(self) -> None:
         """Send sealed pages to the shadow, and tell the stores which stripes are gone."""
-        if self.pool.released:
-            keys, self.pool.released = tuple(self.pool.released), []
+        if keys := self.pool.take_released():
             for _, channel in self.stores.values():
                 if not channel.closed:
                     channel.send(ReleaseStripes(self.config.group, keys))

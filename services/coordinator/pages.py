@@ -36,11 +36,11 @@ class Page:
 
 
 class PagePool:
-    """All pages of a group. Keys of pages that are dropped collect in `released`, for the stores to forget."""
+    """All pages of a group. Keys of pages that are dropped collect until `take_released`, for the stores to forget."""
 
     def __init__(self, count: int, *, protect: bool):
         self.pages = [Page(number) for number in range(count)]
-        self.released: list[PageKey] = []
+        self._released: list[PageKey] = []
         self.unprotected_reason = ""
         self._protect = protect
         self._free: deque[int] = deque(range(count))
@@ -142,7 +142,7 @@ class PagePool:
         for key in keys:
             number = self._by_key.get(key)
             if number is None:
-                self.released.append(key)
+                self._released.append(key)
                 continue
             page = self.pages[number]
             if page.shadow is Shadow.PENDING:
@@ -159,6 +159,11 @@ class PagePool:
     def protection_lost(self) -> None:
         """The stores no longer have what they acknowledged: queue all of it."""
         self.protect_again(Shadow.PROTECTED)
+
+    def take_released(self) -> tuple[PageKey, ...]:
+        """Keys of stripes that the stores may forget; those that are in the pool again are left out."""
+        released, self._released = self._released, []
+        return tuple(key for key in released if key not in self._by_key)
 
     # -- loss and recovery -------------------------------------------------------------------------------------------
 
@@ -215,7 +220,7 @@ class PagePool:
             return
         del self._by_key[page.key]
         if page.shadow is not Shadow.OPEN:
-            self.released.append(page.key)
+            self._released.append(page.key)
         page.key = None
         self._enter(page, Shadow.OPEN)
 

@@ -107,7 +107,7 @@ class Protector:
         self, epoch: int, address: str, batch: Sequence[tuple[ShardLabel, Bytes]], reasons: dict[bytes, str]
     ) -> None:
         request = PutShards(self._group, epoch, tuple(label for label, _ in batch))
-        outcomes = await self._stores.put(address, request, [memoryview(shard) for _, shard in batch])
+        outcomes = await self._stores.put(address, request, [shard.data for _, shard in batch])
         for (label, _), outcome in zip(batch, outcomes, strict=True):
             if outcome is not None:
                 reasons[label.page_key] = f"{address}: {type(outcome).__name__}: {outcome}"

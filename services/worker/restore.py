@@ -10,9 +10,8 @@ import numpy as np
 from kernels.codec import Codec, checksum
 from services.worker.exchange import Bytes, Exchange
 from services.worker.stores import StoreClients
-from shared.errors import GhostError
 from shared.messages import RestoreDone, RestorePlan, StripeRestore
-from shared.transport.base import GetShards, Outcome, ShardRef
+from shared.transport.base import GetShards, ShardRef
 
 
 class Restorer:
@@ -76,11 +75,7 @@ class Restorer:
 
         async def get(address: str, batch: list[tuple[ShardRef, Bytes, int]]) -> None:
             request = GetShards(self._group, tuple(ref for ref, _, _ in batch))
-            outcomes: Sequence[Outcome]
-            try:
-                outcomes = await self._stores.get(address, request, [memoryview(into) for _, into, _ in batch])
-            except GhostError as error:
-                outcomes = (error,) * len(batch)
+            outcomes = await self._stores.get(address, request, [into.data for _, into, _ in batch])
             for (ref, into, recorded), outcome in zip(batch, outcomes, strict=True):
                 if outcome is not None:
                     reasons[ref.page_key] = f"{address}: {type(outcome).__name__}: {outcome}"

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 
-from shared.errors import PeerLost
+from shared.errors import GhostError
 from shared.transport.base import GetShards, Outcome, PutShards
 from shared.transport.client import BulkClient
 
@@ -18,11 +18,11 @@ class StoreClients:
         self._clients: dict[str, asyncio.Task[BulkClient]] = {}
 
     async def put(self, address: str, request: PutShards, payloads: Sequence[memoryview]) -> tuple[Outcome, ...]:
-        """Store shards; for each None once it counts, or why not. A store that can't be reached refuses all."""
+        """Store shards; for each None once it counts, or why not. An unreachable store refuses all."""
         try:
             client = await self._client(address)
             return await client.put(request, payloads, timeout=self._put_deadline_s)
-        except PeerLost as error:
+        except GhostError as error:
             return (error,) * len(request.shards)
 
     async def get(self, address: str, request: GetShards, into: Sequence[memoryview]) -> tuple[Outcome, ...]:
@@ -30,7 +30,7 @@ class StoreClients:
         try:
             client = await self._client(address)
             return await client.get(request, into, timeout=self._fetch_deadline_s)
-        except PeerLost as error:
+        except GhostError as error:
             return (error,) * len(request.shards)
 
     async def _client(self, address: str) -> BulkClient:
