@@ -1,0 +1,137 @@
+"""`ghostserve serve` as a person runs it: it greets, answers, and leaves nothing behind."""
+
+import asyncio
+import os
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import openai
+import pytest
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@asynccontextmanager
+async def serving(model_dir: Path, *flags: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """Run `ghostserve serve` until it greets; yields the process and what it printed."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "services.cli", "serve", "--port", "0", "--model", str(model_dir), "--dtype", "float32",
+        "--kv-memory-mb", "16", "--store-memory-mb", "16", "--served-name", "small", *flags,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    printed = ""
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(90):
+            while "Ctrl-C" not in printed:
+                line = await process.stdout.readline()
+                assert line, f"serve ended early: {printed}"
+                printed += line.decode()
+        yield process, printed
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+
+
+def pids(printed: str) -> dict[str, int]:
+    return {name: int(pid) for name, pid in re.findall(r"^\s+(\S+)\s+pid (\d+)", printed, re.MULTILINE)}
+
+
+def descendants(roots: set[int]) -> set[int]:
+    """All processes below these, by /proc."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+    found = set(roots)
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+async def gone(pids: set[int]) -> None:
+    async with asyncio.timeout(15):
+        while any(alive(pid) for pid in pids):  # noqa: ASYNC110  processes tell nobody when they go
+            await asyncio.sleep(0.02)
+
+
+async def test_serve_answers_the_official_client_and_leaves_no_process(small_model_dir: Path) -> None:
+    async with serving(small_model_dir) as (process, printed):
+        assert {"redis", "coordinator", "workers", "gateway", "store-0"} <= pids(printed).keys()
+        base_url = re.search(r"Base URL\s+(\S+)", printed)
+        assert base_url is not None
+        assert "curl" in printed
+        async with openai.AsyncOpenAI(base_url=base_url[1], api_key="unused") as client:
+            chat = await client.chat.completions.create(
+                model="small", messages=[{"role": "user", "content": "the quick brown fox"}], max_tokens=8
+            )
+            assert chat.choices[0].finish_reason in ("stop", "length")
+            again = [
+                await client.completions.create(model="small", prompt="the fox", max_tokens=8, seed=3, temperature=1.0)
+                for _ in range(2)
+            ]
+            assert again[0].choices[0].text == again[1].choices[0].text
+        family = descendants({process.pid})
+        assert len(family) >= 1 + 5 + 4  # serve, its services, four workers
+        process.send_signal(signal.SIGINT)
+        assert await asyncio.wait_for(process.wait(), 30) == 0
+        await gone(family)
+
+
+async def test_serve_ends_with_an_error_when_a_service_dies(small_model_dir: Path) -> None:
+    async with serving(small_model_dir) as (process, printed):
+        family = descendants({process.pid})
+        os.kill(pids(printed)["coordinator"], signal.SIGKILL)
+        assert process.stdout is not None
+        said = (await asyncio.wait_for(process.stdout.read(), 30)).decode()
+        assert await asyncio.wait_for(process.wait(), 30) == 1
+        assert "coordinator ended with signal SIGKILL" in said
+        await gone(family)
+
+
+async def test_nothing_outlives_a_killed_serve(small_model_dir: Path) -> None:
+    async with serving(small_model_dir) as (process, _):
+        family = descendants({process.pid})
+        process.kill()
+        await gone(family)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["serve", "--tp", "x"], "--tp / GHOST_TP"),
+        (["serve", "--model", "/no/such/place"], "no such directory"),
+        (["serve", "--host", "0.0.0.0", "--model", "MODEL"], "GHOST_TOKEN"),
+        (["coordinator", "--port", "99999"], "--port / GHOST_PORT"),
+        (["coordinator", "--host", "0.0.0.0", "--port", "0"], "GHOST_TOKEN"),
+        (["worker", "--device", "tpu"], "--device / GHOST_DEVICE"),
+        (["parity-store", "--capacity-mb", "0"], "--capacity-mb / GHOST_CAPACITY_MB"),
+        (["drill", "--target", "rank:9"], "rank:N with N from 0 to 2"),
+        (["drill", "--when", "never"], "prefill, decode, or token:N"),
+    ],
+)
+async def test_bad_settings_are_named(small_model_dir: Path, flags: list[str], said: str) -> None:
+    arguments = [str(small_model_dir) if flag == "MODEL" else flag for flag in flags]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "services.cli", *arguments,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    printed, _ = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode in (1, 2)
+    assert said in printed.decode()
+    assert "Traceback" not in printed.decode()
