@@ -58,7 +58,6 @@ class StepAttention:
     slots: torch.Tensor  # int64 [layers, 2, rows]: where keys and values of the step's tokens go, in pool.slots
     blocks: torch.Tensor  # int64 [layers, 2 * gathered pages]: pool.blocks to gather, keys first
     gathered: torch.Tensor  # scratch, [2, gathered tokens, kv_heads, head_dim]
-    by_head: torch.Tensor  # scratch, [2, kv_heads, gathered tokens, head_dim]; of one head, the same as gathered
     tiles: tuple[Tiles, ...]
     queries: tuple[Query, ...]
 
@@ -83,21 +82,18 @@ def plan_attention(chunks: Sequence[Chunk], pool: KVPool, scratch: "Scratch") ->
             ends = (first_tile + 1) * TILE
             tiles.append(Tiles(row, split - chunk.start, lead, count, first_key, ends, chunk.end))
             gathered = max(gathered, (first_tile + count) * TILE)
-        for position in range(split, chunk.end):
-            queries.append(Query(row + position - chunk.start, first_key, position + 1))
+        queries += [Query(row + at - chunk.start, first_key, at + 1) for at in range(split, chunk.end)]
         whole = -(-gathered // page)
         pages.append(np.concatenate((table, np.zeros(whole - len(table), dtype=np.int64))))
         first_key += whole * page
         row += len(chunk.tokens)
     slot, block = np.concatenate(slots), np.concatenate(pages) * (pool.layers * 2)
     layer = np.arange(pool.layers)[:, None] * 2
-    gathered, by_head = scratch.take(pool, first_key)
     return StepAttention(
         pool=pool,
         slots=torch.from_numpy(np.stack((slot + layer * page, slot + (layer + 1) * page), axis=1)).to(pool.device),
         blocks=torch.from_numpy(np.concatenate((block + layer, block + layer + 1), axis=1)).to(pool.device),
-        gathered=gathered,
-        by_head=by_head,
+        gathered=scratch.take(pool, first_key),
         tiles=tuple(tiles),
         queries=tuple(queries),
     )
@@ -109,18 +105,13 @@ class Scratch:
     def __init__(self) -> None:
         self._memory: torch.Tensor | None = None
 
-    def take(self, pool: KVPool, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """[2, tokens, kv_heads, head_dim] and [2, kv_heads, tokens, head_dim] of the pool's dtype; one for one head."""
-        copies = 1 if pool.kv_heads == 1 else 2
+    def take(self, pool: KVPool, tokens: int) -> torch.Tensor:
+        """[2, tokens, kv_heads, head_dim] of the pool's dtype, 64-byte aligned like all that torch allocates."""
         values = 2 * tokens * pool.kv_heads * pool.head_dim
-        values += -values % 64  # 64-byte alignment for the second one too
         memory = self._memory
-        if memory is None or memory.numel() < copies * values or memory.dtype != pool.dtype:
-            memory = self._memory = torch.empty(copies * values * 5 // 4, dtype=pool.dtype, device=pool.device)
-        used = 2 * tokens * pool.kv_heads * pool.head_dim
-        gathered = memory[:used].view(2, tokens, pool.kv_heads, pool.head_dim)
-        start = (copies - 1) * values
-        return gathered, memory[start : start + used].view(2, pool.kv_heads, tokens, pool.head_dim)
+        if memory is None or memory.numel() < values or memory.dtype != pool.dtype:
+            memory = self._memory = torch.empty(values * 5 // 4, dtype=pool.dtype, device=pool.device)
+        return memory[:values].view(2, tokens, pool.kv_heads, pool.head_dim)
 
 
 def attend(
@@ -151,9 +142,7 @@ def attend(
     pool.slots.index_copy_(0, slots[0], key[0].transpose(0, 1))
     pool.slots.index_copy_(0, slots[1], value[0].transpose(0, 1))
     torch.index_select(pool.blocks, 0, blocks, out=step.gathered.view(len(blocks), -1))
-    if pool.kv_heads > 1:
-        step.by_head.copy_(step.gathered.transpose(1, 2))
-    keys, values = step.by_head[0], step.by_head[1]  # [kv_heads, tokens, head_dim]
+    keys, values = step.gathered[0].transpose(0, 1), step.gathered[1].transpose(0, 1)  # [kv_heads, tokens, head_dim]
     heads, rows, dim = query.shape[1:]
     out = torch.empty(rows, heads, dim, dtype=query.dtype, device=query.device)
     packed = query[0].unflatten(0, (pool.kv_heads, -1))  # [kv_heads, group, rows, head_dim]
@@ -176,11 +165,9 @@ def _attend_one(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, s
     """
     if keys.shape[1] < _FUSED_KEYS:
         return nn.functional.scaled_dot_product_attention(query[None], keys[None], values[None], scale=scaling)[0]
-    query = query * scaling
-    if len(keys) == 1:
-        scores = nn.functional.linear(query[0], keys[0])[None]
-    else:
-        scores = torch.bmm(query, keys.transpose(1, 2))
+    query, keys, values = query * scaling, keys.contiguous(), values.contiguous()
+    single = len(keys) == 1
+    scores = nn.functional.linear(query[0], keys[0])[None] if single else torch.bmm(query, keys.transpose(1, 2))
     return torch.bmm(torch.softmax(scores, -1), values)
 
 
@@ -205,20 +192,22 @@ def _attend_tiles(
     if tiles.written < end:
         keys[:, tiles.first_key + tiles.written : tiles.first_key + end] = 0
         values[:, tiles.first_key + tiles.written : tiles.first_key + end] = 0
+    # each head's keys and values in one piece [end, head_dim], which the products want
+    keys, values = (part[:, tiles.first_key : tiles.first_key + end].contiguous() for part in (keys, values))
     for index in range(tiles.count):
         last = tiles.first_end + index * TILE
         start = 0 if window is None else max(0, (last - TILE - window + 1) // TILE * TILE)
-        span = slice(tiles.first_key + start, tiles.first_key + last)
-        scores = torch.bmm(padded[index], keys[:, span].transpose(1, 2))  # [kv_heads, group * TILE, keys]
-        _mask(scores.view(kv_heads * group, TILE, -1), window)
-        torch.bmm(torch.softmax(scores, dim=-1), values[:, span], out=result[index])
+        for head in range(kv_heads):
+            scores = torch.mm(padded[index, head], keys[head, start:last].t())  # [group * TILE, keys]
+            _mask(scores.view(group, TILE, -1), window)
+            torch.mm(torch.softmax(scores, -1), values[head, start:last], out=result[index, head])
     # back to [rows, kv_heads, group, dim]
     flat = result.view(tiles.count, kv_heads, group, TILE, dim).permute(0, 3, 1, 2, 4).reshape(-1, kv_heads, group, dim)
     out[tiles.row : tiles.row + tiles.rows] = flat[used]
 
 
 def _mask(scores: torch.Tensor, window: int | None) -> None:
-    """Hide from scores [heads, TILE, keys] of a tile's rows, whose last key is the tile's last, what they must not see."""
+    """Hide from a tile's rows what they must not see. scores: [heads, TILE, keys], the last key is the tile's last."""
     diagonal = scores[:, :, -TILE:]
     diagonal += _causal(scores.dtype, scores.device)
     if window is not None:

@@ -1,7 +1,7 @@
 """Shard a transformers model by the tensor-parallel plan that its architecture publishes.
 
-colwise: a rank holds some of the outputs of a linear layer. rowwise: it holds some of the inputs, and the ranks' results
-are summed. Linears are packed by oneDNN, which gives a row the same bits whatever rows stand beside it; where it takes
+colwise: a rank holds some of a linear layer's outputs. rowwise: it holds some of the inputs, and the ranks' results are
+summed. Linears are packed by oneDNN, which gives a row the same bits whatever rows stand beside it; where it takes
 another path for few rows (it does for one row of a long one), rows are added until it doesn't (`_least_rows`).
 """
 
@@ -193,7 +193,7 @@ def check_plan(plan: Mapping[str, str], model: str) -> None:
 
 
 def plan_style(plan: Mapping[str, str], name: str) -> Style:
-    """How the plan (see check_plan) splits the module `name` ("layers.3.mlp.up_proj"): replicated where it is silent."""
+    """How a plan splits the module `name` ("layers.3.mlp.up_proj"): replicated where it says nothing."""
     for pattern, published in plan.items():
         if fnmatch.fnmatchcase(name, pattern):
             return _PUBLISHED[published]
