@@ -128,9 +128,7 @@ async def test_bad_http_requests_get_openai_errors(
     headers, payload = {"Content-Type": "application/json"}, io.BytesIO(body) if body else None
     async with (
         aiohttp.ClientSession() as session,
-        session.request(
-            method, cluster.base_url + path, data=io.BytesIO(body) if body else None, headers=headers
-        ) as response,
+        session.request(method, cluster.base_url + path, data=payload, headers=headers) as response,
     ):
         assert response.status == status
         assert (await response.json())["error"]["message"]
