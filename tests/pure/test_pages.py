@@ -1,0 +1,146 @@
+"""The page pool: every page in one set, sealed pages found again, nothing dropped that somebody holds."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from services.coordinator.pages import PagePool, Shadow
+from shared.types import next_page_key, root_key
+
+
+def key(number: int) -> bytes:
+    return next_page_key(root_key("m", ""), [number])
+
+
+def sealed(pool: PagePool, number: int) -> int:
+    pages = pool.allocate(1)
+    assert pages is not None
+    return pool.seal(pages[0], key(number))
+
+
+def test_a_sealed_page_is_found_by_its_key_until_its_room_is_needed() -> None:
+    pool = PagePool(2, protect=False)
+    page = sealed(pool, 1)
+    pool.release([page])
+    assert pool.match([key(1)]) == [page]
+    pool.release([page])
+    taken = pool.allocate(2)
+    assert taken is not None
+    assert pool.match([key(1)]) == []
+
+
+def test_the_first_pages_of_a_sequence_are_evicted_last() -> None:
+    pool = PagePool(3, protect=False)
+    pages = [sealed(pool, number) for number in range(3)]
+    pool.release(pages)
+    assert pool.allocate(1) == [pages[2]]
+    assert pool.match([key(0), key(1)]) == pages[:2]
+
+
+def test_a_page_that_the_shadow_reads_is_not_given_away() -> None:
+    pool = PagePool(1, protect=True)
+    page = sealed(pool, 1)
+    assert [each.number for each in pool.start_protection(8, 8)] == [page]
+    pool.release([page])
+    assert pool.allocate(1) is None
+    pool.end_protection([key(1)], protected=True)
+    assert pool.allocate(1) == [page]
+    assert pool.take_released() == (key(1),)
+
+
+def test_the_same_page_computed_twice_is_kept_once() -> None:
+    pool = PagePool(2, protect=True)
+    first, second = sealed(pool, 1), sealed(pool, 1)
+    assert first == second
+    assert pool.available == 1
+    pool.check([[first], [first]])
+
+
+def test_a_page_with_a_slice_missing_is_not_matched_before_it_is_restored() -> None:
+    pool = PagePool(1, protect=True)
+    page = sealed(pool, 1)
+    pool.lose({2})
+    assert pool.match([key(1)]) == []
+    pool.restored(key(1))
+    assert pool.match([key(1)]) == [page]
+    assert pool.count(Shadow.PROTECTED) == 1
+
+
+def test_failed_protection_has_a_reason_and_is_tried_again() -> None:
+    pool = PagePool(1, protect=True)
+    sealed(pool, 1)
+    pool.start_protection(1, 1)
+    pool.end_protection([key(1)], protected=False, reason="store full")
+    assert pool.count(Shadow.UNPROTECTED) == 1
+    assert pool.unprotected_reason == "store full"
+    pool.protect_again(Shadow.UNPROTECTED)
+    assert len(pool.start_protection(1, 1)) == 1
+
+
+def test_a_page_that_is_not_held_can_not_be_released() -> None:
+    with pytest.raises(AssertionError, match="not held"):
+        PagePool(1, protect=False).release([0])
+
+
+class Pool(RuleBasedStateMachine):
+    """Random sequences over a small pool; `check` after every rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = PagePool(6, protect=True)
+        self.tables: list[list[int]] = []
+        self.pending: list[bytes] = []
+
+    @rule(count=st.integers(1, 4))
+    def allocate(self, count: int) -> None:
+        available = self.pool.available
+        pages = self.pool.allocate(count)
+        assert (pages is None) == (count > available)
+        if pages is not None:
+            self.tables.append(pages)
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def seal(self, data: st.DataObject) -> None:
+        table = data.draw(st.sampled_from(self.tables))
+        index = data.draw(st.integers(0, len(table) - 1))
+        if self.pool.pages[table[index]].key is None:
+            table[index] = self.pool.seal(table[index], key(data.draw(st.integers(0, 9))))
+
+    @rule(number=st.integers(0, 9))
+    def match(self, number: int) -> None:
+        if found := self.pool.match([key(number)]):
+            self.tables.append(found)
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        self.pool.release(self.tables.pop(data.draw(st.integers(0, len(self.tables) - 1))))
+
+    @rule(limit=st.integers(1, 3))
+    def start(self, limit: int) -> None:
+        self.pending += [page.key for page in self.pool.start_protection(limit, 4) if page.key]
+
+    @precondition(lambda self: self.pending)
+    @rule(good=st.booleans())
+    def end(self, good: bool) -> None:
+        self.pool.end_protection([self.pending.pop()], protected=good, reason="x")
+
+    @rule(ranks=st.sets(st.integers(0, 2), min_size=1))
+    def lose(self, ranks: set[int]) -> None:
+        """As after a lost rank: what is held is computed anew, what is cached is dropped."""
+        self.pool.lose(ranks)
+        for table in self.tables:
+            self.pool.rewrite(table)
+        self.pool.drop_missing()
+        self.pool.protect_again(Shadow.PENDING, Shadow.UNPROTECTED)
+        self.pending.clear()
+
+    @invariant()
+    def whole(self) -> None:
+        self.pool.check(self.tables)
+
+
+TestPool = Pool.TestCase
+TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
