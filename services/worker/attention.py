@@ -145,7 +145,7 @@ def attend(
     keys, values = step.gathered[0].transpose(0, 1), step.gathered[1].transpose(0, 1)  # [kv_heads, tokens, head_dim]
     heads, rows, dim = query.shape[1:]
     out = torch.empty(rows, heads, dim, dtype=query.dtype, device=query.device)
-    packed = query[0].unflatten(0, (pool.kv_heads, -1))  # [kv_heads, group, rows, head_dim]
+    packed = query[0].view(pool.kv_heads, heads // pool.kv_heads, rows, dim)
     packed_out = out.view(rows, pool.kv_heads, heads // pool.kv_heads, dim)
     for tiles in step.tiles:
         _attend_tiles(packed, keys, values, packed_out, tiles, scaling, window)

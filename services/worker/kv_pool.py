@@ -62,7 +62,8 @@ class KVPool:
             raise TypeError("the pages of a pool on a GPU have no host view: use page_tensor")
         if not 0 <= page_id < self.pages:
             raise IndexError(f"page {page_id} of {self.pages}")
-        return self._host[page_id]
+        page: Bytes = self._host[page_id]
+        return page
 
     def page_tensor(self, page_id: int) -> torch.Tensor:
         """One page as a uint8 tensor [page_bytes] on the pool's device, without a copy."""
@@ -77,7 +78,7 @@ class KVPool:
         for index in range(-(-tokens // self.page_tokens)):
             valid = min(self.page_tokens, tokens - index * self.page_tokens)
             content = self.kv[int(pages[index]), :, :, :valid].contiguous().cpu()
-            state.update(content.view(-1).view(torch.uint8).numpy())
+            state.update(content.view(-1).view(torch.uint8).numpy().data)
         return state.hexdigest()
 
 

@@ -100,7 +100,7 @@ class RankModel:
         self._head = PackedLinear(self.spec.hidden, self._vocab_share, "colwise", self._ranks, dtype, self.device)
         plan = config.base_model_tp_plan
         self._sharded = shard_linears(self._base, plan, size, self._ranks, dtype, self.device)
-        _replace_rms_norms(self._base)
+        _replace_rms_norms(self._base, self.device)
         _replace_activations(self._base)
         _fill_buffers(self._base, config, self.device)
         self._base.eval()
@@ -178,7 +178,7 @@ class RankModel:
 
     def _logits(self, hidden: torch.Tensor, comm: Communicator | None) -> torch.Tensor:
         """hidden [rows, hidden] -> float32 [rows, vocab_size], gathered from all ranks."""
-        own = self._head(hidden).contiguous()
+        own: torch.Tensor = self._head(hidden)
         if comm is None:
             return own.float()
         parts = own.new_empty(self.size, *own.shape)
@@ -215,10 +215,10 @@ def _wanted_rows(chunks: Sequence[Chunk]) -> list[int]:
 class _FusedRMSNorm(nn.Module):
     """RMSNorm in few operations, in float32 until its end. x [..., n]."""
 
-    def __init__(self, weight: nn.Parameter, epsilon: float) -> None:
+    def __init__(self, weight: nn.Parameter, epsilon: float, device: torch.device) -> None:
         super().__init__()
         self.weight = weight
-        self._epsilon = torch.tensor(epsilon, device="cpu")
+        self._epsilon = torch.tensor(epsilon, device=device)
         self._inverse = 1.0 / weight.numel()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -241,9 +241,11 @@ class _RowwiseActivation(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rest = x.shape[-1] % _VECTOR_BLOCK
         if not rest:
-            return self.inner(x)  # type: ignore[no-any-return]
+            out: torch.Tensor = self.inner(x)
+            return out
         padded = nn.functional.pad(x, (0, _VECTOR_BLOCK - rest))
-        return self.inner(padded)[..., : x.shape[-1]]  # type: ignore[no-any-return]
+        out = self.inner(padded)
+        return out[..., : x.shape[-1]]
 
 
 def _replace_activations(base: nn.Module) -> None:
@@ -252,11 +254,11 @@ def _replace_activations(base: nn.Module) -> None:
             set_module(base, name, _RowwiseActivation(module))
 
 
-def _replace_rms_norms(base: nn.Module) -> None:
+def _replace_rms_norms(base: nn.Module, device: torch.device) -> None:
     for name, module in list(base.named_modules()):
         if type(module).__name__.endswith("RMSNorm") and _is_plain_rms_norm(type(module)):
             epsilon = getattr(module, "variance_epsilon", None) or module.eps
-            set_module(base, name, _FusedRMSNorm(module.weight, float(epsilon)))  # type: ignore[arg-type]
+            set_module(base, name, _FusedRMSNorm(module.weight, float(epsilon), device))
 
 
 def _is_plain_rms_norm(kind: type[nn.Module]) -> bool:
@@ -270,7 +272,7 @@ def _is_plain_rms_norm(kind: type[nn.Module]) -> bool:
         return False
     x = torch.randn(4, 16, generator=generator)
     with torch.no_grad():
-        norm.weight.copy_(torch.randn(16, generator=generator))  # type: ignore[union-attr,operator]
+        norm.weight.copy_(torch.randn(16, generator=generator))  # type: ignore[operator]
         return torch.allclose(norm(x), torch.rms_norm(x, (16,), norm.weight, 1e-5))  # type: ignore[arg-type]
 
 

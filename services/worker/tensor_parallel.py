@@ -7,7 +7,7 @@ another path for few rows (it does for one row of a long one), rows are added un
 
 import fnmatch
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -109,7 +109,7 @@ class FusedPart(nn.Module):
         results = self._results
         if self._index == 0 or results.x is not x:
             results.x = x
-            results.parts = self._whole[0].forward(x).split(self._parts, -1)
+            results.parts = torch.split_with_sizes(self._whole[0].forward(x), self._parts, -1)
         return results.parts[self._index]
 
 
@@ -118,7 +118,7 @@ class FusedResults:
     """What the first of fused linears computed, for the others."""
 
     x: torch.Tensor | None = None
-    parts: tuple[torch.Tensor, ...] = ()
+    parts: Sequence[torch.Tensor] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +141,9 @@ def shard_linears(
             alike = (parent, str(module.in_features), str(module.bias is None))
             groups.setdefault((style, *alike) if style == "colwise" else (style, name), []).append((name, module))
     sharded = []
-    for (kind, *_), members in groups.items():
-        style: Style = kind  # type: ignore[assignment]
+    for members in groups.values():
         name, first = members[0]
+        style = plan_style(plan, name)
         inputs = share(first.in_features, size, name) if style == "rowwise" else first.in_features
         parts = tuple(share(m.out_features, size, n) if style == "colwise" else m.out_features for n, m in members)
         linear = PackedLinear(inputs, sum(parts), style, ranks, dtype, device)

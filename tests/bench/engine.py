@@ -1,7 +1,7 @@
 """The engine's speed beside transformers' generate(), in one run: `python -m tests.bench.engine [--quick] [--json F]`.
 
-generate() runs in one process with two threads; TP = 3 in three processes, TP = 1 in one, of one thread each. The prompts
-are the same random tokens, the weights are the default model's, and each figure is the median of three.
+generate() runs in one process with two threads; TP = 3 in three processes, TP = 1 in one, of one thread each.
+The prompts are the same random tokens, the weights are the default model's, and each figure is the median of three.
 """
 
 import argparse

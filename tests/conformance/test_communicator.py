@@ -83,7 +83,7 @@ def exchange_part(communicator: Communicator, seed: int) -> int:
         rng = np.random.default_rng((seed, turn))
         totals = rng.choice([0, 1, 100, 4096, 50_000, 300_000], (communicator.size, communicator.size))
 
-        def content(source: int, to: int, turn: int = turn) -> np.ndarray:
+        def content(source: int, to: int, turn: int = turn, totals: np.ndarray = totals) -> np.ndarray:
             return np.random.default_rng((turn, source, to)).integers(0, 256, totals[source, to], np.uint8)
 
         def cuts(data: np.ndarray, pieces: int) -> list[np.ndarray]:

@@ -33,9 +33,15 @@ _SLICE = 0.02  # a wait looks for dead peers this often
 _ONE_PHASE_BYTES = 32 << 10  # above: each rank sums its part, then all copy the sums
 
 _syscall = ctypes.CDLL(None).syscall  # releases the GIL
-_syscall.argtypes = [ctypes.c_long, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p] + [
-    ctypes.c_long
-] * 2
+_syscall.argtypes = (
+    ctypes.c_long,
+    ctypes.c_void_p,
+    ctypes.c_int,
+    ctypes.c_uint32,
+    ctypes.c_void_p,
+    ctypes.c_long,
+    ctypes.c_long,
+)
 
 
 class _Timespec(ctypes.Structure):
@@ -173,7 +179,7 @@ class ShmCommunicator(Communicator):
     def _gather_totals(self, totals: Sequence[int]) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
         out = torch.empty(self.size, self.size, dtype=torch.int64)
         self.all_gather(torch.tensor(totals, dtype=torch.int64), out)
-        return out.numpy()  # type: ignore[return-value]
+        return out.numpy()
 
     def abort(self) -> None:
         if self._closed:

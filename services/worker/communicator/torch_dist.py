@@ -12,10 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from torch._C import _distributed_c10d as c10d
 
 from services.worker.communicator.base import Bytes, Communicator, cut
 from shared.errors import CommunicatorAborted, DeadlineExceeded, ProtocolError
@@ -23,14 +24,14 @@ from shared.errors import CommunicatorAborted, DeadlineExceeded, ProtocolError
 _ROUND_BYTES = 8 << 20  # all_to_all: how much one rank sends at a time
 _LEAVING = 0.2  # seconds between a peer's leaving and an abort: others may still be in the last operation
 _opening = threading.Lock()  # one group at a time, so that the sockets it opens can be told
-_Start = Callable[[], dist.Work]
+_Start = Callable[[], c10d.Work]
 
 
 class StoreRendezvous:
     """The TCPStore of one communicator, held by rank 0 until all ranks are connected."""
 
     def __init__(self, size: int, host: str) -> None:
-        self._store: dist.TCPStore | None = dist.TCPStore(
+        self._store: c10d.TCPStore | None = c10d.TCPStore(
             host, 0, size, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
         )
         self.address = f"{host}:{self._store.port}"
@@ -49,12 +50,12 @@ class _GroupCommunicator(Communicator):
         try:
             host, _, port = address.rpartition(":")
             bound = timedelta(seconds=timeout)
-            store = dist.TCPStore(host, int(port), size, is_master=False, wait_for_workers=False, timeout=bound)
-            self._group = self._open(dist.PrefixStore("ghostserve", store), host, bound)
+            store = c10d.TCPStore(host, int(port), size, is_master=False, wait_for_workers=False, timeout=bound)
+            self._group = self._open(c10d.PrefixStore("ghostserve", store), host, bound)
         except (RuntimeError, ValueError) as error:
             raise DeadlineExceeded(f"rank {rank} of {size} could not connect through {address}: {error}") from error
 
-    def _open(self, store: dist.Store, host: str, timeout: timedelta) -> dist.Backend:
+    def _open(self, store: c10d.Store, host: str, timeout: timedelta) -> Any:
         raise NotImplementedError
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
@@ -100,7 +101,7 @@ class _GroupCommunicator(Communicator):
         """Send uint8 `outgoing`, cut by lengths_out; return what came, in rank order."""
         sent = outgoing.to(self._device)
         came = torch.empty(sum(lengths_in), dtype=torch.uint8, device=self._device)
-        self._run(lambda: self._group.alltoall_base(came, sent, lengths_in, lengths_out, dist.AllToAllOptions()))
+        self._run(lambda: self._group.alltoall_base(came, sent, lengths_in, lengths_out, c10d.AllToAllOptions()))
         return came.numpy(force=True)
 
     @property
@@ -131,13 +132,13 @@ class GlooCommunicator(_GroupCommunicator):
 
     _sockets: list[socket.socket]
 
-    def _open(self, store: dist.Store, host: str, timeout: timedelta) -> dist.Backend:
-        options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=_own_address(host))]
+    def _open(self, store: c10d.Store, host: str, timeout: timedelta) -> Any:
+        options: Any = c10d.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._devices = [c10d.ProcessGroupGloo.create_device(hostname=_own_address(host))]
         options._timeout = timeout
         with _opening:
             before = _open_sockets()
-            group = dist.ProcessGroupGloo(store, self.rank, self.size, options)
+            group = c10d.ProcessGroupGloo(store, self.rank, self.size, options)
             self._sockets = [_duplicate(fd) for fd, inode in _open_sockets().items() if before.get(fd) != inode]
         self._closing = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="gloo-watch", daemon=True)
@@ -168,12 +169,12 @@ class GlooCommunicator(_GroupCommunicator):
 
 
 class NcclCommunicator(_GroupCommunicator):
-    """Ranks on GPUs, each on the device that is current when it connects. Not tried: no machine with two GPUs so far."""
+    """Ranks on GPUs, each on the device that is current when it connects. Not tried yet: it needs two GPUs."""
 
-    def _open(self, store: dist.Store, host: str, timeout: timedelta) -> dist.Backend:
-        options = dist.ProcessGroupNCCL.Options()
+    def _open(self, store: c10d.Store, host: str, timeout: timedelta) -> Any:
+        options = c10d.ProcessGroupNCCL.Options()
         options._timeout = timeout
-        return dist.ProcessGroupNCCL(store, self.rank, self.size, options)
+        return c10d.ProcessGroupNCCL(store, self.rank, self.size, options)
 
     @property
     def _device(self) -> torch.device:
@@ -186,7 +187,7 @@ class NcclCommunicator(_GroupCommunicator):
     def _run(self, start: _Start) -> None:
         """Start an operation and wait until the device has done it: the host polls, so that it can see an abort."""
         super()._run(start)
-        done = torch.cuda.Event()
+        done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
         deadline = time.monotonic() + self.timeout
         while not done.query():
