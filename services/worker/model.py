@@ -23,6 +23,7 @@ from services.worker import attention
 from services.worker.batch import Chunk
 from services.worker.communicator.base import Communicator
 from services.worker.kv_pool import KVPool
+from services.worker.rotary import replace_rotary
 from services.worker.tensor_parallel import PackedLinear, Ranks, Sharded, check_plan, set_module, shard_linears
 from shared.errors import ModelError
 
@@ -102,6 +103,7 @@ class RankModel:
         self._sharded = shard_linears(self._base, plan, size, self._ranks, dtype, self.device)
         _replace_rms_norms(self._base, self.device)
         _replace_activations(self._base)
+        replace_rotary(self._base)
         _fill_buffers(self._base, config, self.device)
         self._base.eval()
         self._shared_loaded = False
