@@ -3,10 +3,12 @@
 Shards are separate buffers of equal length, any length and alignment, read and written in place: no packing, no copy.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +20,20 @@ from kernels.generator import check_size, decode_matrix, parity_matrix
 from kernels.gf256 import Matrix
 
 Buffer = npt.NDArray[np.uint8]
-"""One shard: uint8, one dimension, contiguous."""
+"""One shard in host memory: contiguous bytes."""
+
+
+class DeviceArray(Protocol):
+    """One shard in a GPU's memory: contiguous, such as a torch tensor of any shape; or an array that speaks DLPack."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]: ...
+
+
+Shard = Buffer | DeviceArray
+
+Addresses = npt.NDArray[np.uint64]
+"""[stripes, shards]: where each shard lies."""
 
 _PLANS = 512  # decode plans kept for a codec
 
@@ -63,36 +78,75 @@ class Codec(ABC):
         return DecodePlan(self.k, self.m, sources, targets, matrix)
 
     @abstractmethod
-    def encode(self, data: Sequence[Buffer], parity: Sequence[Buffer]) -> None:
-        """Write the m parity shards of the k data shards. Raises CodecError."""
+    def encode(self, data: Sequence[Shard], parity: Sequence[Shard], *, stream: int = 0) -> None:
+        """Write the m parity shards of the k data shards. Raises CodecError.
+
+        stream: on a GPU, the stream to do it on (torch: torch.cuda.current_stream().cuda_stream); returns at once.
+        """
 
     @abstractmethod
-    def reconstruct(self, plan: DecodePlan, sources: Sequence[Buffer], targets: Sequence[Buffer]) -> None:
+    def reconstruct(
+        self, plan: DecodePlan, sources: Sequence[Shard], targets: Sequence[Shard], *, stream: int = 0
+    ) -> None:
         """Write the shards plan.targets, given plan.sources in that order. Raises CodecError."""
+
+    @abstractmethod
+    def encode_at(self, addresses: Addresses, length: int, *, stream: int = 0) -> None:
+        """Encode a batch of stripes [stripes, k + m], data before parity, given where their shards of length bytes lie.
+
+        The caller guarantees that the memory is there, on this codec's device. Raises CodecError if a target overlaps.
+        """
+
+    @abstractmethod
+    def reconstruct_at(self, plan: DecodePlan, addresses: Addresses, length: int, *, stream: int = 0) -> None:
+        """Reconstruct in a batch of stripes [stripes, k + len(plan.targets)], sources before targets; see encode_at."""
+
+    def _check_plan(self, plan: DecodePlan) -> None:
+        if (plan.k, plan.m) != (self.k, self.m):
+            raise CodecError(f"a plan for k={plan.k}, m={plan.m} used with k={self.k}, m={self.m}")
 
 
 class IsalCodec(Codec):
-    """The code on CPUs, by ISA-L."""
+    """The code on CPUs, by ISA-L. threads: for stripes of 16 MiB and more; None leaves half of the cores to others."""
 
-    def __init__(self, k: int, m: int):
+    def __init__(self, k: int, m: int, threads: int | None = None):
         super().__init__(k, m)
-        self._encode = isal.Tables(parity_matrix(k, m))
-        self._decode = lru_cache(maxsize=_PLANS)(_decode_tables)
+        self._threads = threads or max(1, min(4, len(os.sched_getaffinity(0)) // 2))
+        self._encode = isal.Tables(parity_matrix(k, m), self._threads)
+        self._decode = lru_cache(maxsize=_PLANS)(self._decode_tables)
 
-    def encode(self, data: Sequence[Buffer], parity: Sequence[Buffer]) -> None:
-        _apply(self._encode, data, parity)
+    def encode(self, data: Sequence[Shard], parity: Sequence[Shard], *, stream: int = 0) -> None:
+        self._encode.apply(data, parity)
 
-    def reconstruct(self, plan: DecodePlan, sources: Sequence[Buffer], targets: Sequence[Buffer]) -> None:
-        if (plan.k, plan.m) != (self.k, self.m):
-            raise CodecError(f"a plan for k={plan.k}, m={plan.m} used with k={self.k}, m={self.m}")
-        _apply(self._decode(plan), sources, targets)
+    def reconstruct(
+        self, plan: DecodePlan, sources: Sequence[Shard], targets: Sequence[Shard], *, stream: int = 0
+    ) -> None:
+        self._check_plan(plan)
+        self._decode(plan).apply(sources, targets)
+
+    def encode_at(self, addresses: Addresses, length: int, *, stream: int = 0) -> None:
+        check_addresses(addresses, self.k, self.m, length)
+        self._encode.apply_at(addresses.tolist(), length)
+
+    def reconstruct_at(self, plan: DecodePlan, addresses: Addresses, length: int, *, stream: int = 0) -> None:
+        self._check_plan(plan)
+        check_addresses(addresses, self.k, len(plan.targets), length)
+        self._decode(plan).apply_at(addresses.tolist(), length)
+
+    def _decode_tables(self, plan: DecodePlan) -> isal.Tables:
+        return isal.Tables(plan.matrix, self._threads)
 
 
 def make_codec(k: int, m: int, device: str = "cpu") -> Codec:
-    """Return the codec for a device. Raises CodecError if there is no such code, backend or library."""
+    """Return the codec for a device: cpu, cuda, cuda:1. Raises CodecError if there is no such code or device."""
     if device == "cpu":
         return IsalCodec(k, m)
-    raise CodecError(f"no codec for device {device!r}; there is one for 'cpu'")
+    kind, _, index = device.partition(":")
+    if kind == "cuda" and (index.isdigit() or device == "cuda"):
+        from kernels import cuda  # needs CuPy, which CPUs do without
+
+        return cuda.CudaCodec(k, m, cuda.CupyRunner(int(index or 0)))
+    raise CodecError(f"no codec for device {device!r}; there is one for 'cpu', 'cuda' and 'cuda:<index>'")
 
 
 def checksum(buffer: Buffer | memoryview | bytes) -> int:
@@ -100,38 +154,19 @@ def checksum(buffer: Buffer | memoryview | bytes) -> int:
     return xxhash.xxh3_64_intdigest(buffer)  # type: ignore[arg-type]  # arrays are buffers, typed so from 3.12 on
 
 
-def _decode_tables(plan: DecodePlan) -> isal.Tables:
-    return isal.Tables(plan.matrix)
-
-
-def _apply(tables: isal.Tables, sources: Sequence[Buffer], targets: Sequence[Buffer]) -> None:
-    if len(sources) != tables.columns or len(targets) != tables.rows:
+def check_addresses(addresses: Addresses, sources: int, targets: int, length: int) -> None:
+    """Raise CodecError if these are not [stripes, sources + targets], or a target overlaps a shard of any stripe."""
+    if addresses.ndim != 2 or addresses.shape[1] != sources + targets or addresses.dtype != np.uint64 or length < 0:
         raise CodecError(
-            f"{len(sources)} sources and {len(targets)} targets given; {tables.columns} and {tables.rows} are needed"
+            f"addresses are uint64 [stripes, {sources + targets}], not {addresses.dtype} {list(addresses.shape)}"
         )
-    length = sources[0].size
-    reads = [_address(buffer, length, writes=False) for buffer in sources]
-    writes = [_address(buffer, length, writes=True) for buffer in targets]
-    _check_apart(reads, writes, length)
-    tables.apply(length, reads, writes)
-
-
-def _address(buffer: Buffer, length: int, *, writes: bool) -> int:
-    """Return where a shard lies. Raises CodecError if it is not one of this length, or can't be written but must be."""
-    view = buffer.__array_interface__  # one look-up for all: this is the cost of a call with small shards
-    if view["typestr"] != "|u1" or len(view["shape"]) != 1 or view["strides"] is not None:
-        raise CodecError(f"a shard is uint8 [n], contiguous; this one is {buffer.dtype} {list(buffer.shape)}")
-    if view["shape"][0] != length:
-        raise CodecError(f"shards of unequal length: {view['shape'][0]} and {length}")
-    address, is_read_only = view["data"]
-    if writes and is_read_only:
-        raise CodecError("a target is read-only")
-    return int(address)
-
-
-def _check_apart(reads: Sequence[int], writes: Sequence[int], length: int) -> None:
-    """Raise CodecError if a target overlaps another target or a source."""
-    for i, start in enumerate(writes):
-        for other in (*reads, *writes[:i]):
-            if -length < start - other < length:
-                raise CodecError("a target overlaps another shard")
+    if not addresses.size or not length:
+        return
+    written = np.sort(addresses[:, sources:], axis=None)
+    read = addresses[:, :sources].ravel()
+    size = np.uint64(length)
+    after = np.searchsorted(written, read)  # the first target at or after each source
+    runs_into = (after < written.size) & (written[np.minimum(after, written.size - 1)] - read < size)
+    begins_in = (after > 0) & (read - written[np.maximum(after, 1) - 1] < size)
+    if (np.diff(written) < size).any() or runs_into.any() or begins_in.any():
+        raise CodecError("a target overlaps another shard")

@@ -93,6 +93,23 @@ def test_a_plan_is_made_once_for_a_pattern() -> None:
     assert codec.plan([0, 2, 3, 4, 5], [1]).sources == (0, 2, 3, 4)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_batch_of_stripes_given_by_address(threads: int) -> None:
+    length = 2_100_000 if threads > 1 else 1000  # threads begin at 16 MiB of sources
+    stripes = np.random.default_rng(5).integers(0, 256, (2, 10, length), dtype=np.uint8)
+    addresses = np.array([[shard.ctypes.data for shard in stripe] for stripe in stripes], dtype=np.uint64)
+    codec = IsalCodec(8, 2, threads)
+    codec.encode_at(addresses, length)
+    for stripe in stripes:
+        assert all(np.array_equal(a, b) for a, b in zip(stripe[8:], oracle(8, 2, list(stripe[:8])), strict=True))
+    plan, lost = codec.plan(range(2, 10), [1, 0]), stripes[:, :2].copy()
+    stripes[:, :2] = 0xEE
+    codec.reconstruct_at(plan, addresses[:, [*plan.sources, *plan.targets]], length)
+    assert np.array_equal(stripes[:, :2], lost)
+    codec.encode(list(stripes[0, :8]), list(stripes[1, 8:]))
+    assert np.array_equal(stripes[0, 8:], stripes[1, 8:])
+
+
 def test_threads_may_share_a_codec() -> None:
     codec, data = make_codec(8, 2), random_shards(8, 200_000, seed=3)
     expected, failures = oracle(8, 2, data), []
@@ -136,18 +153,22 @@ def test_malformed_buffers_are_refused() -> None:
         ([a, b], [a]),
         ([whole[:32], b], [whole[31:63]]),
         ([a, b], [frozen]),
-        ([a, b.view(np.int8)], [out]),  # type: ignore[list-item]
-        ([a, b.reshape(2, 16)], [out]),
+        ([a, None], [out]),  # type: ignore[list-item]
     ]
     for sources, targets in bad_calls:
         with pytest.raises(CodecError):
             codec.encode(sources, targets)
+    with pytest.raises(CodecError, match="uint64"):
+        codec.encode_at(np.zeros((1, 4), dtype=np.uint64), 32)
+    with pytest.raises(CodecError, match="overlaps"):  # within a batch too
+        codec.encode_at(np.array([[1000, 2000, 3000], [4000, 2969, 5000]], dtype=np.uint64), 32)
     two = make_codec(2, 2)
     with pytest.raises(CodecError, match="overlaps"):
         two.encode([a, b], [whole[:32], whole[16:48]])
     with pytest.raises(CodecError, match="a plan for"):
         codec.reconstruct(two.plan([0, 2], [1]), [a, b], [out])
     codec.encode([a, a], [out])  # the same source twice is only unusual
+    codec.encode([a.view(np.int8), b.reshape(2, 16)], [out])  # type: ignore[list-item]  # any contiguous bytes do
 
 
 def test_an_unknown_device_is_refused() -> None:
