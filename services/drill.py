@@ -246,10 +246,12 @@ async def stream_all(
     salt: str,
     *,
     max_tokens: int | None = None,
+    digest: bool = True,
     watch: Callable[[int, Stream], None] = lambda index, stream: None,
     background: Callable[[], Awaitable[None]] | None = None,
 ) -> list[Stream]:
     """Stream one completion for each prompt, all at once. The cache salt keeps runs from sharing pages."""
+    model, tokens = (await cluster.status())["served_name"], max_tokens or options.max_tokens
     headers = {}
     if cluster.settings.api_keys:
         headers["Authorization"] = f"Bearer {cluster.settings.api_keys.get_secret_value().split(',')[0]}"
@@ -261,7 +263,7 @@ async def stream_all(
             tasks.create_task(_awaited(background()))
         running = [
             tasks.create_task(
-                _stream(session, cluster.base_url, prompt, max_tokens or options.max_tokens, salt, index, watch)
+                _stream(session, cluster.base_url, _body(model, prompt, tokens, salt, digest), index, watch)
             )
             for index, prompt in enumerate(prompts)
         ]
@@ -272,17 +274,9 @@ async def _awaited(work: Awaitable[None]) -> None:
     await work
 
 
-async def _stream(
-    session: aiohttp.ClientSession,
-    base_url: str,
-    prompt: Sequence[int],
-    max_tokens: int,
-    salt: str,
-    index: int,
-    watch: Callable[[int, Stream], None],
-) -> Stream:
-    body = {
-        "model": (await _model_name(session, base_url)),
+def _body(model: str, prompt: Sequence[int], max_tokens: int, salt: str, digest: bool) -> dict[str, Any]:
+    return {
+        "model": model,
         "prompt": list(prompt),
         "max_tokens": max_tokens,
         "temperature": 0,
@@ -290,8 +284,17 @@ async def _stream(
         "ignore_eos": True,
         "cache_salt": salt,
         "return_token_ids": True,
-        "return_kv_digest": True,
+        "return_kv_digest": digest,
     }
+
+
+async def _stream(
+    session: aiohttp.ClientSession,
+    base_url: str,
+    body: dict[str, Any],
+    index: int,
+    watch: Callable[[int, Stream], None],
+) -> Stream:
     seen = Stream(started=time.monotonic())
     async with session.post(base_url + "/v1/completions", json=body) as response:
         if response.status != 200:
@@ -313,11 +316,6 @@ async def _stream(
     if seen.finish is None:
         raise GhostError(f"stream {index} broke off after {len(seen.tokens)} tokens")
     return seen
-
-
-async def _model_name(session: aiohttp.ClientSession, base_url: str) -> str:
-    async with session.get(base_url + "/v1/models") as response:
-        return str((await response.json())["data"][0]["id"])
 
 
 async def _record(cluster: LocalCluster, before: int) -> tuple[dict[str, Any], dict[str, Any]]:

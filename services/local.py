@@ -82,7 +82,7 @@ class Process:
         return self.process.pid
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class LocalCluster:
     """Redis, coordinator, parity stores, workers and a gateway on this machine. An async context manager.
 
