@@ -80,6 +80,9 @@ class WorkerSettings(CommonSettings):
     )
     advertise_host: str = Field("127.0.0.1", description="address under which other ranks reach this host")
     threads: int = Field(1, ge=0, description="compute threads of a CPU worker; 0: cores / workers, at least 1")
+    hold_weights: bool = Field(
+        True, description="a spare holds all ranks' slices ready, for the memory of a whole model"
+    )
     put_deadline_s: Seconds = Field(10.0, description="time for a store to acknowledge a parity shard")
     fetch_deadline_s: Seconds = Field(10.0, description="time for a store to return a parity shard")
 

@@ -126,7 +126,15 @@ class Worker:
         restorer = Restorer(config.group, codec, self._stores, self._loop)
         model_dir = resolve_model(self._settings.model or config.model)
         shadow = Shadow(protector, restorer, self._report)
-        return Runner(Path(model_dir), config, device, self._settings.advertise_host, shadow, self._report)
+        return Runner(
+            Path(model_dir),
+            config,
+            device,
+            self._settings.advertise_host,
+            shadow,
+            self._report,
+            hold_weights=self._settings.hold_weights,
+        )
 
     def _handle(self, runner: Runner, message: Message) -> None:
         match message:

@@ -89,7 +89,7 @@ def _zeros(size: int, device: torch.device) -> torch.Tensor:
     """
     if device.type != "cpu":
         return torch.zeros(size, dtype=torch.uint8, device=device)
-    memory = mmap.mmap(-1, size + _HUGE_PAGE)
+    memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without transparent huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)

@@ -24,7 +24,7 @@ from services.worker.batch import Chunk
 from services.worker.communicator.base import Communicator
 from services.worker.kv_pool import KVPool
 from services.worker.rotary import replace_rotary
-from services.worker.tensor_parallel import PackedLinear, Ranks, Sharded, check_plan, set_module, shard_linears
+from services.worker.tensor_parallel import Packed, PackedLinear, Ranks, Sharded, check_plan, set_module, shard_linears
 from shared.errors import ModelError
 
 _SAMPLE_BYTES = 1 << 20
@@ -107,20 +107,36 @@ class RankModel:
         _fill_buffers(self._base, config, self.device)
         self._base.eval()
         self._shared_loaded = False
+        self._ready: dict[int, list[Packed]] = {}
 
     def load(self, rank: int) -> None:
-        """Fill in the weights of `rank`'s slice, reading no other from the files. May be called again for another.
+        """Take `rank`'s slice, which is read (and no other) unless `prepare` has. May be called again for another."""
+        self.load_shared()
+        slices = self._ready.get(rank) or self._read(rank)
+        for linear, packed in zip(self._all_linears(), slices, strict=True):
+            linear.take(packed)
+        self.rank = rank
 
-        What all ranks share (embeddings, norms) is read by the first call, or by `load_shared` ahead of it.
-        """
+    def prepare(self, rank: int) -> None:
+        """Hold `rank`'s slice ready, for the memory it takes, so that `load` need only take it."""
+        self.load_shared()
+        if rank not in self._ready:
+            self._ready[rank] = self._read(rank)
+
+    def forget_prepared(self) -> None:
+        """Give back the memory of slices that were prepared; the one that is loaded stays."""
+        self._ready.clear()
+
+    def _all_linears(self) -> list[PackedLinear]:
+        return [*(sharded.linear for sharded in self._sharded), self._head]
+
+    def _read(self, rank: int) -> list[Packed]:
+        """Read and pack a rank's slices of all linears, the head's last."""
         if not 0 <= rank < self.size:
             raise ValueError(f"rank {rank} of {self.size}")
-        self.load_shared()
         with _Weights(self._dir, self.device, self.dtype) as weights, torch.inference_mode():
-            for sharded in self._sharded:
-                self._load_linear(weights, sharded, rank)
-            self._load_head(weights, rank)
-        self.rank = rank
+            slices = [self._read_linear(weights, sharded, rank) for sharded in self._sharded]
+            return [*slices, self._read_head(weights, rank)]
 
     def load_shared(self) -> None:
         """Read the weights that are the same on every rank, which a spare can do before it has one."""
@@ -134,7 +150,7 @@ class RankModel:
                         module._parameters[parameter] = nn.Parameter(content, requires_grad=False)
         self._shared_loaded = True
 
-    def _load_linear(self, weights: "_Weights", sharded: Sharded, rank: int) -> None:
+    def _read_linear(self, weights: "_Weights", sharded: Sharded, rank: int) -> Packed:
         linear = sharded.linear
         names = [self._prefix + name for name in sharded.sources]
         split = {"colwise": 0, "rowwise": 1}.get(linear.style)
@@ -143,9 +159,9 @@ class RankModel:
         if weights.has(names[0] + ".bias") and (linear.style != "rowwise" or rank == 0):  # one rank's: it is summed
             split = 0 if linear.style == "colwise" else None
             bias = torch.cat([weights.read(name + ".bias", split, rank, self.size) for name in names])
-        linear.pack(weight, bias)
+        return linear.pack(weight, bias)
 
-    def _load_head(self, weights: "_Weights", rank: int) -> None:
+    def _read_head(self, weights: "_Weights", rank: int) -> Packed:
         name = "lm_head.weight"
         if self._tied or not weights.has(name):
             name = self._prefix + "embed_tokens.weight"
@@ -153,7 +169,7 @@ class RankModel:
         weight = weights.read_rows(name, first, min(first + self._vocab_share, self.spec.vocab_size))
         if len(weight) < self._vocab_share:
             weight = nn.functional.pad(weight, (0, 0, 0, self._vocab_share - len(weight)))
-        self._head.pack(weight, None)
+        return self._head.pack(weight, None)
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk], pool: KVPool, comm: Communicator | None) -> torch.Tensor:

@@ -65,6 +65,8 @@ class Runner:
         advertise_host: str,
         shadow: Shadow,
         report: Callable[[Message], None],
+        *,
+        hold_weights: bool,
     ):
         self.config = config
         self.shadow = shadow
@@ -78,6 +80,7 @@ class Runner:
         self._rendezvous: list[RendezvousHandle] = []
         self._place: Place | None = None
         self._loaded_rank: int | None = None
+        self._unprepared = list(range(config.size)) if hold_weights else []
         dtype = cast(torch.dtype, getattr(torch, config.dtype))
         self.model = RankModel(model_dir, size=config.size, dtype=dtype, device=device)
         spec = self.model.spec
@@ -136,7 +139,7 @@ class Runner:
 
     def _run(self) -> None:
         torch.set_grad_enabled(False)
-        while (entry := self._jobs.get()) is not None:
+        while (entry := self._next_job()) is not None:
             job, received = entry
             if job.epoch != self._epoch:
                 continue
@@ -158,6 +161,14 @@ class Runner:
             finally:
                 self.in_flight = False
         self._leave()
+
+    def _next_job(self) -> tuple[Job, float] | None:
+        """The next job. With time on its hands a spare holds every rank's slice ready; a rank needs its own only."""
+        while self._jobs.empty() and self._place is None and self._unprepared:
+            self.model.prepare(self._unprepared.pop(0))
+        if self._jobs.empty() and self.step_done:
+            self.model.forget_prepared()
+        return self._jobs.get()
 
     def _failed(self, epoch: int, reason: str, *, fatal: bool) -> None:
         if epoch == self._epoch and self._place is not None:

@@ -27,6 +27,7 @@ def supervise(settings: WorkerSettings) -> int:
     A worker that dies within QUICK_DEATH_S of its start is restarted after a pause that doubles each time.
     """
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s supervisor: %(message)s")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages, which a dying process gives back sooner
     import services.worker.app  # noqa: F401  what the forks share
 
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

@@ -42,10 +42,19 @@ class Ranks:
             self.communicator.all_reduce(tensor)
 
 
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """One rank's weights of a linear, in the form that it computes with."""
+
+    packed: torch.Tensor | None  # by oneDNN
+    weight: torch.Tensor | None  # plain, where oneDNN is not to be had
+    bias: torch.Tensor | None
+
+
 class PackedLinear(nn.Module):
     """y [..., out] = x [..., in] W^T + b for one rank's slice, with a row's bits independent of the other rows.
 
-    `pack` gives it its weights; before that it has a shape only. A rowwise slice sums over the ranks.
+    `take` gives it weights that `pack` made; before that it has a shape only. A rowwise slice sums over the ranks.
     """
 
     def __init__(
@@ -68,15 +77,18 @@ class PackedLinear(nn.Module):
         self._bias: torch.Tensor | None = None
         self._least_rows = _least_rows(inputs, outputs, dtype) if torch.device(device).type == "cpu" else 1
 
-    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """Take weight [outputs, inputs] and bias [outputs], of the model's dtype and on its device."""
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> "Packed":
+        """Weight [outputs, inputs] and bias [outputs], of the model's dtype and on its device, ready to be taken."""
         if weight.shape != (self.outputs, self.inputs):
             raise ModelError(f"a weight has shape {tuple(weight.shape)}, not {(self.outputs, self.inputs)}")
-        self._bias = None if bias is None else bias.contiguous().clone()
+        bias = None if bias is None else bias.contiguous().clone()
         if weight.device.type == "cpu":
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
-        else:
-            self._weight = weight.contiguous()
+            return Packed(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None), None, bias)
+        return Packed(None, weight.contiguous(), bias)
+
+    def take(self, slice_: "Packed") -> None:
+        """Compute with these weights from now on."""
+        self._packed, self._weight, self._bias = slice_.packed, slice_.weight, slice_.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         packed = self._packed
