@@ -160,7 +160,7 @@ def test_another_rank_can_be_loaded_later(tmp_path: Path) -> None:
 def test_a_row_of_a_linear_has_the_same_bits_in_any_batch(inputs: int, outputs: int, dtype: torch.dtype) -> None:
     torch.manual_seed(inputs)
     linear = PackedLinear(inputs, outputs, "replicated", Ranks(), dtype)
-    linear.pack(torch.randn(outputs, inputs).to(dtype), torch.randn(outputs).to(dtype))
+    linear.take(linear.pack(torch.randn(outputs, inputs).to(dtype), torch.randn(outputs).to(dtype)))
     x = torch.randn(1, 600, inputs).to(dtype)
     with torch.inference_mode():
         whole = linear(x)
