@@ -125,6 +125,16 @@ class CudaCodec(Codec):
         return int(index) if kind in _CUDA_KINDS else None
 
 
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """A stream of the caller's, in the protocol of CUDA's Python libraries: (version, address)."""
+
+    address: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.address
+
+
 class CupyRunner:
     """Runs programs on a GPU through CuPy, which keeps compiled ones on disk too. Raises CodecError without one."""
 
@@ -148,7 +158,7 @@ class CupyRunner:
 
     def run(self, program: Program, launches: Iterable[Launch], stream: int) -> None:
         kernels = self._kernels(program)
-        with self._cupy.cuda.Device(self.device), self._cupy.cuda.ExternalStream(stream, self.device):
+        with self._cupy.cuda.Device(self.device), self._cupy.cuda.Stream.from_external(_Stream(stream)):
             for launch in launches:
                 kernels[launch.width](launch.grid, (BLOCK,), (launch.batch,))
 
