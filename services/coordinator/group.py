@@ -16,6 +16,7 @@ from services.coordinator.pages import PagePool, Shadow
 from services.coordinator.recovery import Rates, Stripe, plan_restore, valid_tokens, wanted_keys
 from services.coordinator.requests import Requests
 from services.coordinator.scheduler import Scheduler
+from services.coordinator.stores import Stores
 from services.coordinator.timeline import Recovery, Timeline
 from shared.channel import Channel
 from shared.config import CoordinatorSettings
@@ -30,7 +31,6 @@ from shared.messages import (
     Join,
     Joined,
     Message,
-    ParityShard,
     ProtectDone,
     ProtectPlan,
     RankFailed,
@@ -85,7 +85,7 @@ class Group:
             config.size, heartbeat_timeout_s=config.heartbeat_timeout_s, join_timeout_s=settings.join_timeout_s
         )
         self.membership.epoch = epoch
-        self.stores: dict[str, tuple[StoreInfo, Channel]] = {}
+        self.stores = Stores(index, config.group)
         self.gateways: set[Channel] = set()
         self.model: ModelInfo | None = None
         self.pool = PagePool(0, protect=False)
@@ -93,7 +93,6 @@ class Group:
         self.requests: Requests | None = None
         self.rates = Rates()
         self._settings = settings
-        self._index = index
         self._journal = Journal(index, config.group)
         self._workers: dict[str, Channel] = {}
         self._step = 0
@@ -130,16 +129,16 @@ class Group:
         if self.membership.state == "serving" and self.scheduler is not None:
             if self.scheduler.busy and now - self._step_started > self._settings.step_timeout_s:
                 self._broken(f"step {self._step} made no progress for {self._settings.step_timeout_s:.0f} s")
-            if self.stores and now - self._protection_tried > RETRY_PROTECTION_S:
+            if now - self._protection_tried > RETRY_PROTECTION_S:
                 self._protection_tried = now
                 self.pool.protect_again(Shadow.UNPROTECTED)
                 self._protect()
         if self._broken_since is not None and now - self._broken_since > BROKEN_GRACE_S:
             self._broken("a collective failed, and nobody is known to be lost")
-        if self._journal.behind:
-            self._spawn(self._journal.catch_up(self.membership.epoch))
         if now - self._status_sent > STATUS_S:
             self.announce()
+            if self._journal.behind:
+                self._spawn(self._journal.catch_up(self.membership.epoch))
 
     # -- workers -----------------------------------------------------------------------------------------------------
 
@@ -252,7 +251,7 @@ class Group:
         if self.scheduler is not None and self.requests is not None:
             self.scheduler.rollback()
             self.requests.interrupted()
-        return self._timeline.interrupted(reason, time.monotonic())
+        return self._timeline.interrupted(reason, self.membership.epoch, time.monotonic())
 
     def _broken(self, reason: str) -> None:
         """The epoch can't go on, though nobody is known to be lost: form again."""
@@ -277,9 +276,7 @@ class Group:
             return
         formation = self.membership.form(epoch, time.monotonic())
         self.pool.lose(formation.fresh)
-        for _, channel in self.stores.values():
-            if not channel.closed:
-                channel.send(EpochNow(self.config.group, epoch))
+        self.stores.send(EpochNow(self.config.group, epoch))
         for rank, name in enumerate(formation.ranks):
             if not self._workers[name].closed:
                 self._workers[name].send(Assign(epoch, rank, self.config.size, self._communicator()))
@@ -307,7 +304,7 @@ class Group:
         stripes: dict[bytes, Stripe] = {}
         if keys and self.config.protection == "parity":
             try:
-                stripes = await self._look_up(keys)
+                stripes = await self.stores.look_up(keys)
             except GhostError as error:
                 log.warning("the stripe index can't be read, so all is recomputed: %s", error)
         if epoch != self.membership.epoch or self.membership.state != "restoring":
@@ -326,20 +323,6 @@ class Group:
         self._plan += 1
         self._restoring = Restoring(self._plan, set(range(self.config.size)), {stripe.key for stripe in plan})
         self._to_ranks(RestorePlan(epoch, self._plan, plan))
-
-    async def _look_up(self, keys: list[bytes]) -> dict[bytes, Stripe]:
-        incarnations = {store_id: store.incarnation for store_id, (store, _) in self.stores.items()}
-        found = await self._index.get_many(self.config.group, keys)
-        stripes = {}
-        for key, entry in found.items():
-            shards = entry.alive(incarnations)
-            if shards:
-                parity = tuple(
-                    ParityShard(shard.number, self.stores[shard.store_id][0].bulk_address, shard.checksum)
-                    for shard in shards
-                )
-                stripes[key] = Stripe(parity, shards[0].data_checksums)
-        return stripes
 
     def _restore_done(self, done: RestoreDone) -> None:
         restoring = self._restoring
@@ -414,12 +397,10 @@ class Group:
     def _protect(self) -> None:
         """Send sealed pages to the shadow, and tell the stores which stripes are gone."""
         if keys := self.pool.take_released():
-            for _, channel in self.stores.values():
-                if not channel.closed:
-                    channel.send(ReleaseStripes(self.config.group, keys))
-        if self.membership.state != "serving" or not self.stores:
+            self.stores.send(ReleaseStripes(self.config.group, keys))
+        stores = self.stores.infos()
+        if self.membership.state != "serving" or not stores:
             return
-        stores = tuple(store for store, _ in self.stores.values())
         while pages := self.pool.start_protection(PROTECT_BATCH_PAGES, PROTECT_IN_FLIGHT_PAGES):
             numbers = pack_ids(page.number for page in pages)
             keys = tuple(page.key for page in pages if page.key is not None)
@@ -456,7 +437,7 @@ class Group:
 
     def store_joins(self, store: StoreInfo, channel: Channel) -> None:
         """A parity store offers its memory: protection is tried again for all that lacks it."""
-        self.stores[store.store_id] = (store, channel)
+        self.stores.join(store, channel)
         channel.send(EpochNow(self.config.group, self.membership.epoch))
         self.pool.protect_again(Shadow.UNPROTECTED)
         self._protect()
@@ -464,10 +445,8 @@ class Group:
 
     def store_gone(self, store_id: str, channel: Channel) -> None:
         """A parity store is lost, and with it the parity that it held: all is encoded anew where there is room."""
-        known = self.stores.get(store_id)
-        if known is None or known[1] is not channel:
+        if not self.stores.leave(store_id, channel):
             return
-        del self.stores[store_id]
         log.warning("parity store %s is lost", store_id)
         self.pool.protection_lost()
         self._protect()
@@ -487,7 +466,7 @@ class Group:
         """The group's state now."""
         members, scheduler, pool = self.membership, self.scheduler, self.pool
         exposed = pool.count(Shadow.QUEUED) + pool.count(Shadow.PENDING) + pool.count(Shadow.UNPROTECTED)
-        safe = members.state == "serving" and self.config.protection == "parity" and self.stores and not exposed
+        safe = members.state == "serving" and self.config.protection == "parity" and self.stores.infos() and not exposed
         return ClusterStatus(
             group=self.config.group,
             state=members.state,
@@ -501,7 +480,7 @@ class Group:
             protection=self.config.protection,
             can_lose=self.config.parity if safe else 0,
             workers=members.statuses(),
-            stores=tuple(store for store, _ in self.stores.values()),
+            stores=self.stores.infos(),
             running=len(scheduler.running) if scheduler else 0,
             waiting=len(scheduler.waiting) if scheduler else 0,
             pages_total=len(pool.pages),

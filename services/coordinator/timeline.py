@@ -33,10 +33,10 @@ class Timeline:
         self.records: list[RecoveryRecord] = []
         self.current: Recovery | None = None
 
-    def interrupted(self, reason: str, now: float) -> Recovery:
+    def interrupted(self, reason: str, epoch: int, now: float) -> Recovery:
         """An epoch ended. Losses until the group serves again belong to one recovery."""
         if self.current is None or self.current.resumed:
-            self._close(0, now)
+            self._close(epoch, now)
             self.current = Recovery(now, reason)
         return self.current
 

@@ -5,6 +5,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -75,6 +76,7 @@ class Runner:
         self._report = report
         self._advertise_host = advertise_host
         self._epoch = 0
+        self._cancelled = threading.Event()  # set when the epoch that it belongs to ends
         self._jobs: queue.Queue[tuple[Job, float] | None] = queue.Queue(MAX_JOBS)
         self._communicator: Communicator | None = None
         self._rendezvous: list[RendezvousHandle] = []
@@ -124,6 +126,8 @@ class Runner:
     def interrupt(self, epoch: int) -> None:
         """From now on only jobs of `epoch` count; a step that waits for peers ends at once."""
         self._epoch = epoch
+        self._cancelled.set()
+        self._cancelled = threading.Event()
         self.shadow.interrupt(epoch)
         communicator = self._communicator
         if communicator is not None:
@@ -194,23 +198,29 @@ class Runner:
         place = self._place
         if place is None:
             return
-        assign = place.assign
-        made = [
-            create(
-                cast(Kind, assign.communicator),
-                address,
-                assign.rank,
-                assign.size,
-                timeout=self.config.collective_timeout_s,
-                slot_bytes=slot_bytes,
-            )
+        made: list[Communicator] = []
+        assign, cancelled = place.assign, self._cancelled
+        if join.epoch != self._epoch:
+            return
+        with ExitStack() as undo:
             for address, slot_bytes in (
                 (join.model_address, self._slot_bytes),
                 (join.exchange_address, self.shadow.slot_bytes),
-            )
-        ]
-        self._communicator = made[0]
-        self.shadow.enter(join.epoch, made[1], self.pool)
+            ):
+                communicator = create(
+                    cast(Kind, assign.communicator),
+                    address,
+                    assign.rank,
+                    assign.size,
+                    timeout=self.config.collective_timeout_s,
+                    slot_bytes=slot_bytes,
+                    cancelled=cancelled,
+                )
+                undo.callback(communicator.close)
+                made.append(communicator)
+            undo.pop_all()
+        self._communicator, exchange = made
+        self.shadow.enter(join.epoch, exchange, self.pool)
         for handle in self._rendezvous:
             handle.close()
         self._rendezvous.clear()

@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 from services.worker.communicator import Communicator, Kind, create, open_rendezvous
 from services.worker.communicator.base import cut
-from shared.errors import DeadlineExceeded
+from shared.errors import CommunicatorAborted, DeadlineExceeded
 from tests.conformance.rank_processes import Outcome, RankProcesses
 
 SIZE = 3
@@ -239,3 +240,15 @@ def test_pieces_cover_the_range_once() -> None:
             pieces = cut(sizes, start, length)
             seen = [(p.buffer, p.offset + i) for p in pieces for i in range(p.length)]
             assert seen == flat[start : start + length]
+
+
+def test_connecting_ends_when_the_epoch_does() -> None:
+    """A peer that died before it connected is known to nobody: the coordinator's next epoch must free who waits."""
+    rendezvous, cancelled = open_rendezvous("shm", 2), threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        connecting = threads.submit(create, "shm", rendezvous.address, 0, 2, timeout=60.0, cancelled=cancelled)
+        assert not connecting.done()
+        cancelled.set()
+        with pytest.raises(CommunicatorAborted, match="before all ranks were connected"):
+            connecting.result(timeout=5.0)
+    rendezvous.close()

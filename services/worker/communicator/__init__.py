@@ -1,5 +1,6 @@
 """What ranks say to each other: one contract, a backend a file."""
 
+import threading
 from collections.abc import Callable
 from typing import Protocol
 
@@ -27,14 +28,22 @@ def open_rendezvous(
 
 
 def create(
-    kind: Kind, address: str, rank: int, size: int, *, slot_bytes: int = DEFAULT_SLOT_BYTES, timeout: float
+    kind: Kind,
+    address: str,
+    rank: int,
+    size: int,
+    *,
+    slot_bytes: int = DEFAULT_SLOT_BYTES,
+    timeout: float,
+    cancelled: threading.Event | None = None,
 ) -> Communicator:
     """Connect as `rank`, and return when all ranks have.
 
-    Raises DeadlineExceeded after `timeout` seconds, which is also the bound of each later wait.
+    Raises DeadlineExceeded after `timeout` seconds, which is also the bound of each later wait. When `cancelled` is set
+    while it connects, shm raises CommunicatorAborted; the others, whose libraries can't be stopped, wait 10 s at most.
     """
     if kind == "shm":
-        return ShmCommunicator(address, rank, size, timeout)
+        return ShmCommunicator(address, rank, size, timeout, cancelled)
     from services.worker.communicator import torch_dist
 
     backend: Callable[[str, int, int, float], Communicator]

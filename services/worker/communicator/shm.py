@@ -13,6 +13,7 @@ import mmap
 import os
 import platform
 import select
+import threading
 import time
 from collections.abc import Sequence
 
@@ -73,8 +74,11 @@ class ShmRendezvous:
 class ShmCommunicator(Communicator):
     """Ranks of one host over the memory at `address` (see ShmRendezvous)."""
 
-    def __init__(self, address: str, rank: int, size: int, timeout: float) -> None:
+    def __init__(
+        self, address: str, rank: int, size: int, timeout: float, cancelled: threading.Event | None = None
+    ) -> None:
         super().__init__(rank, size, timeout)
+        self._cancelled = cancelled
         self._map = _open(address)
         header = _header_bytes(size)
         self._slot_bytes = (len(self._map) - header) // (2 * size)
@@ -244,6 +248,9 @@ class ShmCommunicator(Communicator):
             for pidfd, _ in poll.poll(0):
                 self.abort()
                 raise CommunicatorAborted(f"rank {ranks[pidfd]} is gone")
+        elif self._cancelled is not None and self._cancelled.is_set():
+            self.abort()
+            raise CommunicatorAborted("the epoch ended before all ranks were connected")
         if time.monotonic() > deadline:
             self.abort()
             raise DeadlineExceeded(f"rank {peer} did not take part within {self.timeout} s")

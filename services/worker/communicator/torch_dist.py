@@ -23,6 +23,7 @@ from shared.errors import CommunicatorAborted, DeadlineExceeded, ProtocolError
 
 _ROUND_BYTES = 8 << 20  # all_to_all: how much one rank sends at a time
 _LEAVING = 0.2  # seconds between a peer's leaving and an abort: others may still be in the last operation
+_CONNECT = 10.0  # seconds for all ranks to meet; nothing can end that wait sooner
 _opening = threading.Lock()  # one group at a time, so that the sockets it opens can be told
 _Start = Callable[[], c10d.Work]
 
@@ -50,7 +51,8 @@ class _GroupCommunicator(Communicator):
         try:
             host, _, port = address.rpartition(":")
             bound = timedelta(seconds=timeout)
-            store = c10d.TCPStore(host, int(port), size, is_master=False, wait_for_workers=False, timeout=bound)
+            connecting = timedelta(seconds=min(timeout, _CONNECT))
+            store = c10d.TCPStore(host, int(port), size, is_master=False, wait_for_workers=False, timeout=connecting)
             self._group = self._open(c10d.PrefixStore("ghostserve", store), host, bound)
         except (RuntimeError, ValueError) as error:
             raise DeadlineExceeded(f"rank {rank} of {size} could not connect through {address}: {error}") from error

@@ -1,0 +1,52 @@
+"""The README's configuration table is that of the settings. `python -m tests.pure.test_readme` writes it anew."""
+
+import re
+from pathlib import Path
+
+from services.local import ServeSettings
+from shared.config import CommonSettings, CoordinatorSettings, GatewaySettings, ParityStoreSettings, WorkerSettings
+
+README = Path(__file__).parents[2] / "README.md"
+TABLE = re.compile(r"(?<=<!-- configuration -->\n).*?(?=<!-- /configuration -->)", re.DOTALL)
+CLASSES = {
+    "serve": ServeSettings,
+    "coordinator": CoordinatorSettings,
+    "worker": WorkerSettings,
+    "parity-store": ParityStoreSettings,
+    "gateway": GatewaySettings,
+}
+
+
+def table() -> str:
+    """One row a setting: the variable (the flag is its lower case with dashes), where it counts, default, meaning."""
+    rows: dict[str, tuple[list[str], list[str], str]] = {}
+    for command, settings in CLASSES.items():
+        for name, field in settings.model_fields.items():
+            default = "" if field.default in (None, "") else f"`{field.default}`"
+            commands, defaults, _ = rows.setdefault(name, ([], [], str(field.description)))
+            commands.append(command)
+            if default and default not in defaults:
+                defaults.append(default)
+    lines = ["| variable | for | default | meaning |", "| --- | --- | --- | --- |"]
+    for name, (commands, defaults, meaning) in rows.items():
+        where = "all" if name in CommonSettings.model_fields else ", ".join(commands)
+        lines.append(
+            f"| `GHOST_{name.upper()}` | {where} | {' / '.join(defaults)} | {meaning} |".replace("|  |", "| |")
+        )
+    return "\n".join(lines) + "\n"
+
+
+def test_the_readme_names_every_setting_with_its_default() -> None:
+    found = TABLE.search(README.read_text())
+    assert found is not None
+    assert found[0] == table()
+
+
+def test_every_file_that_the_readme_links_to_is_there() -> None:
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", README.read_text())
+    assert links
+    assert [link for link in links if not (README.parent / link).exists()] == []
+
+
+if __name__ == "__main__":
+    README.write_text(TABLE.sub(lambda _: table(), README.read_text()))
