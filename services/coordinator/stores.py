@@ -42,7 +42,7 @@ class Stores:
                 channel.send(message)
 
     async def look_up(self, keys: list[PageKey]) -> dict[PageKey, Stripe]:
-        """The stripes whose parity lies in stores alive, in the life that they are in. Raises PeerLost without Redis."""
+        """The stripes whose parity lies in stores alive, in their present life. Raises PeerLost without Redis."""
         stores = {store.store_id: store for store in self.infos()}
         incarnations = {store_id: store.incarnation for store_id, store in stores.items()}
         stripes = {}
