@@ -9,11 +9,13 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable
 
-from shared.errors import ConfigError, GhostError
+from shared.errors import ConfigError, GhostError, ModelError
 
 log = logging.getLogger(__name__)
 
 SHUTDOWN_DEADLINE_S = 10.0
+EXIT_CONFIG = 78
+"""As in sysexits.h: the settings, or the model, are wrong."""
 _PR_SET_PDEATHSIG = 1
 
 Service = Callable[[asyncio.Event], Awaitable[None]]
@@ -21,9 +23,9 @@ Service = Callable[[asyncio.Event], Awaitable[None]]
 
 
 def run_service(name: str, service: Service, *, log_level: str) -> int:
-    """Run a service until SIGINT or SIGTERM. Returns its exit code: 0, or 1 after a crash, with a line that says why.
+    """Run a service until SIGINT or SIGTERM. Returns its exit code: 0, or after a crash 1, with a line that says why.
 
-    A second signal ends the process at once.
+    EXIT_CONFIG instead of 1 says that another start would end the same way. A second signal ends the process at once.
     """
     logging.basicConfig(
         level=log_level.upper(),
@@ -36,7 +38,7 @@ def run_service(name: str, service: Service, *, log_level: str) -> int:
         asyncio.run(_until_signal(name, service))
     except GhostError as error:
         print(f"ghostserve {name}: {error}", file=sys.stderr, flush=True)
-        return 1
+        return EXIT_CONFIG if isinstance(error, ConfigError | ModelError) else 1
     except BaseExceptionGroup as group:
         for cause in _leaves(group):
             print(f"ghostserve {name}: {type(cause).__name__}: {cause}", file=sys.stderr, flush=True)

@@ -217,5 +217,7 @@ class ClusterStatus:
     stripes_protected: int
     stripes_pending: int
     stripes_unprotected: int
+    unprotected_reason: str
+    """Why the last stripe that could not be protected was not; empty where all is well."""
     parity_bytes_stored: int
     recoveries: tuple[RecoveryRecord, ...]

@@ -489,9 +489,13 @@ class Group:
             stripes_protected=pool.count(Shadow.PROTECTED),
             stripes_pending=pool.count(Shadow.QUEUED) + pool.count(Shadow.PENDING),
             stripes_unprotected=pool.count(Shadow.UNPROTECTED),
+            unprotected_reason=self._unprotected_reason() if exposed else "",
             parity_bytes_stored=self._parity_bytes,
             recoveries=tuple(self._timeline.records),
         )
+
+    def _unprotected_reason(self) -> str:
+        return self.pool.unprotected_reason if self.stores.infos() else "no parity store is connected"
 
     def _detail(self) -> str:
         members = self.membership

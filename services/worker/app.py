@@ -150,7 +150,7 @@ class Worker:
                 runner.interrupt(0)
             case Goodbye():
                 if message.final:
-                    raise GhostError(f"the coordinator does not want this worker: {message.reason}")
+                    raise ConfigError(f"the coordinator does not want this worker: {message.reason}")
                 raise PeerLost(f"the coordinator gave this worker up: {message.reason}")
             case _:
                 log.warning("the coordinator sent %s", type(message).__name__)

@@ -11,7 +11,7 @@ import signal
 import time
 
 from shared.config import WorkerSettings, default_name
-from shared.service import die_with_parent, run_service
+from shared.service import EXIT_CONFIG, die_with_parent, run_service
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,8 @@ MAX_BACKOFF_S = 10.0
 def supervise(settings: WorkerSettings) -> int:
     """Run `settings.count` workers until SIGTERM or SIGINT; restart each that dies, as a spare. Returns an exit code.
 
-    A worker that dies within QUICK_DEATH_S of its start is restarted after a pause that doubles each time.
+    A worker that dies within QUICK_DEATH_S of its start is restarted after a pause that doubles each time; one whose
+    settings or model are wrong ends the supervisor with the same exit code.
     """
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s supervisor: %(message)s")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages, which a dying process gives back sooner
@@ -69,15 +70,20 @@ class _Host:
             info = signal.sigtimedwait(SIGNALS, max(0.0, pause))
             if info is not None and info.si_signo != signal.SIGCHLD:
                 return self._stop()
-            self._reap()
+            if self._reap():
+                self._stop()
+                return EXIT_CONFIG
 
-    def _reap(self) -> None:
+    def _reap(self) -> bool:
+        """Take note of the workers that have died. True if one says that its settings are wrong."""
         for place, pid in list(self._pids.items()):
             done, status = os.waitpid(pid, os.WNOHANG)
             if not done:
                 continue
             del self._pids[place]
             code = os.waitstatus_to_exitcode(status)
+            if code == EXIT_CONFIG:
+                return True
             lived = time.monotonic() - self._started[place]
             pause = 0.0
             if lived < QUICK_DEATH_S:
@@ -88,6 +94,7 @@ class _Host:
             log.warning(
                 "worker %d (pid %d) died with %s after %.1f s; restarted in %.1f s", place, pid, how, lived, pause
             )
+        return False
 
     def _stop(self) -> int:
         for pid in self._pids.values():

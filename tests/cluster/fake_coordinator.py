@@ -91,6 +91,7 @@ def a_status(model_dir: str, vocab_size: int, eos: tuple[int, ...], max_model_le
         stripes_protected=0,
         stripes_pending=0,
         stripes_unprotected=0,
+        unprotected_reason="",
         parity_bytes_stored=0,
         recoveries=(),
     )
