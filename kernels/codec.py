@@ -5,7 +5,7 @@ Shards are separate buffers of equal length, any length and alignment, read and 
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -101,6 +101,10 @@ class Codec(ABC):
     def reconstruct_at(self, plan: DecodePlan, addresses: Addresses, length: int, *, stream: int = 0) -> None:
         """Reconstruct in a batch of stripes [stripes, k + len(plan.targets)], sources before targets; see encode_at."""
 
+    @abstractmethod
+    def prepare(self, plans: Iterable[DecodePlan] = ()) -> None:
+        """Do now what encoding and these plans need once, so that a recovery need not: a GPU's kernels are compiled."""
+
     def _check_plan(self, plan: DecodePlan) -> None:
         if (plan.k, plan.m) != (self.k, self.m):
             raise CodecError(f"a plan for k={plan.k}, m={plan.m} used with k={self.k}, m={self.m}")
@@ -132,6 +136,11 @@ class IsalCodec(Codec):
         self._check_plan(plan)
         check_addresses(addresses, self.k, len(plan.targets), length)
         self._decode(plan).apply_at(addresses.tolist(), length)
+
+    def prepare(self, plans: Iterable[DecodePlan] = ()) -> None:
+        for plan in plans:
+            self._check_plan(plan)
+            self._decode(plan)
 
     def _decode_tables(self, plan: DecodePlan) -> isal.Tables:
         return isal.Tables(plan.matrix, self._threads)

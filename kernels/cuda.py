@@ -1,6 +1,7 @@
 """Backend for GPUs: erasure.cu, compiled by CuPy for each matrix and launched on the caller's stream.
 
-A launch allocates nothing, copies nothing and waits for nothing: the addresses of its shards are its argument.
+A launch allocates nothing, copies nothing and waits for nothing: the addresses of its shards are its argument. The
+first use of a matrix on a machine compiles its kernel, in 0.1 to 1 s: Codec.prepare does that ahead of time.
 """
 
 from collections.abc import Iterable, Sequence
@@ -61,13 +62,6 @@ class CudaCodec(Codec):
         self._encode = Program.of(parity_matrix(k, m))
         self._decode = lru_cache(maxsize=_PROGRAMS)(_decode_program)
 
-    def prepare(self, plans: Iterable[DecodePlan] = ()) -> None:
-        """Compile what encoding and these plans need, ahead of time: it takes 0.1 to 1 s each, once for a machine."""
-        self._runner.prepare(self._encode)
-        for plan in plans:
-            self._check_plan(plan)
-            self._runner.prepare(self._decode(plan))
-
     def encode(self, data: Sequence[Shard], parity: Sequence[Shard], *, stream: int = 0) -> None:
         self._code(self._encode, data, parity, stream)
 
@@ -83,6 +77,12 @@ class CudaCodec(Codec):
     def reconstruct_at(self, plan: DecodePlan, addresses: Addresses, length: int, *, stream: int = 0) -> None:
         self._check_plan(plan)
         self._code_at(self._decode(plan), addresses, length, stream)
+
+    def prepare(self, plans: Iterable[DecodePlan] = ()) -> None:
+        self._runner.prepare(self._encode)
+        for plan in plans:
+            self._check_plan(plan)
+            self._runner.prepare(self._decode(plan))
 
     def _code(self, program: Program, sources: Sequence[Shard], targets: Sequence[Shard], stream: int) -> None:
         if len(sources) != program.sources or len(targets) != program.targets:
