@@ -4,7 +4,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,9 @@ import torch
 from services.worker.batch import Chunk
 from services.worker.communicator import RendezvousHandle, create, open_rendezvous
 from services.worker.communicator.base import Communicator, Kind
+from services.worker.draw import draw
 from services.worker.kv_pool import KVPool
 from services.worker.model import RankModel
-from services.worker.sampler import is_plain_greedy, sample, sample_greedy, token_logprobs
 from services.worker.shadow import Shadow
 from shared.errors import CommunicatorAborted, DeadlineExceeded
 from shared.messages import (
@@ -30,12 +30,11 @@ from shared.messages import (
     Message,
     RankFailed,
     Rendezvous,
-    Sample,
     SequenceStep,
     StepDone,
     StepPlan,
 )
-from shared.types import GroupConfig, ModelInfo, TokenLogprob
+from shared.types import GroupConfig, ModelInfo
 
 log = logging.getLogger(__name__)
 
@@ -243,7 +242,7 @@ class Runner:
         chunks = [_chunk(each) for each in plan.sequences]
         with torch.inference_mode():
             logits = self.model.forward(chunks, self.pool, self._communicator)
-            samples = _draw(plan.sequences, chunks, logits)
+            samples = draw(plan.sequences, chunks, logits)
         self.step_done = plan.step
         self.shadow.step_done(plan.step)
         return StepDone(plan.epoch, plan.step, self._place.assign.rank, samples, time.monotonic() - began)
@@ -263,48 +262,3 @@ def _chunk(part: SequenceStep) -> Chunk:
         pages=np.frombuffer(part.pages, dtype="<i4"),
         logits=part.logits,
     )
-
-
-def _draw(parts: Sequence[SequenceStep], chunks: Sequence[Chunk], logits: torch.Tensor) -> tuple[Sample, ...]:
-    """Samples of the sequences that want one, from logits [rows, vocab] in chunk order."""
-    samples = []
-    row = 0
-    greedy: list[tuple[int, int]] = []  # (sequence, row): drawn in one go
-    for part, chunk in zip(parts, chunks, strict=True):
-        rows = logits[row : row + chunk.rows]
-        row += chunk.rows
-        prompt_logprobs = _prompt_logprobs(part, rows)
-        if part.sampling is None:
-            if prompt_logprobs:
-                samples.append(Sample(part.sequence, -1, None, prompt_logprobs))
-            continue
-        if is_plain_greedy(part.sampling) and not prompt_logprobs:
-            greedy.append((part.sequence, row - 1))
-            continue
-        drawn = sample(
-            rows[-1],
-            part.sampling,
-            position=chunk.end,
-            prompt=np.frombuffer(part.prompt, dtype="<i4"),
-            output=np.frombuffer(part.history, dtype="<i4"),
-        )
-        logprob = None if drawn.logprob is None else TokenLogprob(drawn.token, drawn.logprob, drawn.top)
-        samples.append(Sample(part.sequence, drawn.token, logprob, prompt_logprobs))
-    if greedy:
-        tokens = sample_greedy(logits[[row for _, row in greedy]] if len(greedy) < len(logits) else logits)
-        samples.extend(Sample(sequence, token) for (sequence, _), token in zip(greedy, tokens, strict=True))
-    return tuple(samples)
-
-
-def _prompt_logprobs(part: SequenceStep, rows: torch.Tensor) -> tuple[TokenLogprob, ...]:
-    """Logprobs of the prompt tokens that follow each row [n, vocab], up to the prompt's end."""
-    if part.prompt_logprobs is None:
-        return ()
-    following = [*np.frombuffer(part.tokens, dtype="<i4")[1:].tolist(), part.next_token]
-    found = []
-    for offset, token in enumerate(following):
-        if part.start + offset + 1 >= part.prompt_tokens or token < 0:
-            break
-        logprob, top = token_logprobs(rows[offset].numpy(force=True), token, part.prompt_logprobs)
-        found.append(TokenLogprob(token, logprob, top))
-    return tuple(found)
