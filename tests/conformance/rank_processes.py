@@ -46,7 +46,7 @@ class RankProcesses:
         part: Part,
         *arguments: Any,
         slot_bytes: int = 1 << 16,
-        timeout: float = 20.0,
+        timeout: float = 90.0,
         absent: tuple[int, ...] = (),
     ) -> "Run":
         """Start part(communicator, *arguments) on every rank but the absent ones."""
