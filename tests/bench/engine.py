@@ -1,7 +1,8 @@
 """The engine's speed beside transformers' generate(), in one run: `python -m tests.bench.engine [--quick] [--json F]`.
 
 generate() runs in one process with two threads; TP = 3 in three processes, TP = 1 in one, of one thread each.
-The prompts are the same random tokens, the weights are the default model's, and each figure is the median of three.
+The prompts are the same random tokens, the weights are the default model's. The peers take turns, case by case, so that
+what else the machine does hits all of them; figures are medians of the turns, ratios medians of each turn's ratio.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -66,15 +67,12 @@ class Generate:
         torch.set_num_threads(2)
         self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
 
-    def measure(self, case: Case, repeats: int) -> float:
+    def measure(self, case: Case, turn: int) -> float:
+        """Tokens a second."""
         ids = torch.from_numpy(prompts(case)).long()
         if not case.steps:
-            seconds = [self._generate(ids, 1, CHUNK) for _ in range(repeats)]
-            return case.context / statistics.median(seconds)
-        first = self._generate(ids, 1)
-        seconds = [self._decode_seconds(ids, case.steps) for _ in range(repeats)]
-        del first
-        return case.streams * case.steps / statistics.median(seconds)
+            return case.context / self._generate(ids, 1, CHUNK)
+        return case.streams * case.steps / self._decode_seconds(ids, case.steps)
 
     def _generate(self, ids: torch.Tensor, count: int, chunk: int | None = None) -> float:
         began = time.perf_counter()
@@ -113,36 +111,38 @@ class _Clock:
         return torch.zeros(len(ids), dtype=torch.bool)
 
 
-def measure_rank(step: Callable[[list[Chunk]], torch.Tensor], case: Case, repeats: int) -> float:
-    """Our tokens a second, as one rank sees it."""
-    ids = prompts(case)
-    pages = -(-(case.context + case.steps + 1) // PAGE_TOKENS)
-    tables = np.arange(case.streams * pages, dtype=np.int32).reshape(case.streams, pages)
-    seconds = []
-    for turn in range(repeats):
+class RankBench:
+    """Our tokens a second, as one rank sees it. Turns after a case's first decode again over the same context."""
+
+    def __init__(self, step: Callable[[list[Chunk]], torch.Tensor]) -> None:
+        self._step = step
+        self._first: list[int] = []
+
+    def measure(self, case: Case, turn: int) -> float:
+        """Tokens a second."""
+        ids = prompts(case)
+        pages = -(-(case.context + case.steps + 1) // PAGE_TOKENS)
+        tables = np.arange(case.streams * pages, dtype=np.int32).reshape(case.streams, pages)
         began = time.perf_counter()
-        last: list[int] = []
-        if not case.steps or turn == 0:  # decode again over the same context: what is written is the same
-            for stream in range(case.streams):
+        if not case.steps or turn == 0:
+            self._first = []
+            for prompt, table in zip(ids, tables, strict=True):
                 for start in range(0, case.context, CHUNK):
-                    part = ids[stream, start : start + CHUNK]
                     wanted = "last" if start + CHUNK >= case.context else "none"
-                    logits = step([Chunk(part, start, case.context, tables[stream], wanted)])  # type: ignore[arg-type]
-                last += sample_greedy(logits)
-            first = last
+                    chunk = Chunk(prompt[start : start + CHUNK], start, case.context, table, wanted)  # type: ignore[arg-type]
+                    logits = self._step([chunk])
+                self._first += sample_greedy(logits)
         if not case.steps:
-            seconds.append(time.perf_counter() - began)
-            continue
-        tokens = first
+            return case.context / (time.perf_counter() - began)
+        tokens = self._first
         began = time.perf_counter()
         for at in range(case.context, case.context + case.steps):
             chunks = [
                 Chunk(np.array([token], dtype=np.int32), at, case.context, table, "last")
                 for token, table in zip(tokens, tables, strict=True)
             ]
-            tokens = sample_greedy(step(chunks))
-        seconds.append(time.perf_counter() - began)
-    return (case.streams * case.steps or case.context) / statistics.median(seconds)
+            tokens = sample_greedy(self._step(chunks))
+        return case.streams * case.steps / (time.perf_counter() - began)
 
 
 def _rank_process(
@@ -161,9 +161,9 @@ def _rank_process(
         dtype=dtype,
     )
     communicator = create("shm", address, rank, size, timeout=60) if address else None
+    bench = RankBench(lambda chunks: model.forward(chunks, pool, communicator))
     while (message := connection.recv()) is not None:
-        case, repeats = message
-        connection.send(measure_rank(lambda chunks: model.forward(chunks, pool, communicator), case, repeats))
+        connection.send(bench.measure(*message))
     if communicator:
         communicator.close()
 
@@ -183,9 +183,9 @@ def rank_processes(model_dir: Path, dtype: torch.dtype, size: int) -> Iterator[C
             ends.append(ours)
             processes.append(process)
 
-        def measure(case: Case, repeats: int) -> float:
+        def measure(case: Case, turn: int) -> float:
             for end in ends:
-                end.send((case, repeats))
+                end.send((case, turn))
             return min(end.recv() for end in ends)
 
         yield measure
@@ -210,28 +210,42 @@ def main() -> None:
     options = parser.parse_args()
     model_dir, dtype = resolve_model(None), getattr(torch, options.dtype)
     cases = [case for case in CASES if not options.quick or case.context <= 2000]
-    repeats = 1 if options.quick else 3
-    rows: list[dict[str, Any]] = [asdict(case) | {"tokens_per_s": {}} for case in cases]
-    for size in map(int, options.sizes.split(",")):
-        with rank_processes(model_dir, dtype, size) as measure:
-            measure(cases[0], 1)
-            for row, case in zip(rows, cases, strict=True):
-                row["tokens_per_s"][f"TP={size}"] = measure(case, repeats)
-    if not options.no_generate:
-        generate = Generate(model_dir, dtype)
-        generate.measure(cases[0], 1)
-        for row, case in zip(rows, cases, strict=True):
-            row["tokens_per_s"]["generate"] = generate.measure(case, repeats)
-    for row in rows:
-        figures = row["tokens_per_s"]
-        line = f"{row['name']:28}" + "".join(f"  {name} {value:7.1f}" for name, value in figures.items())
-        if "generate" in figures:
-            for name in (name for name in figures if name != "generate"):
-                ratio, target = figures[name] / figures["generate"], row["target"][int(name[3:])]
-                line += f"  {name}: {ratio:.2f} ({'ok' if ratio >= target else 'below'} {target})"
-        print(line)
+    rows: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        peers: dict[str, Callable[[Case, int], float]] = {}
+        if not options.no_generate:
+            peers["generate"] = Generate(model_dir, dtype).measure
+        for size in map(int, options.sizes.split(",")):
+            peers[f"TP={size}"] = stack.enter_context(rank_processes(model_dir, dtype, size))
+        for measure in peers.values():
+            measure(cases[0], 0)
+        for case in cases:
+            turns = [
+                {name: measure(case, turn) for name, measure in peers.items()}
+                for turn in range(1 if options.quick else 3)
+            ]
+            rows.append(_row(case, turns))
+            print(_line(rows[-1]), flush=True)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2))
+
+
+def _row(case: Case, turns: list[dict[str, float]]) -> dict[str, Any]:
+    figures = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
+    ratios = {
+        name: statistics.median(turn[name] / turn["generate"] for turn in turns)
+        for name in figures
+        if "generate" in figures and name != "generate"
+    }
+    return asdict(case) | {"tokens_per_s": figures, "ratio": ratios}
+
+
+def _line(row: dict[str, Any]) -> str:
+    line = f"{row['name']:28}" + "".join(f"  {name} {value:7.1f}" for name, value in row["tokens_per_s"].items())
+    for name, ratio in row["ratio"].items():
+        target = row["target"][int(name[3:])]
+        line += f"  {name}: {ratio:.2f} ({'ok' if ratio >= target else 'below'} {target})"
+    return line
 
 
 if __name__ == "__main__":
