@@ -17,6 +17,7 @@ from kernels.generator import parity_matrix
 from kernels.launch import BLOCK, MAX_SOURCES, MAX_TARGETS, SOURCE, WIDTHS, Launch, Program, plan_launches
 
 _PROGRAMS = 1024  # compiled kernels kept: a pattern of erasures each, about 30 KiB
+_SUM_BYTES = 8
 _CUDA_KINDS = (2, 13)  # DLPack's kDLCUDA and kDLCUDAManaged
 
 
@@ -47,6 +48,9 @@ class Runner(Protocol):
     def run(self, program: Program, launches: Iterable[Launch], stream: int) -> None:
         """Launch on a stream, given by its address, and return at once."""
 
+    def clear(self, address: int, length: int, stream: int) -> None:
+        """Set these bytes to 0 on a stream, and return at once."""
+
     def device_of(self, address: int) -> int | None:
         """Return the device whose memory this is, if it is one's."""
 
@@ -71,18 +75,22 @@ class CudaCodec(Codec):
         self._check_plan(plan)
         self._code(self._decode(plan), sources, targets, stream)
 
-    def encode_at(self, addresses: Addresses, length: int, *, stream: int = 0) -> None:
-        self._code_at(self._encode, addresses, length, stream)
+    def encode_at(self, addresses: Addresses, length: int, *, stream: int = 0, sums: int = 0) -> None:
+        """As Codec says; sums: the address of uint64 [stripes, k + m] on the device, for sum_checksum of each shard."""
+        self._code_at(self._encode, addresses, length, stream, sums)
 
-    def reconstruct_at(self, plan: DecodePlan, addresses: Addresses, length: int, *, stream: int = 0) -> None:
+    def reconstruct_at(
+        self, plan: DecodePlan, addresses: Addresses, length: int, *, stream: int = 0, sums: int = 0
+    ) -> None:
+        """As Codec says; sums: the address of uint64 [stripes, k + len(plan.targets)], likewise."""
         self._check_plan(plan)
-        self._code_at(self._decode(plan), addresses, length, stream)
+        self._code_at(self._decode(plan), addresses, length, stream, sums)
 
-    def prepare(self, plans: Iterable[DecodePlan] = ()) -> None:
-        self._runner.prepare(self._encode)
+    def prepare(self, plans: Iterable[DecodePlan] = (), *, sums: bool = False) -> None:
+        self._runner.prepare(_with_sums(self._encode) if sums else self._encode)
         for plan in plans:
             self._check_plan(plan)
-            self._runner.prepare(self._decode(plan))
+            self._runner.prepare(_with_sums(self._decode(plan)) if sums else self._decode(plan))
 
     def _code(self, program: Program, sources: Sequence[Shard], targets: Sequence[Shard], stream: int) -> None:
         if len(sources) != program.sources or len(targets) != program.targets:
@@ -97,8 +105,13 @@ class CudaCodec(Codec):
             raise CodecError(f"shards of unequal length: {sorted(lengths)}")
         self._code_at(program, np.array([[address for address, _ in places]], dtype=np.uint64), lengths.pop(), stream)
 
-    def _code_at(self, program: Program, addresses: Addresses, length: int, stream: int) -> None:
+    def _code_at(self, program: Program, addresses: Addresses, length: int, stream: int, sums: int = 0) -> None:
         check_addresses(addresses, program.sources, program.targets, length)
+        if sums:
+            step = _SUM_BYTES * addresses.shape[1]
+            rows = np.uint64(sums) + np.arange(len(addresses), dtype=np.uint64) * np.uint64(step)
+            program, addresses = _with_sums(program), np.column_stack([addresses, rows])
+            self._runner.clear(sums, step * len(addresses), stream)
         self._runner.run(program, plan_launches(program, addresses, length), stream)
 
     def _place(self, shard: Any, *, writes: bool) -> tuple[int, int]:
@@ -162,6 +175,10 @@ class CupyRunner:
             for launch in launches:
                 kernels[launch.width](launch.grid, (BLOCK,), (launch.batch,))
 
+    def clear(self, address: int, length: int, stream: int) -> None:
+        with self._cupy.cuda.Device(self.device):
+            self._cupy.cuda.runtime.memsetAsync(address, 0, length, stream)
+
     def device_of(self, address: int) -> int | None:
         try:
             found = self._cupy.cuda.runtime.pointerGetAttributes(address)
@@ -181,6 +198,10 @@ class CupyRunner:
 
 def _decode_program(plan: DecodePlan) -> Program:
     return Program.of(plan.matrix)
+
+
+def _with_sums(program: Program) -> Program:
+    return Program.of(program.matrix, sums=True)
 
 
 def _is_contiguous(view: dict[str, Any]) -> bool:

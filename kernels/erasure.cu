@@ -8,6 +8,7 @@
 //   VECTORS            vectors of each source that one thread has in flight
 //   BLOCK              threads of a block
 //   STRIPES            stripes that the argument has room for
+//   SUMS               1: add the checksum of every shard, source or target, to what the caller cleared; 0: none
 //
 // Multiplication: byte-parallel on packed words. With c = sum of 2^b over its bits b, a target is evaluated by Horner's
 // rule over b: double, then add the sources whose coefficient has bit b. That takes 7 doublings for a target however many
@@ -17,10 +18,12 @@
 __device__ constexpr unsigned char MATRIX[TARGETS][SOURCES] = {COEFFICIENTS};
 #endif
 
+constexpr int SHARDS = SOURCES + TARGETS;
+
 // The one argument: by value, so that a launch needs no memory and no copy of its own.
 struct Batch {
-    unsigned long long shards[STRIPES][SOURCES + TARGETS];  // addresses: sources, then targets
-    unsigned long long length;                              // bytes of each shard
+    unsigned long long shards[STRIPES][SHARDS + SUMS];  // addresses: sources, targets, and of [SHARDS] sums
+    unsigned long long length;                          // bytes of each shard
 };
 
 #ifdef __CUDACC__
@@ -30,12 +33,43 @@ static __device__ __forceinline__ unsigned sign_bytes(unsigned a) {
     asm("prmt.b32 %0, %1, 0, 0xBA98;" : "=r"(signs) : "r"(a));
     return signs;
 }
+
+// Add the values of a warp's threads, all of which call this, to *sum: in parts whose sums fit 32 bits.
+static __device__ __forceinline__ void add_to_sum(unsigned long long *sum, unsigned long long value) {
+    constexpr unsigned PART = (1u << 27) - 1, ALL = 0xFFFFFFFFu;
+    const unsigned low = __reduce_add_sync(ALL, static_cast<unsigned>(value) & PART);
+    const unsigned middle = __reduce_add_sync(ALL, static_cast<unsigned>(value >> 27) & PART);
+    const unsigned high = __reduce_add_sync(ALL, static_cast<unsigned>(value >> 54));
+    if (threadIdx.x % 32 == 0)
+        atomicAdd(sum, low + (static_cast<unsigned long long>(middle) << 27) +
+                           (static_cast<unsigned long long>(high) << 54));
+}
 #endif
 
 // 2 * (each byte of a), plus b. Bytes with the top bit set lose it to the left and take 0x1D, the rest of 0x11D.
 static __device__ __forceinline__ unsigned double_and_add(unsigned a, unsigned b) {
     return ((a << 1) & 0xFEFEFEFEu) ^ ((sign_bytes(a) & 0x1D1D1D1Du) ^ b);
 }
+
+// A shard's checksum (kernels/checksum.py): the sum of its little-endian words, each by a weight that its place decides.
+struct Sums {
+    unsigned long long value[SHARDS] = {};
+
+    // Add `words` that begin at this byte of the shard: vectors or words of 4 bytes each, or one byte.
+    template <int LANES>
+    __device__ __forceinline__ void add(int shard, const unsigned (&words)[LANES], unsigned long long offset) {
+        if (!SUMS) return;
+#pragma unroll
+        for (int lane = 0; lane < LANES; ++lane) {
+            unsigned weight = static_cast<unsigned>(offset / 4) + lane + 0x9E3779B9u;
+            weight = (weight ^ weight >> 16) * 0x7FEB352Du;
+            weight = (weight ^ weight >> 15) * 0x846CA68Bu;
+            weight ^= weight >> 16;
+            const unsigned word = words[lane] << 8 * (offset % 4);
+            value[shard] += static_cast<unsigned long long>(word) * weight;
+        }
+    }
+};
 
 // What one load moves is worked on as LANES words of packed bytes.
 template <typename Vector> struct Lanes {  // unsigned or unsigned char
@@ -87,19 +121,24 @@ static __device__ __forceinline__ unsigned target_word(const unsigned (&source)[
 
 template <typename Vector>
 static __device__ __forceinline__ void store_targets(const unsigned (&source)[SOURCES][Lanes<Vector>::LANES],
-                                                     const unsigned long long *shards, unsigned long long offset) {
+                                                     const unsigned long long *shards, unsigned long long offset,
+                                                     Sums &sums) {
     constexpr int LANES = Lanes<Vector>::LANES;
+#pragma unroll
+    for (int j = 0; j < SOURCES; ++j) sums.add(j, source[j], offset);
 #pragma unroll
     for (int i = 0; i < TARGETS; ++i) {
         unsigned target[LANES];
 #pragma unroll
         for (int lane = 0; lane < LANES; ++lane) target[lane] = target_word<LANES>(source, i, lane);
+        sums.add(SOURCES + i, target, offset);
         Lanes<Vector>::store(reinterpret_cast<Vector *>(shards[SOURCES + i] + offset), target);
     }
 }
 
 // One block codes BLOCK * VECTORS vectors of one stripe: blockIdx.y says which stripe, blockIdx.x where in it. The shards
-// of a stripe have the same address modulo the vector's size, so after a head of single bytes all are aligned.
+// of a stripe have the same address modulo the vector's size, so after a head of single bytes all are aligned. For sums
+// there is no head: words are counted from the beginning of a shard.
 template <typename Vector> static __device__ __forceinline__ void code(const Batch &batch) {
     const unsigned long long *shards = batch.shards[blockIdx.y];
     const unsigned long long misaligned = -shards[0] % sizeof(Vector);
@@ -107,6 +146,7 @@ template <typename Vector> static __device__ __forceinline__ void code(const Bat
     const unsigned long long vectors = (batch.length - head) / sizeof(Vector);
     const unsigned long long first = blockIdx.x * (unsigned long long)(BLOCK * VECTORS) + threadIdx.x;
 
+    Sums sums;
     unsigned source[VECTORS][SOURCES][Lanes<Vector>::LANES];
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v)
@@ -115,14 +155,19 @@ template <typename Vector> static __device__ __forceinline__ void code(const Bat
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v)
         if (first + v * BLOCK < vectors)
-            store_targets<Vector>(source[v], shards, head + (first + v * BLOCK) * sizeof(Vector));
+            store_targets<Vector>(source[v], shards, head + (first + v * BLOCK) * sizeof(Vector), sums);
 
     const unsigned long long loose = batch.length - vectors * sizeof(Vector);  // bytes of head and tail: at most 30
     if (sizeof(Vector) > 1 && blockIdx.x == 0 && threadIdx.x < loose) {
         const unsigned long long offset = threadIdx.x < head ? threadIdx.x : threadIdx.x + vectors * sizeof(Vector);
         unsigned byte[SOURCES][1];
         load_sources<unsigned char>(byte, shards, offset);
-        store_targets<unsigned char>(byte, shards, offset);
+        store_targets<unsigned char>(byte, shards, offset, sums);
+    }
+    if (SUMS) {
+#pragma unroll
+        for (int i = 0; i < SHARDS; ++i)
+            add_to_sum(reinterpret_cast<unsigned long long *>(shards[SHARDS]) + i, sums.value[i]);
     }
 }
 

@@ -18,6 +18,7 @@ from kernels.gf256 import Matrix
 SOURCE = Path(__file__).parent / "erasure.cu"
 MAX_SOURCES = 32  # their vectors are in registers, all at once
 MAX_TARGETS = 4
+MAX_SUMMED = 16  # sources, if checksums are made: each shard takes 2 registers more
 BLOCK = 256  # threads
 WIDTHS = (16, 4, 1)  # bytes of a vector; there is a kernel code_<width> for each
 
@@ -32,16 +33,24 @@ class Program:
     sources: int
     targets: int
     coefficients: bytes  # of the matrix, row by row
+    sums: bool = False  # whether checksums are made on the way; a table of addresses has a column for them then
 
     @classmethod
-    def of(cls, matrix: Matrix) -> "Program":
+    def of(cls, matrix: Matrix, sums: bool = False) -> "Program":
         """Return the program of a matrix [targets, sources]. Raises CodecError if it is too large for the kernel."""
         targets, sources = matrix.shape
         if not (1 <= sources <= MAX_SOURCES and 1 <= targets <= MAX_TARGETS):
             raise CodecError(
                 f"the kernel codes {MAX_SOURCES} shards into {MAX_TARGETS} at most, not {sources} into {targets}"
             )
-        return cls(sources, targets, matrix.tobytes())
+        if sums and sources > MAX_SUMMED:
+            raise CodecError(f"the kernel makes checksums of {MAX_SUMMED} sources at most, not {sources}")
+        return cls(sources, targets, matrix.tobytes(), sums)
+
+    @property
+    def matrix(self) -> Matrix:
+        """[targets, sources]."""
+        return np.frombuffer(self.coefficients, dtype=np.uint8).reshape(self.targets, self.sources)
 
     @property
     def vectors(self) -> int:
@@ -51,12 +60,17 @@ class Program:
     @property
     def stripes(self) -> int:
         """Stripes that the argument of one launch has room for."""
-        return (_ARGUMENT_BYTES - 8) // (8 * (self.sources + self.targets))
+        return (_ARGUMENT_BYTES - 8) // (8 * self.columns)
+
+    @property
+    def columns(self) -> int:
+        """Addresses that each stripe has."""
+        return self.sources + self.targets + self.sums
 
     @cached_property
     def batch_type(self) -> np.dtype[Any]:
         """The kernel's argument: struct Batch in erasure.cu."""
-        shards = ("shards", np.uint64, (self.stripes, self.sources + self.targets))
+        shards = ("shards", np.uint64, (self.stripes, self.columns))
         return np.dtype([shards, ("length", np.uint64)])
 
     def options(self) -> tuple[str, ...]:
@@ -69,6 +83,7 @@ class Program:
             f"-DVECTORS={self.vectors}",
             f"-DBLOCK={BLOCK}",
             f"-DSTRIPES={self.stripes}",
+            f"-DSUMS={int(self.sums)}",
         )
 
 
@@ -86,13 +101,15 @@ class Launch:
 
 
 def plan_launches(program: Program, addresses: npt.NDArray[np.uint64], length: int) -> Iterator[Launch]:
-    """Yield the launches that code stripes [stripes, sources + targets] of this many bytes each.
+    """Yield the launches that code stripes [stripes, program.columns] of this many bytes each.
 
     A stripe is coded in the widest vectors for which its shards are equally aligned: 16 bytes for all pages of a pool.
+    Where sums are made they must be aligned, as there words are counted from the beginning.
     """
     if not length:
         return
-    unlike = np.bitwise_or.reduce(addresses ^ addresses[:, :1], axis=1)
+    shards = addresses[:, : program.sources + program.targets]
+    unlike = np.bitwise_or.reduce(shards if program.sums else shards ^ shards[:, :1], axis=1)
     todo = np.ones(len(addresses), dtype=bool)
     for width in WIDTHS:
         alike = todo & (unlike % np.uint64(width) == 0)

@@ -9,7 +9,7 @@ position can look like a third; recorded checksums are never wrong in this way, 
 Source: H. P. Anvin, "The mathematics of RAID-6", on recovery from corruption; here for any m.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,18 +32,23 @@ class Verdict:
 
 
 def verify(
-    codec: Codec, data: Sequence[Buffer], parity: Sequence[Buffer], checksums: Sequence[int] | None = None
+    codec: Codec,
+    data: Sequence[Buffer],
+    parity: Sequence[Buffer],
+    checksums: Sequence[int] | None = None,
+    made_by: Callable[[Buffer], int] = checksum,
 ) -> Verdict:
     """Say which shards of a stripe in host memory are damaged.
 
-    checksums: those recorded, data then parity. They name any number of damaged shards. Without them, any damage up to
+    checksums: those recorded, data then parity, made_by checksum on a CPU, sum_checksum on a GPU. They name any number
+    of damaged shards. Without them, any damage up to
     m shards is found, and located for m >= 2 if no position has it in more than one shard. Raises CodecError.
     """
     shards = [*data, *parity]
     if len(data) != codec.k or len(parity) != codec.m or (checksums is not None and len(checksums) != len(shards)):
         raise CodecError(f"a stripe has {codec.k} + {codec.m} shards, and a checksum for each if any")
     if checksums is not None:
-        wrong = tuple(i for i, shard in enumerate(shards) if checksum(shard) != checksums[i])
+        wrong = tuple(i for i, shard in enumerate(shards) if made_by(shard) != checksums[i])
         return Verdict(not wrong, wrong)
     damaged: set[int] = set()
     for start in range(0, data[0].size, _CHUNK):

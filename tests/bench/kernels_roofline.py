@@ -12,6 +12,7 @@ from tests.bench.kernels_sass import Kernel, compile_program
 _INTEGER = ("LOP3", "IADD3", "SHF", "PRMT", "ISETP", "SEL", "LEA", "IABS", "IMNMX", "PLOP3", "MOV")
 _INTEGER_LANES = 64
 _ISSUE_LANES = 128
+_REDUX_LANES = 16
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,13 @@ class Roofline:
     def limits(self) -> dict[str, float]:
         """Seconds for each byte that is moved, by what would limit it."""
         kernel, lanes = self.kernel, self.device.multiprocessors * self.device.clock
-        names = [name.split(".")[0] for name in kernel.body]
+        # with sums, what follows the bytes of the tail is executed too: all is counted, so this is an upper bound
+        names = [name.split(".")[0] for name in (kernel.instructions if kernel.program.sums else kernel.body)]
         integer = sum(name in _INTEGER for name in names)
         return {
             "memory": kernel.moved / kernel.body_bytes / self.device.bandwidth,
             "integer units": integer / kernel.body_bytes / (_INTEGER_LANES * lanes),
+            "warp sums": kernel.count("REDUX").total() / kernel.body_bytes / (_REDUX_LANES * lanes),
             "issue": len(names) / kernel.body_bytes / (_ISSUE_LANES * lanes),
         }
 
@@ -77,6 +80,8 @@ def rooflines() -> list[tuple[str, int, int, Roofline]]:
     """Return (operation, k, m, roofline) for each program on each device."""
     found = []
     for (operation, k, m), matrix in programs().items():
-        kernel = compile_program(Program.of(matrix), 90)[16]
-        found += [(operation, k, m, Roofline(device, kernel)) for device in (H100, H200)]
+        for sums in (False, True) if k == 8 else (False,):
+            kernel = compile_program(Program.of(matrix, sums), 90)[16]
+            name = f"{operation}, sums" if sums else operation
+            found += [(name, k, m, Roofline(device, kernel)) for device in (H100, H200)]
     return found

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kernels.checksum import sum_checksum
 from kernels.codec import make_codec
 from kernels.cuda import CudaCodec, DeviceMemory
 from kernels.errors import CodecError
@@ -73,6 +74,20 @@ def test_scattered_pages_of_many_stripes_by_address() -> None:
     for stripe in pages[::17]:
         expected = oracle(k, m, list(host[stripe[:k]]))
         assert all(np.array_equal(a, b) for a, b in zip(host[stripe[k:]], expected, strict=True))
+
+
+@pytest.mark.parametrize("length", [0, 5, 4096, 122_880, 100_003])
+def test_checksums_are_made_on_the_way(length: int) -> None:
+    import cupy
+
+    codec, stripes = cuda(8, 2), 5
+    room = on_gpu(stripes, 10, length + 16)
+    sums = cupy.full((stripes, 10), 0xEE, dtype=cupy.uint64)
+    step = np.uint64(length + 16)
+    addresses = np.uint64(room.data.ptr) + np.arange(stripes * 10, dtype=np.uint64).reshape(stripes, 10) * step
+    codec.encode_at(addresses, length, sums=sums.data.ptr)
+    expected = [[sum_checksum(shard[:length]) for shard in stripe] for stripe in room.get()]
+    assert sums.get().tolist() == expected
 
 
 def test_work_is_ordered_on_the_callers_stream_without_waiting() -> None:

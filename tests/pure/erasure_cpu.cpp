@@ -41,6 +41,8 @@ static unsigned sign_bytes(unsigned a) {
     return signs;
 }
 
+static void add_to_sum(unsigned long long *sum, unsigned long long value) { *sum += value; }
+
 #ifdef ANY_MATRIX  // one binary for all matrices of a shape: compiling each of thousands would take an hour
 static unsigned char matrix[TARGETS][SOURCES];
 #define MATRIX matrix

@@ -45,6 +45,9 @@ class CpuRunner:
         self.stored += int(counters[1])
         self.misaligned += int(counters[2])
 
+    def clear(self, address: int, length: int, stream: int) -> None:
+        ctypes.memset(address, 0, length)
+
     def device_of(self, address: int) -> int | None:
         return self.device
 

@@ -53,6 +53,21 @@ def test_the_compiler_keeps_the_promises_of_the_kernel(name: str, architecture: 
         assert wide.threads >= 1024
 
 
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("name", ["encode 8+1", "encode 8+2", "reconstruct 2 of 8+2", "reconstruct 4 of 8+4"])
+def test_checksums_cost_no_memory_traffic_but_their_own(name: str, architecture: int) -> None:
+    program = Program.of(PROGRAMS[name], sums=True)
+    shards = program.sources + program.targets
+    for kernel in compile_program(program, architecture).values():
+        assert kernel.spilled == 0
+        assert not kernel.count("LDL", "STL", "LDS", "STS", "BAR", "CALL")
+        assert kernel.count("RED.", "REDG").total() == shards  # once a warp
+        assert kernel.count("REDUX").total() == 3 * shards
+    wide = compile_program(program, architecture)[16]
+    assert wide.moved == wide.body_bytes
+    assert wide.bytes_in_flight >= 64 << 10
+
+
 def test_coefficients_fold_into_instructions() -> None:
     ones, row = np.ones((1, 8), dtype=np.uint8), parity_matrix(8, 2)[1:]
     xor, cauchy = (compile_program(Program.of(matrix), 90)[16].count("LOP3").total() for matrix in (ones, row))

@@ -25,7 +25,10 @@ class FakeCupy:
         self.launched: list[tuple[Any, ...]] = []
         error = type("CUDARuntimeError", (RuntimeError,), {})
         runtime = SimpleNamespace(
-            getDeviceCount=lambda: 2, CUDARuntimeError=error, pointerGetAttributes=self.attributes
+            getDeviceCount=lambda: 2,
+            CUDARuntimeError=error,
+            pointerGetAttributes=self.attributes,
+            memsetAsync=lambda *arguments: self.launched.append((self.device, "clear", *arguments)),
         )
         compiler = SimpleNamespace(CompileException=type("CompileException", (Exception,), {}))
         stream = SimpleNamespace(from_external=lambda stream: self.inside("stream", stream.__cuda_stream__()[1]))
@@ -75,6 +78,17 @@ def test_a_launch_goes_to_the_callers_stream_with_addresses_as_its_argument(cupy
     assert batch.nbytes <= 4096
     assert batch["shards"][0].tolist() == [a.address, b.address, out.address]
     assert batch["length"] == 100_000
+
+
+def test_sums_are_cleared_on_the_same_stream_before_they_are_made(cupy: FakeCupy) -> None:
+    codec = make_codec(2, 1, "cuda:1")
+    assert isinstance(codec, CudaCodec)
+    codec.encode_at(np.array([[4096, 8192, 12288], [16384, 20480, 24576]], dtype=np.uint64), 100, stream=7, sums=512)
+    clear, launch = cupy.launched
+    assert clear == (1, "clear", 512, 0, 2 * 3 * 8, 7)
+    assert launch[1] == 7
+    assert launch[5][0]["shards"][:2, 3].tolist() == [512, 512 + 3 * 8]
+    assert "-DSUMS=1" in cupy.compiled[0][1]
 
 
 def test_plans_are_compiled_ahead_and_once_for_a_matrix(cupy: FakeCupy) -> None:

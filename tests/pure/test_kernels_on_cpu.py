@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.checksum import sum_checksum
 from kernels.codec import Shard, make_codec
 from kernels.cuda import CudaCodec, DeviceMemory
 from kernels.errors import CodecError
@@ -121,6 +122,46 @@ def test_one_launch_codes_scattered_pages_of_many_stripes() -> None:
     codec.reconstruct_at(plan, addresses[7:8][:, [*plan.sources, *plan.targets]], length)
     assert np.array_equal(arena.shards[pages[7, 1]], lost)
     arena.check_guards()
+
+
+@needs_compiler
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_checksums_are_made_on_the_way(data: st.DataObject) -> None:
+    k, m = data.draw(st.sampled_from([(1, 1), (3, 2), (8, 2), (16, 4)]), label="k, m")
+    length = data.draw(st.one_of(st.integers(0, 70), st.integers(0, 20_003)), label="length")
+    step, stripes = data.draw(st.sampled_from([16, 4, 1]), label="aligned to"), 2
+    offsets = data.draw(st.lists(st.integers(0, 3), min_size=k + m, max_size=k + m), label="offsets")
+    runner = CpuRunner()
+    codec, arena = CudaCodec(k, m, runner), Arena(length, [step * offset for offset in offsets] * stripes)
+    fill(arena, len(arena.shards), seed=length)
+    addresses = np.array([shard.ctypes.data for shard in arena.shards], dtype=np.uint64).reshape(stripes, k + m)
+    sums = np.full((stripes, k + m), 0xEE, dtype=np.uint64)
+    codec.encode_at(addresses, length, sums=sums.ctypes.data)
+    expected = [sum_checksum(shard) for shard in arena.shards]
+    assert sums.ravel().tolist() == expected
+    for row in range(stripes):
+        shards = arena.shards[row * (k + m) : (row + 1) * (k + m)]
+        assert all(np.array_equal(a, b) for a, b in zip(shards[k:], oracle(k, m, shards[:k]), strict=True))
+    plan = codec.plan(range(1, k + m), [0])
+    arena.poison(0)
+    rebuilt = np.zeros((1, k + 1), dtype=np.uint64)
+    codec.reconstruct_at(plan, addresses[:1, [*plan.sources, 0]], length, sums=rebuilt.ctypes.data)
+    assert rebuilt[0].tolist() == [expected[shard] for shard in (*plan.sources, 0)]
+    arena.check_guards()
+    assert runner.misaligned == 0
+    assert runner.loaded == (stripes + 1) * k * length
+
+
+def test_a_checksum_changes_with_any_bit_and_any_order() -> None:
+    data = np.random.default_rng(6).integers(0, 256, 999, dtype=np.uint8)
+    seen = {sum_checksum(data), sum_checksum(data[::-1].copy()), sum_checksum(np.roll(data, 4)), sum_checksum(b"")}
+    for bit in range(8 * data.size):
+        data[bit // 8] ^= 1 << bit % 8
+        seen.add(sum_checksum(data))
+        data[bit // 8] ^= 1 << bit % 8
+    assert len(seen) == 8 * data.size + 4
+    assert sum_checksum(b"") == 0
 
 
 def test_launches_cover_every_vector_once() -> None:

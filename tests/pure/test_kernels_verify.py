@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.checksum import sum_checksum
 from kernels.codec import Buffer, checksum, make_codec
 from kernels.errors import CodecError
 from kernels.verify import Verdict, repair, verify
@@ -75,5 +76,9 @@ def test_checksums_name_as_many_damaged_shards_as_parity_can_repair() -> None:
     assert verdict.damaged == (1, 4, 7)
     repair(codec, shards[:6], shards[6:], verdict)
     assert sums == [checksum(shard) for shard in shards]
+    shards[3][4999] ^= 1
+    made_on_a_gpu = [sum_checksum(shard) for shard in shards]
+    shards[3][4999] ^= 1
+    assert verify(codec, shards[:6], shards[6:], made_on_a_gpu, sum_checksum).damaged == (3,)
     with pytest.raises(CodecError, match="a checksum for each"):
         verify(codec, shards[:6], shards[6:], sums[:-1])
