@@ -14,7 +14,8 @@ from shared.messages import Message, ProtectPlan, RankFailed, RestorePlan
 
 log = logging.getLogger(__name__)
 
-MAX_JOBS = 1024
+MAX_JOBS = 4096
+"""More than the coordinator lets be pending."""
 SLOT_BYTES = 4 << 20
 """Shared memory of one rank in the exchange communicator."""
 
