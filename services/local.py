@@ -56,6 +56,7 @@ class ServeSettings(CommonSettings):
     page_tokens: int = Field(16, ge=1, le=1024, description="tokens a page")
     kv_memory_mb: int = Field(384, ge=1, description="KV pool of each rank, MiB")
     store_memory_mb: int = Field(1024, ge=1, description="memory of each parity store, MiB")
+    transport: Literal["auto", "tcp", "ucx"] = Field("auto", description="bulk transport; auto: ucx with RDMA or CUDA")
     max_model_len: int = Field(0, ge=0, description="longest sequence; 0: what model and pool allow")
     max_step_tokens: int = Field(512, ge=1, le=65536, description="tokens a step (chunked prefill)")
     max_batch: int = Field(32, ge=1, le=1024, description="sequences a step")
@@ -143,7 +144,7 @@ class LocalCluster:
         for number in range(settings.stores):
             name = f"store-{number}"
             flags = [*dial, "--redis-url", redis_url, "--name", name, "--capacity-mb", capacity]
-            starts.append(self._start_service(name, flags, (), command="parity-store"))
+            starts.append(self._start_service(name, flags, ("transport",), command="parity-store"))
         await asyncio.gather(*starts)
 
     def _model_name(self) -> str:

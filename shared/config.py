@@ -95,6 +95,7 @@ class ParityStoreSettings(CommonSettings):
     port: Port = Field(0, description="bulk port; 0 takes a free one")
     admin_port: Port = Field(0, description="admin port; 0 takes a free one")
     advertise_host: str = Field("127.0.0.1", description="address under which workers reach this host")
+    transport: Literal["auto", "tcp", "ucx"] = Field("auto", description="bulk transport; auto: ucx with RDMA or CUDA")
     capacity_mb: int = Field(1024, ge=1, description="memory for parity, MiB")
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis of the stripe index")
 

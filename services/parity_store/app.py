@@ -21,6 +21,7 @@ from shared.errors import ConfigError, GhostError, PeerLost, ProtocolError
 from shared.messages import EpochNow, Goodbye, Message, ReleaseStripes, StoreHello, Welcome
 from shared.service import check_bind
 from shared.stripe_index import StripeIndex
+from shared.transport.backends import choose
 from shared.transport.server import serve
 from shared.types import StoreInfo
 
@@ -39,19 +40,21 @@ async def run(
     check_bind(settings.host, settings.secret)
     incarnation = os.urandom(8).hex()
     store_id = settings.name or f"{default_name('store')}-{settings.port or incarnation[:8]}"
+    scheme, why = choose(settings.transport)
     arena = Arena(settings.capacity_mb << 20)
     async with StripeIndex(settings.redis_url) as index:
         writer = IndexWriter(index, store_id, incarnation)
         store = Store(ShardTable(arena), writer)
         async with serve(
-            f"tcp://{_bracketed(settings.host)}:{settings.port}", store, token=settings.secret or ""
+            f"{scheme}://{_bracketed(settings.host)}:{settings.port}", store, token=settings.secret or ""
         ) as bulk:
-            address = f"tcp://{_bracketed(settings.advertise_host)}:{urlsplit(bulk.address).port}"
+            address = f"{scheme}://{_bracketed(settings.advertise_host)}:{urlsplit(bulk.address).port}"
             info = StoreInfo(store_id, incarnation, address, "", arena.capacity_bytes)
             admin = Admin(store, arena, bulk, info)
             async with _listening(admin.application(settings.secret), settings) as admin_port:
                 admin_url = f"http://{_bracketed(settings.advertise_host)}:{admin_port}"
                 info = replace(info, admin_url=admin_url)
+                log.info("transport %s: %s", scheme, why)
                 log.info("store %s: bulk %s, admin %s, %d MiB", store_id, address, admin_url, settings.capacity_mb)
                 if on_listening is not None:
                     on_listening(admin_url)

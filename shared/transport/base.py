@@ -2,7 +2,7 @@
 
 One request names many shards, then their bytes follow; many requests are in flight on one connection, and replies are
 matched by id. What travels (this file, frames.py) and how it is asked and served (client.py, server.py) is the same for
-every backend; a backend is a Stream and a Listener (tcp.py; ucx.py later) and passes
+every backend; a backend is a Stream and a Listener (tcp.py, ucx.py) and passes
 tests/conformance/test_transport.py.
 """
 
@@ -125,6 +125,12 @@ class Stream(ABC):
 
     A stream that raised, or one of whose calls was cancelled, is only good for close.
     """
+
+    async def upgrade(self, stall_s: float) -> None:  # noqa: B027 - most backends have nothing to do
+        """Both ends have shown the token, nothing else is in flight: set up what strangers must not touch.
+
+        Raises as receive does, or ProtocolError.
+        """
 
     @abstractmethod
     async def send(self, buffers: Sequence[memoryview], stall_s: float) -> None:

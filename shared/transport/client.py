@@ -40,12 +40,13 @@ class BulkClient:
             async with asyncio.timeout(timeout):
                 stream = await backends.connect(address)
                 try:
-                    await stream.send([memoryview(frames.encode(Hello(frames.VERSION, token)))], limits.stall_s)
+                    await stream.send(frames.pieces(Hello(frames.VERSION, token)), limits.stall_s)
                     welcome = await frames.read(stream, frames.HELLO_BYTES, limits)
                     if not isinstance(welcome, Welcome):
                         raise ProtocolError(f"{address} did not answer like a bulk server")
                     if welcome.refusal is not None:
                         raise welcome.refusal
+                    await stream.upgrade(limits.stall_s)
                 except BaseException:
                     stream.close()
                     raise
@@ -104,7 +105,11 @@ class BulkClient:
         try:
             async with asyncio.timeout(timeout):
                 await self._budget.take(sum(request.lengths))
-                self._check_open()
+                try:
+                    self._check_open()
+                except PeerLost:
+                    self._budget.give(sum(request.lengths))
+                    raise
                 self._next_id += 1
                 answer: asyncio.Future[tuple[Outcome, ...]] = asyncio.get_running_loop().create_future()
                 pending = _Pending(self._next_id, request, into, answer)
@@ -119,7 +124,7 @@ class BulkClient:
             raise DeadlineExceeded(f"{self.address} did not answer within {timeout:g} s") from None
 
     async def _send(self, pending: "_Pending", payloads: Sequence[memoryview]) -> None:
-        head = frames.encode(Numbered(pending.request_id, pending.request))
+        head = frames.pieces(Numbered(pending.request_id, pending.request))
         try:
             await self._sending.acquire()
         except asyncio.CancelledError:
@@ -127,7 +132,7 @@ class BulkClient:
             raise
         try:
             self._check_open()
-            await self._stream.send([memoryview(head), *payloads], self._limits.stall_s)
+            await self._stream.send([*head, *payloads], self._limits.stall_s)
         except BaseException as error:
             if not pending.answer.cancel() and not pending.answer.cancelled():
                 pending.answer.exception()  # seen: this error is raised in its stead

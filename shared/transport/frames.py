@@ -70,6 +70,12 @@ def encode(frame: Frame) -> bytes:
     return PREFIX.pack(MAGIC, len(body)) + body
 
 
+def pieces(frame: Frame) -> list[memoryview]:
+    """Return the two buffers in which a frame is sent, as `read` receives them."""
+    encoded = memoryview(encode(frame))
+    return [encoded[: PREFIX.size], encoded[PREFIX.size :]]
+
+
 def _to_wire(frame: Frame) -> list[object]:
     match frame:
         case Hello():

@@ -80,12 +80,13 @@ class BulkServer:
                     refusal = ProtocolError(f"bulk protocol version {hello.version}; this side speaks {frames.VERSION}")
                 elif not hmac.compare_digest(hello.token.encode(), self._token):
                     refusal = ConfigError("the cluster token is wrong")
-                welcome = frames.encode(Welcome(frames.VERSION, refusal))
-                await stream.send([memoryview(welcome)], self._limits.stall_s)
+                welcome = frames.pieces(Welcome(frames.VERSION, refusal))
+                await stream.send(welcome, self._limits.stall_s)
+                if refusal is not None:
+                    raise ProtocolError(str(refusal))
+                await stream.upgrade(self._limits.stall_s)
         except TimeoutError:
             raise ProtocolError("a bulk connection without a hello") from None
-        if refusal is not None:
-            raise ProtocolError(str(refusal))
 
 
 class _Connection:
@@ -153,7 +154,7 @@ class _Connection:
 
     async def _reply(self, reply: Reply, payloads: Sequence[memoryview]) -> None:
         async with self._sending:
-            await self._stream.send([memoryview(frames.encode(reply)), *payloads], self._limits.stall_s)
+            await self._stream.send([*frames.pieces(reply), *payloads], self._limits.stall_s)
         self._slots.release()
 
 

@@ -71,6 +71,10 @@ class TcpStream(Stream):
             length -= step
             moved = await self._give_turn(moved + step)
 
+    def when_readable(self, callback: Callable[[], None]) -> None:
+        """Call back when something arrives, or the peer is gone, once this end neither sends nor receives any more."""
+        self._loop.add_reader(self._sock, callback)
+
     def close(self) -> None:
         if self._closed:
             return
@@ -147,7 +151,7 @@ class TcpListener(Listener):
     def address(self) -> str:
         return self._address
 
-    async def accept(self) -> Stream:
+    async def accept(self) -> TcpStream:
         loop = asyncio.get_running_loop()
         while True:
             try:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -13,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shared.errors import ConfigError, DeadlineExceeded, GhostError, PeerLost, ProtocolError, ShardMissing, StoreFull
-from shared.transport import backends, frames
+from shared.transport import backends, frames, ucx_engine
 from shared.transport.base import (
     DEFAULT_LIMITS,
     BulkLimits,
@@ -27,7 +28,15 @@ from shared.transport.base import (
 from shared.transport.client import BulkClient
 from shared.transport.server import BulkServer, serve
 
-BACKENDS = ["tcp://127.0.0.1:0"]
+BACKENDS = [
+    "tcp://127.0.0.1:0",
+    pytest.param(
+        "ucx://127.0.0.1:0",
+        marks=pytest.mark.skipif(
+            not ucx_engine.is_installed(), reason="UCXX IS NOT INSTALLED: nothing of ucx is tested"
+        ),
+    ),
+]
 TIMEOUT = 20.0
 
 
@@ -219,6 +228,21 @@ async def test_bytes_in_flight_are_bounded(server: BulkServer, shelf: Shelf) -> 
         assert await client.put(*batch([300_000]), timeout=TIMEOUT) == (None,)  # larger than the whole: alone
 
 
+async def test_those_who_wait_for_room_hear_at_once_that_the_peer_is_lost(listen_at: str) -> None:
+    async def play(stream: Stream) -> None:
+        await next_request(stream)
+        await asyncio.sleep(0.05)
+        stream.close()
+
+    limits = replace(DEFAULT_LIMITS, in_flight_bytes=1000)
+    async with actor(listen_at, play) as address, await BulkClient.connect(address, limits=limits) as client:
+        gets = [client.get(*asking(batch([1000])[0]), timeout=TIMEOUT) for _ in range(5)]
+        started = time.monotonic()
+        outcomes = await asyncio.gather(*gets, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [PeerLost] * 5
+        assert time.monotonic() - started < 2
+
+
 async def test_a_deadline_while_waiting_for_others_bytes_harms_nobody(server: BulkServer, shelf: Shelf) -> None:
     limits = replace(DEFAULT_LIMITS, in_flight_bytes=1000)
     shelf.hold = asyncio.Event()
@@ -241,7 +265,7 @@ async def test_a_wrong_token_is_refused(server: BulkServer) -> None:
 
 async def test_another_protocol_version_is_refused_by_name(server: BulkServer) -> None:
     stream = await backends.connect(server.address)
-    await stream.send([memoryview(frames.encode(frames.Hello(99, "secret")))], TIMEOUT)
+    await stream.send(frames.pieces(frames.Hello(99, "secret")), TIMEOUT)
     welcome = await frames.read(stream, frames.HELLO_BYTES, DEFAULT_LIMITS)
     stream.close()
     assert isinstance(welcome, frames.Welcome)
@@ -257,10 +281,34 @@ async def test_nobody_there_is_peer_lost(listen_at: str) -> None:
         await BulkClient.connect(address, timeout=TIMEOUT)
 
 
-@pytest.mark.parametrize("address", ["", "127.0.0.1:1", "http://127.0.0.1:1", "tcp://", "tcp://h:99999", "tcp://h"])
+@pytest.mark.parametrize(
+    "address", ["", "127.0.0.1:1", "http://127.0.0.1:1", "tcp://", "tcp://h:99999", "tcp://h", "ucx://", "ucx://h"]
+)
 async def test_a_malformed_address_is_a_config_error(address: str) -> None:
     with pytest.raises(ConfigError):
         await BulkClient.connect(address, timeout=TIMEOUT)
+
+
+async def test_without_ucxx_an_ucx_address_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ucxx._lib.libucxx", None)
+    monkeypatch.setattr(ucx_engine, "is_installed", lambda: False)
+    ucx_engine.context.cache_clear()
+    for use in (backends.listen, backends.connect):
+        with pytest.raises(ConfigError, match="ghostserve.ucx"):
+            await use("ucx://127.0.0.1:1")
+    with pytest.raises(ConfigError, match="ghostserve.ucx"):
+        backends.choose("ucx")
+    assert backends.choose("auto")[0] == "tcp"
+
+
+def test_auto_takes_ucx_only_where_it_has_more_to_offer_than_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ucx_engine, "is_installed", lambda: True)
+    monkeypatch.setattr(backends, "cuda_present", lambda: False)
+    monkeypatch.setattr(backends, "rdma_devices", list)
+    assert backends.choose("auto")[0] == "tcp"
+    monkeypatch.setattr(backends, "rdma_devices", lambda: ["mlx5_0"])
+    assert backends.choose("auto") == ("ucx", "RDMA over mlx5_0")
+    assert backends.choose("tcp")[0] == "tcp"
 
 
 async def test_wrong_sizes_are_refused_before_anything_is_sent(client: BulkClient) -> None:
@@ -286,7 +334,8 @@ async def actor(listen_at: str, play: Callable[[Stream], Awaitable[None]]) -> As
         stream = await listener.accept()
         try:
             await frames.read(stream, frames.HELLO_BYTES, DEFAULT_LIMITS)
-            await stream.send([memoryview(frames.encode(frames.Welcome(frames.VERSION, None)))], TIMEOUT)
+            await stream.send(frames.pieces(frames.Welcome(frames.VERSION, None)), TIMEOUT)
+            await stream.upgrade(TIMEOUT)
             await play(stream)
             await asyncio.Event().wait()
         finally:
@@ -309,8 +358,8 @@ async def next_request(stream: Stream) -> frames.Numbered:
 
 
 async def reply(stream: Stream, number: int, *payloads: bytes) -> None:
-    head = frames.encode(frames.Reply(number, (None,)))
-    await stream.send([memoryview(head), *(memoryview(payload) for payload in payloads)], TIMEOUT)
+    head = frames.pieces(frames.Reply(number, (None,)))
+    await stream.send([*head, *(memoryview(payload) for payload in payloads)], TIMEOUT)
 
 
 async def test_a_silent_peer_is_deadline_exceeded(listen_at: str) -> None:
@@ -365,8 +414,8 @@ async def test_a_deadline_in_the_middle_of_the_bytes_closes_the_connection(liste
 
     async def play(stream: Stream) -> None:
         asked = await next_request(stream)
-        head = frames.encode(frames.Reply(asked.request_id, (None, None)))
-        await stream.send([memoryview(head), memoryview(b"a" * 1000)], TIMEOUT)
+        head = frames.pieces(frames.Reply(asked.request_id, (None, None)))
+        await stream.send([*head, memoryview(b"a" * 1000)], TIMEOUT)
         half_sent.set()
         await go_on.wait()
         with suppress(PeerLost):
@@ -399,15 +448,16 @@ async def test_a_client_leaves_a_server_that_talks_nonsense(listen_at: str, forg
 
 async def greeted(server: BulkServer) -> Stream:
     stream = await backends.connect(server.address)
-    await stream.send([memoryview(frames.encode(frames.Hello(frames.VERSION, "secret")))], TIMEOUT)
+    await stream.send(frames.pieces(frames.Hello(frames.VERSION, "secret")), TIMEOUT)
     await frames.read(stream, frames.HELLO_BYTES, DEFAULT_LIMITS)
+    await stream.upgrade(TIMEOUT)
     return stream
 
 
 async def test_a_put_that_ends_in_the_middle_is_abandoned(server: BulkServer, shelf: Shelf) -> None:
     stream = await greeted(server)
     put, payloads = batch([1000, 1000])
-    await stream.send([memoryview(frames.encode(frames.Numbered(1, put))), payloads[0]], TIMEOUT)
+    await stream.send([*frames.pieces(frames.Numbered(1, put)), payloads[0]], TIMEOUT)
     await shelf.until(lambda: shelf.arriving == 1)
     stream.close()
     await shelf.until(lambda: shelf.abandoned == 1)
@@ -432,7 +482,7 @@ async def test_a_reader_that_stops_reading_is_left(listen_at: str, shelf: Shelf)
         async with await BulkClient.connect(server.address, token="secret") as client:
             await client.put(put, payloads, timeout=TIMEOUT)
         stream = await greeted(server)
-        await stream.send([memoryview(frames.encode(frames.Numbered(1, asking(put)[0])))], TIMEOUT)
+        await stream.send(frames.pieces(frames.Numbered(1, asking(put)[0])), TIMEOUT)
         await shelf.until(lambda: shelf.reading == 1)
         await shelf.until(lambda: shelf.reading == 0)
         stream.close()
@@ -443,7 +493,7 @@ async def test_a_sender_that_stops_in_the_middle_is_left(listen_at: str, shelf: 
     async with serve(listen_at, shelf, token="secret", limits=limits) as server:
         stream = await greeted(server)
         put, payloads = batch([1000, 1000])
-        await stream.send([memoryview(frames.encode(frames.Numbered(1, put))), payloads[0]], TIMEOUT)
+        await stream.send([*frames.pieces(frames.Numbered(1, put)), payloads[0]], TIMEOUT)
         await shelf.until(lambda: shelf.abandoned == 1)
         with pytest.raises(PeerLost):
             await stream.receive([memoryview(bytearray(1))], TIMEOUT)
