@@ -60,6 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     model = commands.add_parser("model", help="fetch or convert a model, and print the directory of its files")
     model.add_argument("name", nargs="?", default="default", help="default, a directory, or a hub id")
     model.set_defaults(run=_model)
+    from services.doctor import add_arguments as add_doctor_arguments
+
+    doctor = commands.add_parser("doctor", help="say what this machine has, what is picked of it and why")
+    add_doctor_arguments(doctor)
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -127,6 +132,12 @@ def _drill(arguments: argparse.Namespace) -> int:
     from services.drill import drill
 
     return drill(arguments)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from services.doctor import doctor
+
+    return doctor(arguments)
 
 
 def _model(arguments: argparse.Namespace) -> int:
