@@ -199,7 +199,7 @@ class Group:
             case RankFailed(epoch=of) if of == epoch:
                 if message.fatal:
                     self.worker_gone(name, message.reason)
-                elif self._broken_since is None:
+                elif self.membership.state != "forming" and self._broken_since is None:
                     log.info("rank %d: %s", message.rank, message.reason)
                     self._broken_since = now
             case _:

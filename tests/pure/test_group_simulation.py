@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from shared.messages import RankFailed
 from tests.pure.world import World
 
 MOVES = 100_000
@@ -21,6 +22,14 @@ async def running(world: World) -> AsyncIterator[None]:
     finally:
         stop.set()
         await asyncio.wait_for(task, 5.0)
+
+
+async def serving(world: World) -> None:
+    """Let messages through until the group serves."""
+    async with asyncio.timeout(10):
+        while world.group.membership.state != "serving":
+            if not await world.move():
+                await asyncio.sleep(0.001)
 
 
 async def finish(world: World) -> None:
@@ -67,9 +76,12 @@ async def test_streams_are_right_whatever_dies_when(seed: int, parity: int) -> N
                 world.lose_store()
             elif what < 0.045:
                 world.add_store()
+            elif what < 0.05:
+                world.abort_collective()
             elif not await world.move():
                 await asyncio.sleep(0)
             world.group.check()
+            world.check_parity()
             await world.settle()
         await finish(world)
 
@@ -80,8 +92,7 @@ async def test_one_lost_rank_is_restored_from_parity_and_only_the_tail_recompute
         for _ in range(world.size + 1):
             world.add_worker()
         world.add_store()
-        while world.group.membership.state != "serving":
-            await world.move()
+        await serving(world)
         name = world.submit(length=23, max_tokens=40)
         while len(world.received[name]) < 10:
             await world.move()
@@ -102,8 +113,7 @@ async def test_without_a_spare_it_says_what_it_waits_for_and_goes_on_when_one_co
     async with running(world):
         for _ in range(world.size):
             world.add_worker()
-        while world.group.membership.state != "serving":
-            await world.move()
+        await serving(world)
         world.submit()
         await world.move()
         world.kill(next(iter(world.workers.values())))
@@ -113,3 +123,36 @@ async def test_without_a_spare_it_says_what_it_waits_for_and_goes_on_when_one_co
         assert status.state == "forming"
         assert "waiting for 1 more worker" in status.detail
         await finish(world)
+
+
+async def test_a_late_word_of_the_epoch_before_does_not_break_the_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.coordinator.group.BROKEN_GRACE_S", 0.05)
+    world = World(3)
+    async with running(world):
+        for _ in range(world.size + 1):
+            world.add_worker()
+        await serving(world)
+        survivor, victim = world.group.membership.ranks[:2]
+        world.kill(world.workers[str(victim)])
+        assert world.group.membership.state == "forming"
+        world.group.from_worker(str(survivor), RankFailed(1, 0, "its peer is gone", fatal=False))
+        await serving(world)
+        await asyncio.sleep(0.2)  # more than the grace, in which a broken epoch would be given up
+        assert world.group.membership.state == "serving"
+        assert world.group.membership.epoch == 2
+
+
+async def test_an_epoch_that_is_broken_though_nobody_is_lost_is_formed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.coordinator.group.BROKEN_GRACE_S", 0.01)
+    world = World(4)
+    async with running(world):
+        for _ in range(world.size):
+            world.add_worker()
+        await serving(world)
+        world.submit()
+        world.group.from_worker("w0", RankFailed(1, 0, "a collective failed", fatal=False))
+        async with asyncio.timeout(5):
+            while world.group.membership.epoch == 1:  # the group's own tick gives the epoch up
+                await asyncio.sleep(0.005)
+        await finish(world)
+        assert world.group.membership.epoch == 2
