@@ -189,7 +189,6 @@ async def run_drill(
     calm = await stream_all(cluster, prompts, options, f"{salt}-calm")
     narrate(f"streaming, and losing rank {', '.join(map(str, options.targets))}")
     pids = {worker["rank"]: worker["pid"] for worker in (await cluster.status())["workers"]}
-    before = len(status["recoveries"])
     killed_at: list[float] = []
 
     def strike() -> None:
@@ -202,7 +201,7 @@ async def run_drill(
     if not killed_at:
         raise GhostError("the streams ended before the fault came")
     narrate("reading the timeline")
-    record, status = await _record(cluster, before)
+    record, status = await _record(cluster, killed_at[0])
     return make_report(cluster.settings, options, calm, hit, killed_at[0], record, status)
 
 
@@ -318,13 +317,14 @@ async def _stream(
     return seen
 
 
-async def _record(cluster: LocalCluster, before: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The newest recovery's record and the status that has it, once it is closed."""
+async def _record(cluster: LocalCluster, killed_at: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The record of the recovery that a kill began, and the status that has it, once it is closed."""
     end = time.monotonic() + RECORD_DEADLINE_S
     while time.monotonic() < end:
         status = await cluster.status()
-        if len(status["recoveries"]) > before and status["state"] == "serving":
-            return status["recoveries"][-1], status
+        since = [record for record in status["recoveries"] if record["started"] >= killed_at]
+        if since and status["state"] == "serving":
+            return since[0], status
         await asyncio.sleep(0.05)
     raise GhostError(f"the coordinator reported no recovery within {RECORD_DEADLINE_S:.0f} s")
 
