@@ -246,6 +246,8 @@ class ProtectPlan(Message):
     pages: bytes
     keys: tuple[PageKey, ...]
     stores: tuple[StoreInfo, ...]
+    serial: int
+    """Goes with every shard that is put for this plan; see ReleaseStripes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,10 +302,16 @@ class EpochNow(Message):
 
 @dataclass(frozen=True, slots=True)
 class ReleaseStripes(Message):
-    """These pages are gone: free their shards and index entries. Empty `keys`: all of the group's."""
+    """These pages are gone: free their shards and index entries. Empty `keys`: all of the group's.
+
+    Shards come by another way than this, so each carries (epoch, serial) of the plan that it was put for: one that was
+    asked for after this was sent has a greater pair, and stays, however late this arrives.
+    """
 
     group: str
     keys: tuple[PageKey, ...]
+    epoch: int
+    serial: int
 
 
 # -- gateway to coordinator ------------------------------------------------------------------------------------------

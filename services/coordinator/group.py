@@ -102,6 +102,7 @@ class Group:
         self._restoring: Restoring | None = None
         self._timeline = Timeline()
         self._parity_bytes = 0
+        self._serial = 0  # of releases sent
         self._broken_since: float | None = None
         self._status_sent = 0.0
         self._protection_tried = 0.0
@@ -397,14 +398,15 @@ class Group:
     def _protect(self) -> None:
         """Send sealed pages to the shadow, and tell the stores which stripes are gone."""
         if keys := self.pool.take_released():
-            self.stores.send(ReleaseStripes(self.config.group, keys))
+            self.stores.send(ReleaseStripes(self.config.group, keys, self.membership.epoch, self._serial))
+            self._serial += 1
         stores = self.stores.infos()
         if self.membership.state != "serving" or not stores:
             return
         while pages := self.pool.start_protection(PROTECT_BATCH_PAGES, PROTECT_IN_FLIGHT_PAGES):
             numbers = pack_ids(page.number for page in pages)
             keys = tuple(page.key for page in pages if page.key is not None)
-            self._to_ranks(ProtectPlan(self.membership.epoch, self._step, numbers, keys, stores))
+            self._to_ranks(ProtectPlan(self.membership.epoch, self._step, numbers, keys, stores, self._serial))
 
     # -- gateways ----------------------------------------------------------------------------------------------------
 

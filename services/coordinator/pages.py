@@ -33,6 +33,8 @@ class Page:
     key: PageKey | None = None
     shadow: Shadow = Shadow.OPEN
     missing: set[int] = field(default_factory=set)
+    doubtful: bool = False
+    """A store was lost while this page's parity was under way, or its slices: an acknowledgement proves nothing."""
 
 
 class PagePool:
@@ -146,7 +148,8 @@ class PagePool:
                 continue
             page = self.pages[number]
             if page.shadow is Shadow.PENDING:
-                self._enter(page, Shadow.PROTECTED if protected else Shadow.UNPROTECTED)
+                stored = Shadow.QUEUED if page.doubtful else Shadow.PROTECTED
+                self._enter(page, stored if protected else Shadow.UNPROTECTED)
         if not protected:
             self.unprotected_reason = reason
 
@@ -158,6 +161,10 @@ class PagePool:
 
     def protection_lost(self) -> None:
         """The stores no longer have what they acknowledged: queue all of it."""
+        for page in self.pages:
+            page.doubtful = page.doubtful or page.shadow is Shadow.PENDING or bool(page.missing)
+            if page.shadow is Shadow.PROTECTED and page.missing:
+                self._enter(page, Shadow.UNPROTECTED)
         self.protect_again(Shadow.PROTECTED)
 
     def take_released(self) -> tuple[PageKey, ...]:
@@ -179,8 +186,9 @@ class PagePool:
         """All slices of this page are there again, decoded from parity: so it is protected."""
         number = self._by_key.get(key)
         if number is not None:
-            self.pages[number].missing.clear()
-            self._enter(self.pages[number], Shadow.PROTECTED)
+            page = self.pages[number]
+            page.missing.clear()
+            self._enter(page, Shadow.QUEUED if page.doubtful else Shadow.PROTECTED)
 
     def rewrite(self, pages: Sequence[int]) -> None:
         """A sequence will compute these pages anew on all ranks: they are unsealed, whoever else shared them.
@@ -230,6 +238,8 @@ class PagePool:
         self._by_shadow[shadow] += 1
         if was is Shadow.PENDING and shadow is not Shadow.PENDING and not page.holders:
             self._let_go(page)
+        if shadow in (Shadow.QUEUED, Shadow.OPEN):
+            page.doubtful = False
         if shadow is Shadow.QUEUED:
             self._queued[page.number] = None
         else:

@@ -101,7 +101,7 @@ def _obey(store: Store, message: Message) -> None:
         case EpochNow():
             store.advance_epoch(message.group, message.epoch)
         case ReleaseStripes():
-            store.release(message.group, message.keys or None)
+            store.release(message.group, message.keys or None, (message.epoch, message.serial))
         case Goodbye(final=True):
             raise GhostError(f"the coordinator does not want this store: {message.reason}")
         case Goodbye():

@@ -34,6 +34,7 @@ class Shard:
     label: ShardLabel
     block: Block
     stored_at: float  # the caller's clock, seconds
+    serial: int = 0  # of the plan that it was put for; see ReleaseStripes
     state: State = "arriving"
     pins: int = 0  # readers of its bytes
     replaced: "Shard | None" = None  # of the same name, until this one is settled
@@ -62,10 +63,10 @@ class ShardTable:
 
     # writing
 
-    def begin(self, group: str, epoch: int, label: ShardLabel, now: float) -> Shard:
+    def begin(self, group: str, epoch: int, label: ShardLabel, now: float, serial: int = 0) -> Shard:
         """Make room for a shard whose bytes will arrive. Raises Fenced or StoreFull."""
         self._check_epoch(group, epoch)
-        shard = Shard(group, epoch, label, self._arena.allocate(label.length), now)
+        shard = Shard(group, epoch, label, self._arena.allocate(label.length), now, serial)
         self._others.add(shard)
         return shard
 
@@ -142,16 +143,19 @@ class ShardTable:
 
     # releasing
 
-    def take_out(self, group: str, page_keys: Collection[PageKey] | None) -> list[Shard]:
+    def take_out(
+        self, group: str, page_keys: Collection[PageKey] | None, up_to: tuple[int, int] | None = None
+    ) -> list[Shard]:
         """Remove all shards of these stripes (None: of the group), and return them: free each once the index forgot it.
 
-        They can't be read any more; who reads one already may go on.
+        They can't be read any more; who reads one already may go on. up_to: (epoch, serial); newer shards stay.
         """
         stripes = self._held.get(group, {})
         found = [
             shard
             for page_key in (list(stripes) if page_keys is None else page_keys)
             for shard in list(stripes.get(page_key, {}).values())
+            if up_to is None or (shard.epoch, shard.serial) <= up_to
         ]
         for shard in found:
             self._remove(shard)

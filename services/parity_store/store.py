@@ -44,9 +44,12 @@ class Store:
         """Hold shards for reading. ShardMissing is in its places."""
         return OutgoingShards(self, request)
 
-    def release(self, group: str, page_keys: Collection[PageKey] | None) -> int:
-        """Forget these stripes (None: all of the group): entries first, then bytes. Return how many shards."""
-        shards = self.table.take_out(group, page_keys)
+    def release(self, group: str, page_keys: Collection[PageKey] | None, up_to: tuple[int, int] | None = None) -> int:
+        """Forget these stripes (None: all of the group): entries first, then bytes. Return how many shards.
+
+        up_to: the (epoch, serial) after which shards stay, because they were asked for later than this was.
+        """
+        shards = self.table.take_out(group, page_keys, up_to)
         if shards:
             self.totals.released += len(shards)
             self.writer.drop(group, shards, partial(self._forgotten, shards))
@@ -72,7 +75,7 @@ class IncomingShards:
         self._shards: list[Shard | GhostError] = []
         for label in request.shards:
             try:
-                self._shards.append(self._table.begin(request.group, request.epoch, label, time.time()))
+                self._shards.append(self._table.begin(request.group, request.epoch, label, time.time(), request.serial))
             except GhostError as error:
                 self._shards.append(error)
 

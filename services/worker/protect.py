@@ -12,7 +12,7 @@ from services.worker.exchange import Bytes, Exchange
 from services.worker.stores import StoreClients
 from shared.messages import ProtectDone, ProtectPlan
 from shared.transport.base import PutShards, ShardLabel
-from shared.types import StoreInfo, encoding_rank, place_shards, unpack_ids
+from shared.types import encoding_rank, place_shards, unpack_ids
 
 PARITY_IN_FLIGHT_BYTES = 128 << 20
 """Parity that waits for a store's acknowledgement; the shadow waits above it, the model never."""
@@ -65,33 +65,32 @@ class Protector:
                     for number, shard in enumerate(shards)
                 )
             )
-        work = self._put(plan.epoch, exchange.rank, plan.stores, labels, parity, began)
+        work = self._put(plan, exchange.rank, labels, parity, began)
         asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def _put(
         self,
-        epoch: int,
+        plan: ProtectPlan,
         rank: int,
-        stores: Sequence[StoreInfo],
         labels: Sequence[tuple[ShardLabel, ...]],
         parity: Bytes,
         began: float,
     ) -> None:
         """Put shards [stripes, m, length] to their stores, each store's in one request, and report the outcome."""
         try:
-            addresses = {store.store_id: store.bulk_address for store in stores}
+            addresses = {store.store_id: store.bulk_address for store in plan.stores}
             batches: dict[str, list[tuple[ShardLabel, Bytes]]] = {}
             for row, shards in enumerate(labels):
                 places = place_shards(shards[0].page_key, len(shards), list(addresses))
                 for number, (label, store) in enumerate(zip(shards, places, strict=True)):
                     batches.setdefault(addresses[store], []).append((label, parity[row][number]))
             reasons: dict[bytes, str] = {}
-            await asyncio.gather(*(self._put_batch(epoch, where, batch, reasons) for where, batch in batches.items()))
+            await asyncio.gather(*(self._put_batch(plan, where, batch, reasons) for where, batch in batches.items()))
             keys = [shards[0].page_key for shards in labels]
             failed = tuple(key for key in keys if key in reasons)
             self._report(
                 ProtectDone(
-                    epoch=epoch,
+                    epoch=plan.epoch,
                     rank=rank,
                     protected=tuple(key for key in keys if key not in reasons),
                     failed=failed,
@@ -104,9 +103,9 @@ class Protector:
             self._give_room(parity.nbytes)
 
     async def _put_batch(
-        self, epoch: int, address: str, batch: Sequence[tuple[ShardLabel, Bytes]], reasons: dict[bytes, str]
+        self, plan: ProtectPlan, address: str, batch: Sequence[tuple[ShardLabel, Bytes]], reasons: dict[bytes, str]
     ) -> None:
-        request = PutShards(self._group, epoch, tuple(label for label, _ in batch))
+        request = PutShards(self._group, plan.epoch, plan.serial, tuple(label for label, _ in batch))
         outcomes = await self._stores.put(address, request, [shard.data for _, shard in batch])
         for (label, _), outcome in zip(batch, outcomes, strict=True):
             if outcome is not None:

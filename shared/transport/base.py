@@ -42,10 +42,11 @@ class ShardRef:
 
 @dataclass(frozen=True, slots=True)
 class PutShards:
-    """Store these shards, written in this epoch of this group."""
+    """Store these shards, written in this epoch of this group, for a plan of this serial (ProtectPlan says why)."""
 
     group: str
     epoch: int
+    serial: int
     shards: tuple[ShardLabel, ...]
 
     @property

@@ -16,7 +16,7 @@ from shared.errors import GhostError, ProtocolError
 from shared.transport.base import BulkLimits, GetShards, Outcome, PutShards, ShardLabel, ShardRef, Stream
 from shared.types import PAGE_KEY_BYTES
 
-VERSION = 1
+VERSION = 2
 MAGIC = b"GSB1"
 PREFIX = struct.Struct(">4sI")
 HELLO_BYTES = 4096  # all that an unknown peer may send before it has shown the token
@@ -86,7 +86,7 @@ def _to_wire(frame: Frame) -> list[object]:
             return [_REPLY, frame.request_id, [_error_out(outcome) for outcome in frame.outcomes]]
         case Numbered(request=PutShards() as put):
             shards = [(s.page_key, s.number, s.k, s.m, s.length, s.checksum, s.data_checksums) for s in put.shards]
-            return [_PUT, frame.request_id, put.group, put.epoch, shards]
+            return [_PUT, frame.request_id, put.group, put.epoch, put.serial, shards]
         case Numbered(request=GetShards() as get):
             return [_GET, frame.request_id, get.group, [(s.page_key, s.number, s.length) for s in get.shards]]
     raise TypeError(frame)
@@ -143,9 +143,12 @@ def _from_wire(wire: Any, limits: BulkLimits) -> Frame:
             return Welcome(version, _error_in(refusal))
         case [int(kind), int(number), list(outcomes)] if kind == _REPLY:
             return Reply(number, tuple(_error_in(outcome) for outcome in outcomes))
-        case [int(kind), int(number), str(group), int(epoch), list(shards)] if kind == _PUT:
-            _check(0 < len(shards) <= limits.shards and 0 <= epoch < _U64 and _is_name(group), "put")
-            return Numbered(number, PutShards(group, epoch, tuple(_shard_in(shard, limits) for shard in shards)))
+        case [int(kind), int(number), str(group), int(epoch), int(serial), list(shards)] if kind == _PUT:
+            _check(
+                0 < len(shards) <= limits.shards and 0 <= epoch < _U64 and 0 <= serial < _U64 and _is_name(group), "put"
+            )
+            labels = tuple(_shard_in(shard, limits) for shard in shards)
+            return Numbered(number, PutShards(group, epoch, serial, labels))
         case [int(kind), int(number), str(group), list(shards)] if kind == _GET:
             _check(0 < len(shards) <= limits.shards and _is_name(group), "get")
             return Numbered(number, GetShards(group, tuple(_ref_in(shard, limits) for shard in shards)))

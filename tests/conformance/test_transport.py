@@ -148,7 +148,7 @@ async def client(server: BulkServer) -> AsyncIterator[BulkClient]:
 
 def batch(lengths: Sequence[int], group: str = "g") -> tuple[PutShards, list[memoryview]]:
     labels = tuple(ShardLabel(os.urandom(16), 3, 3, 2, length, 7, (1, 2, 3)) for length in lengths)
-    return PutShards(group, 1, labels), [memoryview(bytearray(os.urandom(length))) for length in lengths]
+    return PutShards(group, 1, 0, labels), [memoryview(bytearray(os.urandom(length))) for length in lengths]
 
 
 def asking(put: PutShards) -> tuple[GetShards, list[memoryview]]:
@@ -317,7 +317,7 @@ async def test_wrong_sizes_are_refused_before_anything_is_sent(client: BulkClien
         with pytest.raises(ProtocolError):
             await client.put(put, bad, timeout=TIMEOUT)
     with pytest.raises(ProtocolError):
-        await client.put(PutShards("g", 1, ()), [], timeout=TIMEOUT)
+        await client.put(PutShards("g", 1, 0, ()), [], timeout=TIMEOUT)
     assert await client.put(put, payloads, timeout=TIMEOUT) == (None, None)
 
 
@@ -562,7 +562,7 @@ _LABELS = st.builds(
     data_checksums=st.tuples(_U64, _U64, _U64),
 )
 _REQUESTS = st.one_of(
-    st.builds(PutShards, st.just("group"), _U64, st.lists(_LABELS, min_size=1, max_size=5).map(tuple)),
+    st.builds(PutShards, st.just("group"), _U64, _U64, st.lists(_LABELS, min_size=1, max_size=5).map(tuple)),
     st.builds(GetShards, st.just("g-1"), st.just((ShardRef(b"k" * 16, 3, 5),))),
 )
 
@@ -592,7 +592,7 @@ def test_a_request_survives_the_wire(request: PutShards | GetShards, number: int
 )
 def test_a_label_that_can_not_be_is_a_protocol_error(change: dict[str, object]) -> None:
     label = replace(batch([10])[0].shards[0], **change)  # type: ignore[arg-type]
-    encoded = frames.encode(frames.Numbered(1, PutShards("g", 1, (label,))))
+    encoded = frames.encode(frames.Numbered(1, PutShards("g", 1, 0, (label,))))
     with pytest.raises(ProtocolError):
         frames.decode(encoded[frames.PREFIX.size :], BulkLimits())
 

@@ -14,6 +14,7 @@ from typing import Any
 from services.coordinator.app import group_config
 from services.coordinator.group import Group
 from services.coordinator.membership import Member
+from services.coordinator.pages import Shadow
 from shared.config import CoordinatorSettings
 from shared.messages import (
     Abort,
@@ -137,6 +138,7 @@ class World:
         self.group = Group(group_config(settings), settings, SimIndex(self), 0)  # type: ignore[arg-type]
         self.workers: dict[str, SimWorker] = {}
         self.parity_of: dict[PageKey, list[list[int]]] = {}
+        self.written: dict[PageKey, tuple[int, int]] = {}  # (epoch, serial) of what parity_of has
         self.incarnation = "first"
         self.store_wire: Wire | None = None
         self.client = Wire()
@@ -218,15 +220,22 @@ class World:
         await self.settle()
         return True
 
+    def check_parity(self) -> None:
+        """Assert that what counts as protected has its parity in the store."""
+        for page in self.group.pool.pages:
+            if page.shadow is Shadow.PROTECTED and self.store_wire is not None and not page.missing:
+                assert page.key in self.parity_of, f"{page} is protected by nothing"
+
     async def settle(self) -> None:
         for _ in range(6):
             await asyncio.sleep(0)
         if self.store_wire is not None:
-            while self.store_wire.sent:
+            while self.store_wire.sent and self.dice.random() < 0.7:  # or later: puts come by another channel
                 message = self.store_wire.sent.popleft()
                 if isinstance(message, ReleaseStripes):
                     for key in message.keys:
-                        self.parity_of.pop(key, None)
+                        if self.written.get(key, (0, 0)) <= (message.epoch, message.serial):
+                            self.parity_of.pop(key, None)
                 else:
                     assert isinstance(message, EpochNow)
         while self.client.sent:
@@ -333,6 +342,7 @@ class World:
                 assert GARBAGE not in slices[0]
                 if self.store_wire is not None:
                     self.parity_of[key] = slices
+                    self.written[key] = (plan.epoch, plan.serial)
             if mine:
                 keys = tuple(key for _, key in mine)
                 stored = self.store_wire is not None
