@@ -4,14 +4,17 @@ A slab serves one size class; classes are at most an eighth apart, so at most th
 slab goes back to all classes. A shard larger than a slab takes a run of neighbouring slabs.
 """
 
+import contextlib
 import heapq
 import mmap
+import os
 from dataclasses import dataclass, field
 
 from shared.errors import ConfigError, StoreFull
 
 SLAB_BYTES = 4 << 20
 _SMALLEST = 512
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux: a range is only as dear as what of it is used
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,23 +42,56 @@ def size_class(length: int) -> int:
 
 
 class Arena:
-    """capacity_bytes (rounded down to whole slabs, at least one) of memory, taken from the system as it is used."""
+    """capacity_bytes (rounded down to whole slabs, at least one) of memory, taken from the system as it is used.
+
+    In huge pages, and private: copies are faster, and when the process dies its memory is given back sooner, so that its
+    peers hear of it sooner. The range is as large as the machine's memory, so that capacity can grow within it.
+    """
 
     def __init__(self, capacity_bytes: int, slab_bytes: int = SLAB_BYTES):
         """Raises ConfigError if the system has no such range."""
         self._slab_bytes = slab_bytes
-        self._count = max(1, capacity_bytes // slab_bytes)
-        self.capacity_bytes = self._count * slab_bytes
+        self._limit = max(1, capacity_bytes // slab_bytes)  # slabs that may be in use
+        self._count = self._limit  # slabs that ever were within capacity
+        self._most = max(self._limit, _machine_bytes() // slab_bytes)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
         try:
-            self._memory = memoryview(mmap.mmap(-1, self.capacity_bytes))
+            self._range = mmap.mmap(-1, self._most * slab_bytes, flags=flags)
         except (OSError, OverflowError) as error:
-            raise ConfigError(f"can't have {self.capacity_bytes} bytes of memory for parity: {error}") from error
+            raise ConfigError(f"can't have {capacity_bytes} bytes of memory for parity: {error}") from error
+        with contextlib.suppress(OSError):  # a kernel without transparent huge pages
+            self._range.madvise(mmap.MADV_HUGEPAGE)
+        self._memory = memoryview(self._range)
         self._free_slabs = list(range(self._count))  # a heap: low slabs first, so that runs stay whole at the end
         self._slabs: dict[int, _Slab] = {}
         self._runs: dict[int, int] = {}  # first slab -> how many, for shards larger than one
         self._partial: dict[int, list[int]] = {}  # slot size -> heap of slabs that may have a free slot
         self._live: dict[int, Block] = {}  # offset -> block
         self.used_bytes = 0
+
+    @property
+    def capacity_bytes(self) -> int:
+        """How much may be used; more is refused with StoreFull."""
+        return self._limit * self._slab_bytes
+
+    @property
+    def largest_bytes(self) -> int:
+        """How far capacity can grow."""
+        return self._most * self._slab_bytes
+
+    def resize(self, capacity_bytes: int) -> None:
+        """Change capacity; what is in use beyond it stays until it is freed. Raises ConfigError for what can't be had."""
+        limit = capacity_bytes // self._slab_bytes
+        if not 1 <= limit <= self._most:
+            raise ConfigError(
+                f"capacity must be {self._slab_bytes} to {self.largest_bytes} bytes, not {capacity_bytes}"
+            )
+        self._limit = limit
+        for slab in range(self._count, limit):
+            heapq.heappush(self._free_slabs, slab)
+        self._count = max(self._count, limit)
+        for slab in self._free_slabs:
+            self._range.madvise(mmap.MADV_DONTNEED, slab * self._slab_bytes, self._slab_bytes)
 
     def allocate(self, length: int) -> Block:
         """Return a block for length bytes. Raises StoreFull."""
@@ -119,7 +155,7 @@ class Arena:
     def _take_slot(self, size: int) -> int:
         partial = self._partial.setdefault(size, [])
         if not partial:
-            if not self._free_slabs:
+            if self._slabs_left() < 1:
                 raise StoreFull(f"no room for {size} bytes: {self.used_bytes} of {self.capacity_bytes} are used")
             first = heapq.heappop(self._free_slabs)
             slots = self._slab_bytes // size
@@ -132,7 +168,12 @@ class Arena:
             heapq.heappop(partial)
         return first * self._slab_bytes + slot * size
 
+    def _slabs_left(self) -> int:
+        return self._limit - (self._count - len(self._free_slabs))
+
     def _take_run(self, count: int) -> int:
+        if self._slabs_left() < count:
+            raise StoreFull(f"no room for {count} slabs: {self.used_bytes} of {self.capacity_bytes} bytes are used")
         free = sorted(self._free_slabs, reverse=True)  # from the end, away from where slabs of slots gather
         start = 0
         for i in range(len(free)):
@@ -145,3 +186,7 @@ class Arena:
                 self._runs[first] = count
                 return first * self._slab_bytes
         raise StoreFull(f"no run of {count} free slabs of {self._slab_bytes} bytes; {len(free)} are free")
+
+
+def _machine_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

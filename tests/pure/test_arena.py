@@ -95,3 +95,23 @@ def test_little_of_a_slot_is_wasted() -> None:
 def test_more_memory_than_can_be_addressed_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="memory"):
         Arena(1 << 60)
+
+
+def test_capacity_grows_and_shrinks_without_touching_what_is_held() -> None:
+    arena = Arena(2 * SLAB, SLAB)
+    blocks = [arena.allocate(SLAB) for _ in range(2)]
+    arena.view(blocks[0])[:] = b"a" * SLAB
+    with pytest.raises(StoreFull):
+        arena.allocate(1)
+    arena.resize(3 * SLAB)
+    blocks.append(arena.allocate(1))
+    arena.resize(SLAB)
+    arena.free(blocks.pop())
+    arena.free(blocks.pop())
+    with pytest.raises(StoreFull):  # the one slab that is left is in use
+        arena.allocate(1)
+    assert bytes(arena.view(blocks[0])) == b"a" * SLAB
+    arena.check()
+    for wrong in (0, SLAB - 1, arena.largest_bytes + SLAB):
+        with pytest.raises(ConfigError):
+            arena.resize(wrong)
