@@ -40,13 +40,17 @@ async def cluster(small_model_dir: Path) -> AsyncIterator[LocalCluster]:
         await whole(running)
 
 
-async def whole(cluster: LocalCluster) -> dict[str, Any]:
-    """Wait until the group serves, with all its workers ready again. Returns the status."""
+async def whole(cluster: LocalCluster, *, without: str = "") -> dict[str, Any]:
+    """Wait until the group serves, with all its workers ready again, `without` (just killed) none of them.
+
+    Returns the status.
+    """
     end = time.monotonic() + SERVING_S
     wanted = cluster.settings.tp + cluster.settings.spares
     while True:
         status = await cluster.wait_serving(SERVING_S)
-        if sum(worker["state"] != "loading" for worker in status["workers"]) == wanted:
+        names = [worker["name"] for worker in status["workers"] if worker["state"] != "loading"]
+        if len(names) == wanted and without not in names:
             return status
         assert time.monotonic() < end, f"no full set of workers: {status['workers']}\n{cluster.logs()}"
         await asyncio.sleep(0.05)

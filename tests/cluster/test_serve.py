@@ -66,7 +66,7 @@ def alive(pid: int) -> bool:
 
 async def gone(pids: set[int]) -> None:
     async with asyncio.timeout(15):
-        while any(alive(pid) for pid in pids):  # noqa: ASYNC110  processes tell nobody when they go
+        while any(alive(pid) for pid in pids):
             await asyncio.sleep(0.02)
 
 

@@ -62,8 +62,9 @@ async def test_random_kills_at_random_moments_change_no_token(cluster: LocalClus
     options = Options(max_tokens=40, streams=len(prompts))
     calm = await stream_all(cluster, prompts, options, f"calm-{seed}")
     calm_s = max(each.times[-1] - each.started for each in calm)
+    victim = {"name": ""}
     for kill in range(RANDOM_KILLS):
-        status = await whole(cluster)
+        status = await whole(cluster, without=victim["name"])
         victim = dice.choice(status["workers"])
         moment = dice.uniform(0.0, calm_s)
 
@@ -75,6 +76,7 @@ async def test_random_kills_at_random_moments_change_no_token(cluster: LocalClus
         told = f"seed {seed}, kill {kill}: {victim['name']} (rank {victim['rank']}) after {moment:.3f} s"
         assert [each.tokens for each in hit] == [each.tokens for each in calm], told
         assert [each.digests for each in hit] == [each.digests for each in calm], told
+    await whole(cluster, without=victim["name"])
     await conserved(cluster)
 
 
