@@ -516,7 +516,7 @@ async def test_a_group_in_recovery_is_not_healthy_but_takes_requests(bench: Benc
 async def test_a_tokenizer_that_cannot_be_loaded_is_named_in_health(tmp_path: Path) -> None:
     async with FakeCoordinator(a_status(str(tmp_path), 400, (2,))) as coordinator, a_gateway(coordinator) as bench:
         async with asyncio.timeout(DEADLINE_S):
-            while "can't be loaded" not in (await bench.until_health(503))["detail"]:  # noqa: ASYNC110
+            while "can't be loaded" not in (await bench.until_health(503))["detail"]:
                 await asyncio.sleep(0.02)
 
 
