@@ -314,6 +314,25 @@ class ReleaseStripes(Message):
     serial: int
 
 
+# -- parity store to coordinator -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ShardsLost(Message):
+    """The store found these stripes damaged and dropped them: their parity is to be encoded anew."""
+
+    group: str
+    keys: tuple[PageKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreDrains(Message):
+    """The store takes no shards any more and is to be emptied: parity of these stripes is wanted elsewhere."""
+
+    group: str
+    keys: tuple[PageKey, ...]
+
+
 # -- gateway to coordinator ------------------------------------------------------------------------------------------
 
 

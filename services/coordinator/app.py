@@ -146,7 +146,7 @@ async def _store(group: Group, hello: StoreHello, channel: Channel) -> None:
     group.store_joins(hello.store, channel)
     try:
         async for message in channel:
-            log.debug("store %s sent %s", hello.store.store_id, type(message).__name__)
+            group.from_store(hello.store.store_id, message)
     finally:
         group.store_gone(hello.store.store_id, channel)
 

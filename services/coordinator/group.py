@@ -39,9 +39,11 @@ from shared.messages import (
     Rendezvous,
     RestoreDone,
     RestorePlan,
+    ShardsLost,
     StatusChanged,
     StepDone,
     StepPlan,
+    StoreDrains,
     Submit,
     WorkerReady,
 )
@@ -400,7 +402,7 @@ class Group:
         if keys := self.pool.take_released():
             self.stores.send(ReleaseStripes(self.config.group, keys, self.membership.epoch, self._serial))
             self._serial += 1
-        stores = self.stores.infos()
+        stores = self.stores.open()
         if self.membership.state != "serving" or not stores:
             return
         while pages := self.pool.start_protection(PROTECT_BATCH_PAGES, PROTECT_IN_FLIGHT_PAGES):
@@ -453,6 +455,21 @@ class Group:
         self.pool.protection_lost()
         self._protect()
         self.announce()
+
+    def from_store(self, store_id: str, message: Message) -> None:
+        """Handle a store's message: parity that it gave up, or wants to, is encoded anew from the live pages."""
+        match message:
+            case ShardsLost():
+                log.warning("store %s lost %d damaged stripes", store_id, len(message.keys))
+            case StoreDrains():
+                self.stores.drain(store_id)
+            case _:
+                log.warning("store %s sent %s", store_id, type(message).__name__)
+                return
+        if message.group == self.config.group:
+            self.pool.shards_lost(message.keys)
+            self._protect()
+            self.announce()
 
     # -- views -------------------------------------------------------------------------------------------------------
 

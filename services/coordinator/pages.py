@@ -167,6 +167,18 @@ class PagePool:
                 self._enter(page, Shadow.UNPROTECTED)
         self.protect_again(Shadow.PROTECTED)
 
+    def shards_lost(self, keys: Iterable[PageKey]) -> None:
+        """The stores gave up the parity of these stripes, and only of these: queue them. Unknown ones are released."""
+        for key in keys:
+            number = self._by_key.get(key)
+            if number is None:
+                self._released.append(key)
+                continue
+            page = self.pages[number]
+            page.doubtful = page.doubtful or page.shadow is Shadow.PENDING or bool(page.missing)
+            if page.shadow is Shadow.PROTECTED:
+                self._enter(page, Shadow.UNPROTECTED if page.missing else Shadow.QUEUED)
+
     def take_released(self) -> tuple[PageKey, ...]:
         """Keys of stripes that the stores may forget; those that are in the pool again are left out."""
         released, self._released = self._released, []

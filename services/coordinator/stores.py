@@ -18,10 +18,12 @@ class Stores:
         self._index = index
         self._group = group
         self._alive: dict[str, tuple[StoreInfo, Channel]] = {}
+        self._draining: set[str] = set()
 
     def join(self, store: StoreInfo, channel: Channel) -> None:
         """A store offers its memory; one of the same id before it is gone."""
         self._alive[store.store_id] = (store, channel)
+        self._draining.discard(store.store_id)
 
     def leave(self, store_id: str, channel: Channel) -> bool:
         """A store's channel closed. False if another has taken its place already."""
@@ -30,6 +32,14 @@ class Stores:
             return False
         del self._alive[store_id]
         return True
+
+    def drain(self, store_id: str) -> None:
+        """A store takes no more shards; those that it has can still be read."""
+        self._draining.add(store_id)
+
+    def open(self) -> tuple[StoreInfo, ...]:
+        """The stores that take shards."""
+        return tuple(store for store, _ in self._alive.values() if store.store_id not in self._draining)
 
     def infos(self) -> tuple[StoreInfo, ...]:
         """The stores alive."""

@@ -14,6 +14,8 @@ from prometheus_client.registry import Collector
 from services.parity_store.arena import Arena
 from services.parity_store.shards import Shard
 from services.parity_store.store import Store
+from services.parity_store.upkeep import Upkeep
+from shared.errors import ConfigError
 from shared.transport.server import BulkServer
 from shared.types import PAGE_KEY_BYTES, PageKey, StoreInfo
 
@@ -54,12 +56,15 @@ class StatusView:
     index_queue: int
     epochs: dict[str, int]
     totals: dict[str, int]
+    draining: bool
+    scrub: dict[str, object]
 
 
 class Admin:
     """The endpoint's handlers, over a store. `connected` is kept by the app: whether the coordinator is there."""
 
-    def __init__(self, store: Store, arena: Arena, bulk: BulkServer, info: StoreInfo):
+    def __init__(self, store: Store, arena: Arena, bulk: BulkServer, info: StoreInfo, upkeep: Upkeep):
+        self._upkeep = upkeep
         self.connected = False
         self._store = store
         self._arena = arena
@@ -80,6 +85,9 @@ class Admin:
                 web.get("/admin/stripes", self._stripes),
                 web.get("/admin/stripes/{page_key}", self._stripe),
                 web.delete("/admin/stripes/{page_key}", self._delete_stripe),
+                web.post("/admin/scrub", self._scrub),
+                web.post("/admin/drain", self._drain),
+                web.put("/admin/capacity", self._capacity),
             ]
         )
         return application
@@ -117,6 +125,8 @@ class Admin:
             index_queue=writer.queued,
             epochs=table.epochs,
             totals=asdict(self._store.totals),
+            draining=self._store.draining,
+            scrub=asdict(self._upkeep.scrub),
         )
         return web.json_response(asdict(status))
 
@@ -140,6 +150,27 @@ class Admin:
         if not released:
             raise web.HTTPNotFound(text=f"no shard of stripe {page_key.hex()} in this store")
         return web.json_response({"page_key": page_key.hex(), "released_shards": released})
+
+    async def _scrub(self, _: web.Request) -> web.Response:
+        self._upkeep.start_scrub()
+        return web.json_response(asdict(self._upkeep.scrub), status=202)
+
+    async def _drain(self, _: web.Request) -> web.Response:
+        self._upkeep.start_drain()
+        return web.json_response({"draining": True, "shards": self._store.table.count}, status=202)
+
+    async def _capacity(self, request: web.Request) -> web.Response:
+        try:
+            body = await request.json()
+            wanted = body["capacity_bytes"]
+            if type(wanted) is not int:
+                raise TypeError
+            self._arena.resize(wanted)
+        except (ValueError, TypeError, KeyError) as error:
+            raise web.HTTPBadRequest(text='the body must be {"capacity_bytes": N}') from error
+        except ConfigError as error:
+            raise web.HTTPBadRequest(text=str(error)) from error
+        return web.json_response({"capacity_bytes": self._arena.capacity_bytes, "used_bytes": self._arena.used_bytes})
 
     def _view(self, page_key: PageKey) -> dict[str, object]:
         shards = [asdict(_shard_view(shard, time.time())) for shard in self._store.table.stripe(page_key)]

@@ -15,6 +15,7 @@ from services.parity_store.arena import Arena
 from services.parity_store.index_writer import IndexWriter
 from services.parity_store.shards import ShardTable
 from services.parity_store.store import Store
+from services.parity_store.upkeep import Upkeep
 from shared import channel
 from shared.config import ParityStoreSettings, default_name
 from shared.errors import ConfigError, GhostError, PeerLost, ProtocolError
@@ -50,7 +51,8 @@ async def run(
         ) as bulk:
             address = f"{scheme}://{_bracketed(settings.advertise_host)}:{urlsplit(bulk.address).port}"
             info = StoreInfo(store_id, incarnation, address, "", arena.capacity_bytes)
-            admin = Admin(store, arena, bulk, info)
+            upkeep = Upkeep(store, index, store_id, incarnation)
+            admin = Admin(store, arena, bulk, info, upkeep)
             async with _listening(admin.application(settings.secret), settings) as admin_port:
                 admin_url = f"http://{_bracketed(settings.advertise_host)}:{admin_port}"
                 info = replace(info, admin_url=admin_url)
@@ -61,15 +63,22 @@ async def run(
                 async with asyncio.TaskGroup() as tasks:
                     running = [
                         tasks.create_task(writer.run(), name="index writer"),
-                        tasks.create_task(_follow(settings, store, admin, info), name="coordinator"),
+                        tasks.create_task(_follow(settings, store, admin, info, upkeep), name="coordinator"),
+                        tasks.create_task(upkeep.run_scrubs(), name="scrub"),
                     ]
-                    await stop.wait()
-                    for task in running:
+                    ends: list[asyncio.Task[object]] = [
+                        tasks.create_task(stop.wait()),
+                        tasks.create_task(upkeep.drained(), name="drain"),
+                    ]
+                    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                    if not stop.is_set():
+                        log.info("drained: nothing is left here")
+                    for task in (*running, *ends):
                         task.cancel()
         store.table.check()
 
 
-async def _follow(settings: ParityStoreSettings, store: Store, admin: Admin, info: StoreInfo) -> None:
+async def _follow(settings: ParityStoreSettings, store: Store, admin: Admin, info: StoreInfo, upkeep: Upkeep) -> None:
     """Keep a channel to the coordinator, dialled again whenever it breaks, and do what it says.
 
     Raises GhostError if the coordinator does not want this store at all.
@@ -83,6 +92,8 @@ async def _follow(settings: ParityStoreSettings, store: Store, admin: Admin, inf
             async with dialled as (link, answer):
                 _obey(store, answer)
                 admin.connected, pause = True, _FIRST_PAUSE_S
+                upkeep.channel = link
+                upkeep.say_drains()
                 async for message in link:
                     _obey(store, message)
             log.warning("the coordinator closed the channel")
@@ -90,6 +101,7 @@ async def _follow(settings: ParityStoreSettings, store: Store, admin: Admin, inf
             log.warning("%s", error)
         finally:
             admin.connected = False
+            upkeep.channel = None
         await asyncio.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE_S)
 

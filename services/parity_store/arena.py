@@ -44,8 +44,8 @@ def size_class(length: int) -> int:
 class Arena:
     """capacity_bytes (rounded down to whole slabs, at least one) of memory, taken from the system as it is used.
 
-    In huge pages, and private: copies are faster, and when the process dies its memory is given back sooner, so that its
-    peers hear of it sooner. The range is as large as the machine's memory, so that capacity can grow within it.
+    In huge pages, and private: copies are faster, and when the process dies its memory is given back sooner, and so
+    its peers hear of it sooner. The range is as large as the machine's memory, so that capacity can grow within it.
     """
 
     def __init__(self, capacity_bytes: int, slab_bytes: int = SLAB_BYTES):
@@ -80,7 +80,7 @@ class Arena:
         return self._most * self._slab_bytes
 
     def resize(self, capacity_bytes: int) -> None:
-        """Change capacity; what is in use beyond it stays until it is freed. Raises ConfigError for what can't be had."""
+        """Change capacity; what is in use beyond it stays until it is freed. Raises ConfigError."""
         limit = capacity_bytes // self._slab_bytes
         if not 1 <= limit <= self._most:
             raise ConfigError(

@@ -181,6 +181,15 @@ class ShardTable:
         return heapq.nsmallest(limit, set(keys))
 
     @property
+    def groups(self) -> list[str]:
+        """The groups that have shards here."""
+        return list(self._held)
+
+    def keys(self, group: str) -> list[PageKey]:
+        """Return the page keys of a group's stripes."""
+        return list(self._held.get(group, ()))
+
+    @property
     def stripe_count(self) -> int:
         return sum(len(stripes) for stripes in self._held.values())
 

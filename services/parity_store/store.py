@@ -10,7 +10,7 @@ from xxhash import xxh3_64_intdigest
 
 from services.parity_store.index_writer import IndexWriter
 from services.parity_store.shards import Shard, ShardTable
-from shared.errors import ChecksumMismatch, GhostError, ShardMissing
+from shared.errors import ChecksumMismatch, GhostError, ShardMissing, StoreFull
 from shared.transport.base import GetShards, Outcome, PutShards
 from shared.types import PageKey
 
@@ -35,6 +35,7 @@ class Store:
         self.table = table
         self.writer = writer
         self.totals = Totals()
+        self.draining = False  # takes no shard any more
 
     def put(self, request: PutShards) -> "IncomingShards":
         """Make room for shards whose bytes will follow. Refusals, Fenced or StoreFull, are in its places."""
@@ -75,6 +76,8 @@ class IncomingShards:
         self._shards: list[Shard | GhostError] = []
         for label in request.shards:
             try:
+                if store.draining:
+                    raise StoreFull("the store is being drained")
                 self._shards.append(self._table.begin(request.group, request.epoch, label, time.time(), request.serial))
             except GhostError as error:
                 self._shards.append(error)

@@ -49,6 +49,7 @@ class StoreCoordinator:
         self._port = port
         self._stores: asyncio.Queue[StoreInfo] = asyncio.Queue()
         self._channels: set[Channel] = set()
+        self.heard: list[Message] = []  # what stores said after their hello
         self._runner: web.AppRunner | None = None
 
     @property
@@ -90,8 +91,8 @@ class StoreCoordinator:
             self._channels.add(channel)
             self._stores.put_nowait(hello.store)
             try:
-                async for _ in channel:
-                    pass
+                async for message in channel:
+                    self.heard.append(message)
             finally:
                 self._channels.discard(channel)
         return socket
@@ -107,12 +108,12 @@ class StoreProcess:
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
 
-    async def admin(self, method: str, path: str, *, token: str | None = None) -> tuple[int, Any]:
+    async def admin(self, method: str, path: str, *, token: str | None = None, json: object = None) -> tuple[int, Any]:
         """Status and JSON body (or text) of a call of the admin endpoint."""
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         async with (
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(DEADLINE_S)) as session,
-            session.request(method, self.admin_url + path, headers=headers) as answer,
+            session.request(method, self.admin_url + path, headers=headers, json=json) as answer,
         ):
             is_json = answer.content_type == "application/json"
             return answer.status, await answer.json() if is_json else await answer.text()
@@ -159,7 +160,7 @@ async def start(coordinator_url: str, redis_url: str, *flags: str) -> asyncio.su
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
     """Ask another process again and again until something is so; fail after the deadline."""
     async with asyncio.timeout(DEADLINE_S):
-        while not await condition():  # noqa: ASYNC110 - what is waited for is in another process
+        while not await condition():
             await asyncio.sleep(0.01)
 
 

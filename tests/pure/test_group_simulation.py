@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from shared.messages import RankFailed
+from shared.messages import RankFailed, StoreDrains
 from tests.pure.world import World
 
 MOVES = 100_000
@@ -156,3 +156,26 @@ async def test_an_epoch_that_is_broken_though_nobody_is_lost_is_formed_again(mon
                 await asyncio.sleep(0.005)
         await finish(world)
         assert world.group.membership.epoch == 2
+
+
+async def test_parity_that_a_store_lost_or_wants_to_be_rid_of_is_encoded_anew() -> None:
+    world = World(5, pages=64)
+    async with running(world):
+        for _ in range(world.size):
+            world.add_worker()
+        world.add_store()
+        while world.group.membership.state != "serving":
+            await world.move()
+        world.submit(length=23, max_tokens=40)
+        await finish(world)
+        protected = world.group.status().stripes_protected
+        for _ in range(3):
+            world.damage()
+        assert world.group.status().stripes_protected < protected
+        while world.group.status().stripes_pending:
+            await world.move()
+        assert world.group.status().stripes_protected == protected
+        world.check_parity()
+        world.group.from_store("store", StoreDrains(world.group.config.group, tuple(world.parity_of)))
+        assert world.group.stores.open() == ()
+        assert world.group.status().stripes_pending == protected  # and they stay so until there is another store

@@ -35,6 +35,7 @@ from shared.messages import (
     RestoreDone,
     RestorePlan,
     Sample,
+    ShardsLost,
     StepDone,
     StepPlan,
     Submit,
@@ -219,6 +220,13 @@ class World:
             self._receive(worker, worker.wire.sent.popleft())
         await self.settle()
         return True
+
+    def damage(self) -> None:
+        """A scrub finds a stripe damaged; the store drops it and says so."""
+        if self.store_wire is not None and self.parity_of:
+            key = self.dice.choice(list(self.parity_of))
+            del self.parity_of[key]
+            self.group.from_store("store", ShardsLost(self.group.config.group, (key,)))
 
     def check_parity(self) -> None:
         """Assert that what counts as protected has its parity in the store."""
