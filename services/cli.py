@@ -61,10 +61,14 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("name", nargs="?", default="default", help="default, a directory, or a hub id")
     model.set_defaults(run=_model)
     from services.doctor import add_arguments as add_doctor_arguments
+    from services.store_cli import add_arguments as add_store_arguments
 
     doctor = commands.add_parser("doctor", help="say what this machine has, what is picked of it and why")
     add_doctor_arguments(doctor)
     doctor.set_defaults(run=_doctor)
+    store = commands.add_parser("store", help="look at a parity store, scrub it, drain it")
+    add_store_arguments(store)
+    store.set_defaults(run=_store)
     return parser
 
 
@@ -138,6 +142,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from services.doctor import doctor
 
     return doctor(arguments)
+
+
+def _store(arguments: argparse.Namespace) -> int:
+    from services.store_cli import store
+
+    return store(arguments)
 
 
 def _model(arguments: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 import hmac
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -11,53 +11,17 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from services.parity_store import openapi
 from services.parity_store.arena import Arena
 from services.parity_store.shards import Shard
 from services.parity_store.store import Store
 from services.parity_store.upkeep import Upkeep
+from services.parity_store.views import CapacityView, DrainView, ShardView, StatusView
 from shared.errors import ConfigError
 from shared.transport.server import BulkServer
 from shared.types import PAGE_KEY_BYTES, PageKey, StoreInfo
 
-MAX_LIMIT = 1000
-_OPEN_PATHS = ("/health", "/live")
-
-
-@dataclass(frozen=True, slots=True)
-class ShardView:
-    """One shard as the admin endpoint shows it."""
-
-    group: str
-    number: int
-    k: int
-    m: int
-    epoch: int
-    bytes: int
-    checksum: str
-    data_checksums: list[str]
-    age_s: float
-    readers: int
-
-
-@dataclass(frozen=True, slots=True)
-class StatusView:
-    """What GET /admin/status answers."""
-
-    store_id: str
-    incarnation: str
-    bulk_address: str
-    connected: bool
-    index: str
-    uptime_s: float
-    capacity_bytes: int
-    used_bytes: int
-    stripes: int
-    shards: int
-    index_queue: int
-    epochs: dict[str, int]
-    totals: dict[str, int]
-    draining: bool
-    scrub: dict[str, object]
+_OPEN_PATHS = ("/health", "/live", "/openapi.json")
 
 
 class Admin:
@@ -81,6 +45,7 @@ class Admin:
                 web.get("/health", self._health),
                 web.get("/live", self._live),
                 web.get("/metrics", self._metrics),
+                web.get("/openapi.json", self._openapi),
                 web.get("/admin/status", self._status),
                 web.get("/admin/stripes", self._stripes),
                 web.get("/admin/stripes/{page_key}", self._stripe),
@@ -94,6 +59,9 @@ class Admin:
 
     async def _live(self, _: web.Request) -> web.Response:
         return web.json_response({"status": "alive"})
+
+    async def _openapi(self, _: web.Request) -> web.Response:
+        return web.json_response(openapi.document())
 
     async def _health(self, _: web.Request) -> web.Response:
         """200 only where the store can do all that it is for: take shards, index them, and be known."""
@@ -126,7 +94,7 @@ class Admin:
             epochs=table.epochs,
             totals=asdict(self._store.totals),
             draining=self._store.draining,
-            scrub=asdict(self._upkeep.scrub),
+            scrub=self._upkeep.scrub,
         )
         return web.json_response(asdict(status))
 
@@ -157,20 +125,20 @@ class Admin:
 
     async def _drain(self, _: web.Request) -> web.Response:
         self._upkeep.start_drain()
-        return web.json_response({"draining": True, "shards": self._store.table.count}, status=202)
+        return web.json_response(asdict(DrainView(True, self._store.table.count)), status=202)
 
     async def _capacity(self, request: web.Request) -> web.Response:
         try:
             body = await request.json()
             wanted = body["capacity_bytes"]
-            if type(wanted) is not int:
+            if isinstance(wanted, bool) or wanted != int(wanted):  # 5.0 is an integer in JSON
                 raise TypeError
-            self._arena.resize(wanted)
-        except (ValueError, TypeError, KeyError) as error:
+            self._arena.resize(int(wanted))
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise web.HTTPBadRequest(text='the body must be {"capacity_bytes": N}') from error
         except ConfigError as error:
-            raise web.HTTPBadRequest(text=str(error)) from error
-        return web.json_response({"capacity_bytes": self._arena.capacity_bytes, "used_bytes": self._arena.used_bytes})
+            raise web.HTTPConflict(text=str(error)) from error
+        return web.json_response(asdict(CapacityView(self._arena.capacity_bytes, self._arena.used_bytes)))
 
     def _view(self, page_key: PageKey) -> dict[str, object]:
         shards = [asdict(_shard_view(shard, time.time())) for shard in self._store.table.stripe(page_key)]
@@ -251,8 +219,8 @@ def _page_key(text: str, name: str) -> PageKey:
 
 
 def _limit(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or len(text) > 6 or not 1 <= int(text) <= MAX_LIMIT:
-        raise web.HTTPBadRequest(text=f"limit must be a number from 1 to {MAX_LIMIT}")
+    if not text.isascii() or not text.isdigit() or len(text) > 6 or not 1 <= int(text) <= openapi.MAX_LIMIT:
+        raise web.HTTPBadRequest(text=f"limit must be a number from 1 to {openapi.MAX_LIMIT}")
     return int(text)
 
 

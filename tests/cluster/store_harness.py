@@ -104,6 +104,7 @@ class StoreProcess:
 
     process: asyncio.subprocess.Process
     admin_url: str = ""
+    some_key: str = ""
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
