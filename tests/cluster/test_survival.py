@@ -54,6 +54,7 @@ async def test_more_ranks_lost_than_parity_covers_are_recomputed(cluster: LocalC
     assert report.recomputed_tokens >= 2 * 200
 
 
+@pytest.mark.timeout(120 + 12 * RANDOM_KILLS)
 async def test_random_kills_at_random_moments_change_no_token(cluster: LocalCluster) -> None:
     seed = int(os.environ.get("GHOST_TEST_SEED", str(time.time_ns() % 1_000_000)))
     print(f"seed {seed}")
