@@ -1,13 +1,14 @@
 -- Fenced writes of the stripe index. The epoch in KEYS[1] only grows; a call of an older epoch changes nothing.
--- KEYS[1]  epoch of the group       ARGV[1]  operation: put, delete or drop
--- KEYS[2]  and on: stripes          ARGV[2]  epoch of the caller (drop: unused)
+-- KEYS[1]  epoch of the group       ARGV[1]  operation: put, delete, drop or purge
+-- KEYS[2]  and on: stripes          ARGV[2]  epoch of the caller (drop, purge: unused)
 -- put:     ARGV[3..] pairs (shard number, entry), one for each stripe key; a stripe may be named more than once
 -- delete:  whole stripes
 -- drop:    ARGV[3..] pairs (shard number, owner): deletes the entry only if it still begins with owner
+-- purge:   ARGV[3] what entries of a store begin with, ARGV[4] what those of its present life do: deletes all others of it
 -- Returns {1, how many entries or stripes it touched}, or {0, the group's epoch} if the caller is fenced off.
 local operation = ARGV[1]
 
-if operation ~= 'drop' then
+if operation ~= 'drop' and operation ~= 'purge' then
   local current = tonumber(redis.call('GET', KEYS[1]) or '0')
   if tonumber(ARGV[2]) < current then
     return {0, current}
@@ -18,6 +19,15 @@ local touched = 0
 for i = 2, #KEYS do
   if operation == 'delete' then
     touched = touched + redis.call('UNLINK', KEYS[i])
+  elseif operation == 'purge' then
+    local store, owner = ARGV[3], ARGV[4]
+    local shards = redis.call('HGETALL', KEYS[i])
+    for j = 1, #shards, 2 do
+      local entry = shards[j + 1]
+      if string.sub(entry, 1, #store) == store and string.sub(entry, 1, #owner) ~= owner then
+        touched = touched + redis.call('HDEL', KEYS[i], shards[j])
+      end
+    end
   else
     local number, value = ARGV[2 * i - 1], ARGV[2 * i]
     if operation == 'put' then

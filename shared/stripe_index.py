@@ -8,7 +8,8 @@ Kept in Redis (or Valkey). Whoever writes an entry has the bytes in place first,
 
 The braces make a group's keys one slot of a Redis cluster, so that a script can compare the epoch and write stripes at
 once; groups spread over the slots. A store that restarts has another incarnation, so that what the index says of its
-former life is void: readers keep only entries whose store is alive under the same incarnation (Stripe.alive).
+former life is void: readers keep only entries whose store is alive under the same incarnation (Stripe.alive), and the
+store deletes them when it is back.
 """
 
 import asyncio
@@ -134,6 +135,25 @@ class StripeIndex:
             "drop", group, 0, [(page_key, str(number).encode(), owner) for page_key, number in shards]
         )
 
+    async def forget_former_lives(self, store_id: str, incarnation: str) -> int:
+        """Delete, in all groups, the entries of this store's earlier incarnations; return how many there were.
+
+        Walks over the whole index, some hundred stripes at a time; who writes meanwhile is not disturbed.
+        """
+        store, owner = _owner(store_id), _owner(store_id, incarnation)
+        touched, cursor = 0, 0
+        while True:
+            scan = self._redis.scan(cursor, match=b"ghost:{*}:s:*", count=_BATCH)
+            cursor, found = await self._call(scan)
+            by_group: dict[bytes, list[bytes]] = {}
+            for key in found:
+                by_group.setdefault(key[: key.index(b"}:s:") + 1], []).append(key)
+            for group, keys in by_group.items():
+                purge = self._script(keys=[group + b":epoch", *keys], args=["purge", 0, store, owner])
+                touched += int((await self._call(purge))[1])
+            if not cursor:
+                return touched
+
     async def _run(self, operation: str, group: str, epoch: int, items: Sequence[tuple[bytes, bytes, bytes]]) -> int:
         """Run the script over (page key, shard number, value) in batches."""
         touched = 0
@@ -168,11 +188,11 @@ def _stripe_key(group: str, page_key: PageKey) -> bytes:
     return b"ghost:{%s}:s:%s" % (group.encode(), page_key)
 
 
-def _owner(store_id: str, incarnation: str) -> bytes:
-    """Return what an entry of this store begins with."""
+def _owner(store_id: str, incarnation: str = "") -> bytes:
+    """Return what an entry of this store, and of this incarnation where one is given, begins with."""
     head: bytes = msgpack.packb([store_id, incarnation, 0, 0, 0, 0, 0, 0])[:1]
     store: bytes = msgpack.packb(store_id)
-    return head + store + bytes(msgpack.packb(incarnation))
+    return head + store + (bytes(msgpack.packb(incarnation)) if incarnation else b"")
 
 
 def _pack(entry: ShardEntry) -> bytes:

