@@ -64,6 +64,7 @@ STATUS_S = 1.0
 RETRY_PROTECTION_S = 2.0
 BROKEN_GRACE_S = 1.0
 """After a rank's collective failed: how long to wait for news of who is lost, before all ranks join anew."""
+EVERY_SERIAL = (1 << 63) - 1
 PROTECT_BATCH_PAGES = 256
 PROTECT_IN_FLIGHT_PAGES = 1024
 
@@ -105,6 +106,7 @@ class Group:
         self._timeline = Timeline()
         self._parity_bytes = 0
         self._serial = 0  # of releases sent
+        self._born = epoch  # what was put up to then was for the pages of an earlier coordinator
         self._broken_since: float | None = None
         self._status_sent = 0.0
         self._protection_tried = 0.0
@@ -443,6 +445,7 @@ class Group:
         """A parity store offers its memory: protection is tried again for all that lacks it."""
         self.stores.join(store, channel)
         channel.send(EpochNow(self.config.group, self.membership.epoch))
+        channel.send(ReleaseStripes(self.config.group, (), self._born, EVERY_SERIAL))  # of pages that nobody knows now
         self.pool.protect_again(Shadow.UNPROTECTED)
         self._protect()
         self.announce()

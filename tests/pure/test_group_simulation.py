@@ -179,3 +179,16 @@ async def test_parity_that_a_store_lost_or_wants_to_be_rid_of_is_encoded_anew() 
         world.group.from_store("store", StoreDrains(world.group.config.group, tuple(world.parity_of)))
         assert world.group.stores.open() == ()
         assert world.group.status().stripes_pending == protected  # and they stay so until there is another store
+
+
+async def test_a_store_is_told_to_forget_what_it_holds_for_an_earlier_coordinator() -> None:
+    world = World(6)
+    async with running(world):
+        world.parity_of = {b"an earlier one's": [], b"one of this life": []}
+        world.written = {b"an earlier one's": (world.group.membership.epoch, 99), b"one of this life": (1, 0)}
+        parity_of = world.parity_of
+        world.add_store()
+        world.parity_of = parity_of
+        while world.store_wire is not None and world.store_wire.sent:
+            await world.settle()
+        assert list(parity_of) == [b"one of this life"]

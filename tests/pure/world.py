@@ -241,7 +241,7 @@ class World:
             while self.store_wire.sent and self.dice.random() < 0.7:  # or later: puts come by another channel
                 message = self.store_wire.sent.popleft()
                 if isinstance(message, ReleaseStripes):
-                    for key in message.keys:
+                    for key in message.keys or list(self.parity_of):
                         if self.written.get(key, (0, 0)) <= (message.epoch, message.serial):
                             self.parity_of.pop(key, None)
                 else:
