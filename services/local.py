@@ -28,7 +28,7 @@ from shared.types import Protection
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
-LISTEN_DEADLINE_S = 30.0
+LISTEN_DEADLINE_S = 90.0
 STOP_DEADLINE_S = 12.0
 POLL_S = 0.05
 LOG_TAIL_LINES = 15

@@ -12,7 +12,7 @@ import pytest_asyncio
 from services.local import LocalCluster, ServeSettings
 from tests.tiny_tokenizer import make_tokenizer_dir
 
-SERVING_S = 60.0
+SERVING_S = 180.0
 
 
 @pytest.fixture(scope="session")

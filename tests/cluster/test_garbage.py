@@ -16,7 +16,7 @@ from shared import wire
 from shared.channel import CHANNEL_PATH
 from tests.cluster.conftest import whole
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
 
 ROUNDS = 40
 

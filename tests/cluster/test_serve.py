@@ -12,7 +12,7 @@ from pathlib import Path
 import openai
 import pytest
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 
 @asynccontextmanager
@@ -26,7 +26,7 @@ async def serving(model_dir: Path, *flags: str) -> AsyncIterator[tuple[asyncio.s
     printed = ""
     assert process.stdout is not None
     try:
-        async with asyncio.timeout(90):
+        async with asyncio.timeout(200):
             while "Ctrl-C" not in printed:
                 line = await process.stdout.readline()
                 assert line, f"serve ended early: {printed}"

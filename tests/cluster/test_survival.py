@@ -13,7 +13,7 @@ from services.drill import Options, Stream, run_drill, stream_all
 from services.local import LocalCluster
 from tests.cluster.conftest import quiet, whole
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(400)]
 
 RANDOM_KILLS = int(os.environ.get("GHOST_TEST_KILLS", "20"))
 

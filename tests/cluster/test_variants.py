@@ -9,7 +9,7 @@ from services.drill import Options, run_drill
 from services.local import LocalCluster
 from tests.cluster.conftest import SERVING_S, settings
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.mark.parametrize(
