@@ -203,15 +203,16 @@ class PagePool:
             self._enter(page, Shadow.QUEUED if page.doubtful else Shadow.PROTECTED)
 
     def rewrite(self, pages: Sequence[int]) -> None:
-        """A sequence will compute these pages anew on all ranks: they are unsealed, whoever else shared them.
+        """A sequence will compute these pages anew on all ranks: those with a slice missing are no longer sealed.
 
         Sequences that share a page have the same tokens in it, and each lists it here, so all agree on the content.
+        One that is whole stays sealed: it is another sequence's, or will be given the same content again.
         """
         for number in pages:
             page = self.pages[number]
-            if page.key is not None:
+            if page.missing:
                 self._unseal(page)
-            page.missing.clear()
+                page.missing.clear()
 
     def drop_missing(self) -> int:
         """Forget cached pages that have a slice missing. Returns how many."""
