@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 SIGNALS = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT}
 STOP_DEADLINE_S = 10.0
+RESTART_PAUSE_S = 0.5
+"""Before a dead worker is restarted: the recovery that its death began has the processors first."""
 QUICK_DEATH_S = 5.0
 MAX_BACKOFF_S = 10.0
 
@@ -85,10 +87,10 @@ class _Host:
             if code == EXIT_CONFIG:
                 return True
             lived = time.monotonic() - self._started[place]
-            pause = 0.0
+            pause = RESTART_PAUSE_S
             if lived < QUICK_DEATH_S:
-                pause = min(MAX_BACKOFF_S, max(0.5, 2 * self._backoff.get(place, 0.0)))
-            self._backoff[place] = pause
+                pause = min(MAX_BACKOFF_S, max(2 * RESTART_PAUSE_S, 2 * self._backoff.get(place, 0.0)))
+            self._backoff[place] = 0.0 if pause == RESTART_PAUSE_S else pause
             self._due[place] = time.monotonic() + pause
             how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             log.warning(
