@@ -135,9 +135,9 @@ async def store_process(coordinator_url: str, redis_url: str, *flags: str) -> As
             store.admin_url = line.removeprefix("listening on ").strip()
         yield store
     finally:
-        with suppress(ProcessLookupError):
-            process.send_signal(signal.SIGCONT)
-            process.send_signal(signal.SIGTERM)
+        with suppress(ProcessLookupError):  # os.kill: send_signal may reap a dead child before asyncio does
+            os.kill(process.pid, signal.SIGCONT)
+            os.kill(process.pid, signal.SIGTERM)
         async with asyncio.timeout(DEADLINE_S):
             _, errors = await process.communicate()
     assert process.returncode in (0, -signal.SIGKILL), errors.decode()
