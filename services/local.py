@@ -97,7 +97,6 @@ class LocalCluster:
     """Further flags by service name, for tests."""
     processes: dict[str, Process] = field(default_factory=dict)
     folder: Path = field(default_factory=Path)
-    _clean: bool = False
 
     async def __aenter__(self) -> Self:
         self.folder = Path(tempfile.mkdtemp(prefix="ghostserve-"))

@@ -201,13 +201,6 @@ class Join(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class Dismiss(Message):
-    """The receiver has no rank in this epoch: it drops its state and is a spare."""
-
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
 class SequenceStep(Message):
     """One sequence's part of a step: tokens at positions start.., its page table, and how to draw the next token.
 

@@ -22,7 +22,6 @@ from shared.errors import ConfigError, GhostError, PeerLost
 from shared.messages import (
     Assign,
     DigestPlan,
-    Dismiss,
     Goodbye,
     Heartbeat,
     Join,
@@ -145,9 +144,6 @@ class Worker:
                 runner.submit(message)
             case ProtectPlan() | RestorePlan():
                 runner.shadow.submit(message)
-            case Dismiss():
-                self._epoch = message.epoch
-                runner.interrupt(0)
             case Goodbye():
                 if message.final:
                     raise ConfigError(f"the coordinator does not want this worker: {message.reason}")

@@ -1,6 +1,7 @@
 """A real cluster of local processes over a small random model, shared by the tests that break it and leave it whole."""
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 import pytest_asyncio
 
 from services.local import LocalCluster, ServeSettings
+from shared.stripe_index import StripeIndex
+from shared.types import StoreInfo
+from tests.cluster.store_harness import StoreCoordinator, StoreProcess, store_process
 from tests.tiny_tokenizer import make_tokenizer_dir
 
 SERVING_S = 180.0
@@ -65,3 +69,36 @@ async def quiet(cluster: LocalCluster) -> dict[str, Any]:
             return status
         assert time.monotonic() < end, f"work is left over: {status}"
         await asyncio.sleep(0.05)
+
+
+@pytest.fixture
+def group() -> str:
+    """A name of its own for the test's group, since the index is shared."""
+    return f"group-{os.urandom(4).hex()}"
+
+
+@pytest.fixture
+async def coordinator(group: str) -> AsyncIterator[StoreCoordinator]:
+    """A scripted coordinator for a store."""
+    async with StoreCoordinator(group) as coordinator:
+        yield coordinator
+
+
+@pytest.fixture
+async def index(redis_url: str) -> AsyncIterator[StripeIndex]:
+    """The stripe index, as others see it."""
+    async with StripeIndex(redis_url) as index:
+        yield index
+
+
+@pytest.fixture
+async def store(coordinator: StoreCoordinator, redis_url: str) -> AsyncIterator[StoreProcess]:
+    """A parity store as a real process."""
+    async with store_process(coordinator.url, redis_url, "--name", "store-a", "--capacity-mb", "16") as store:
+        yield store
+
+
+@pytest.fixture
+async def info(coordinator: StoreCoordinator, store: StoreProcess) -> StoreInfo:
+    """What the store said of itself in its hello."""
+    return await coordinator.next_store()

@@ -1,7 +1,6 @@
 """The parity store as a real process: what it promises to workers, to the index, and to its operator."""
 
 import asyncio
-import os
 import random
 import signal
 import socket
@@ -32,34 +31,6 @@ from tests.cluster.store_harness import (
     stripes,
     until,
 )
-
-
-@pytest.fixture
-def group() -> str:
-    return f"group-{os.urandom(4).hex()}"
-
-
-@pytest.fixture
-async def coordinator(group: str) -> AsyncIterator[StoreCoordinator]:
-    async with StoreCoordinator(group) as coordinator:
-        yield coordinator
-
-
-@pytest.fixture
-async def index(redis_url: str) -> AsyncIterator[StripeIndex]:
-    async with StripeIndex(redis_url) as index:
-        yield index
-
-
-@pytest.fixture
-async def store(coordinator: StoreCoordinator, redis_url: str) -> AsyncIterator[StoreProcess]:
-    async with store_process(coordinator.url, redis_url, "--name", "store-a", "--capacity-mb", "16") as store:
-        yield store
-
-
-@pytest.fixture
-async def info(coordinator: StoreCoordinator, store: StoreProcess) -> StoreInfo:
-    return await coordinator.next_store()
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """A parity store as a real process, over each bulk transport: bytes arrive, and its death is heard at once."""
 
 import asyncio
-import os
 import random
 import signal
 import socket
@@ -26,11 +25,6 @@ from tests.cluster.store_harness import (
 
 NO_UCX = pytest.mark.skipif(not ucx_engine.is_installed(), reason="UCXX IS NOT INSTALLED: nothing of ucx is tested")
 HEARD_S = 2.0  # seconds; 0.1 on a machine with nothing else to do, and no deadline anywhere near
-
-
-@pytest.fixture
-def group() -> str:
-    return f"group-{os.urandom(4).hex()}"
 
 
 @pytest.fixture(params=["tcp", pytest.param("ucx", marks=NO_UCX)])

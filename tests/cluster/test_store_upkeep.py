@@ -1,11 +1,7 @@
 """A parity store under its operator's hands: scrub, drain, capacity; as a real process."""
 
 import asyncio
-import os
-from collections.abc import AsyncIterator
 from pathlib import Path
-
-import pytest
 
 from shared.errors import ShardMissing, StoreFull
 from shared.messages import ShardsLost, StoreDrains
@@ -22,34 +18,6 @@ from tests.cluster.store_harness import (
     stripes,
     until,
 )
-
-
-@pytest.fixture
-def group() -> str:
-    return f"group-{os.urandom(4).hex()}"
-
-
-@pytest.fixture
-async def coordinator(group: str) -> AsyncIterator[StoreCoordinator]:
-    async with StoreCoordinator(group) as coordinator:
-        yield coordinator
-
-
-@pytest.fixture
-async def index(redis_url: str) -> AsyncIterator[StripeIndex]:
-    async with StripeIndex(redis_url) as index:
-        yield index
-
-
-@pytest.fixture
-async def store(coordinator: StoreCoordinator, redis_url: str) -> AsyncIterator[StoreProcess]:
-    async with store_process(coordinator.url, redis_url, "--name", "store-a", "--capacity-mb", "16") as store:
-        yield store
-
-
-@pytest.fixture
-async def info(coordinator: StoreCoordinator, store: StoreProcess) -> StoreInfo:
-    return await coordinator.next_store()
 
 
 def flip(pid: int, payload: bytes) -> None:
