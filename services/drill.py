@@ -109,6 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stores", type=int, default=0, metavar="N", help="parity stores; 0: as many as parity shards [0]"
     )
+    parser.add_argument("--transport", choices=["auto", "tcp", "ucx"], default="auto", help="bulk transport [auto]")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="[float32]")
     parser.add_argument("--model", default="default", metavar="DIR", help="model [SmolLM2-135M-Instruct]")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the prompts [0]")
@@ -160,6 +161,7 @@ async def _in_own_cluster(arguments: argparse.Namespace, options: Options, conso
         stores=arguments.stores or arguments.parity,
         parity=arguments.parity,
         protection=arguments.protection,
+        transport=arguments.transport,
         dtype=arguments.dtype,
         log_dir=arguments.log_dir,
         max_batch=max(32, options.streams),

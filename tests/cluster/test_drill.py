@@ -1,4 +1,4 @@
-"""`ghostserve drill` as a person runs it, on the default model."""
+"""`ghostserve drill` as a person runs it, on the default model, its parity over ucx; other tests drill over tcp."""
 
 import asyncio
 import json
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from shared.transport import ucx_engine
+
 KEYS = {
     "identical", "kv_identical", "streams", "prompt_tokens", "max_tokens", "protection", "stall_s", "baseline_gap_s",
     "phases", "restored_pages", "recomputed_tokens", "kv_bytes_restored", "parity_bytes_stored",
@@ -14,12 +16,13 @@ KEYS = {
 PHASES = {"detect_s", "regroup_s", "weights_s", "restore_s", "recompute_s", "resume_s"}
 
 
+@pytest.mark.skipif(not ucx_engine.is_installed(), reason="UCXX IS NOT INSTALLED: no drill over ucx")
 @pytest.mark.timeout(280)
 async def test_the_drill_loses_a_rank_of_the_default_model_and_no_token(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "services.cli", "drill", "--prompt-tokens", "256", "--max-tokens", "40", "--streams", "2",
-        "--json", str(out), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        "--transport", "ucx", "--json", str(out), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
     printed, _ = await asyncio.wait_for(process.communicate(), 270)
     assert process.returncode == 0, printed.decode()
