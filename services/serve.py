@@ -3,7 +3,6 @@
 import asyncio
 import json
 import signal
-import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -11,7 +10,6 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from services.local import LocalCluster, ServeSettings
 from services.worker.model_files import resolve_model
-from shared.errors import ConfigError, ModelError
 
 SERVING_DEADLINE_S = 300.0
 
@@ -33,7 +31,7 @@ def fetch_model(name: str) -> Path:
 
 
 def serve(settings: ServeSettings) -> int:
-    """Run a cluster until Ctrl-C or SIGTERM. Returns the exit code: 1 if a service died."""
+    """Run a cluster until Ctrl-C or SIGTERM. Raises GhostError if a service does not start, or can't be kept alive."""
     return asyncio.run(_serve(settings))
 
 
@@ -50,23 +48,19 @@ async def _serve(settings: ServeSettings) -> int:
     await asyncio.wait({running, stopped}, return_when=asyncio.FIRST_COMPLETED)
     if running.done():
         stopped.cancel()
-        print(f"ghostserve: {await running}", file=sys.stderr)
-        return 1
+        await running
     console.print("stopping")
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     return 0
 
 
-async def _run(cluster: LocalCluster, console: Console) -> str:
-    """Run the cluster until one of its services dies; says which."""
-    try:
-        async with cluster:
-            status = await cluster.wait_serving(SERVING_DEADLINE_S)
-            _greet(cluster, console, status["served_name"])
-            return await cluster.wait_death()
-    except (ConfigError, ModelError) as error:
-        return str(error)
+async def _run(cluster: LocalCluster, console: Console) -> None:
+    """Run the cluster, and restart what dies. Raises GhostError for what can't be kept alive."""
+    async with cluster:
+        status = await cluster.wait_serving(SERVING_DEADLINE_S)
+        _greet(cluster, console, status["served_name"])
+        await cluster.keep()
 
 
 def _greet(cluster: LocalCluster, console: Console, model: str) -> None:

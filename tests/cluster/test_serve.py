@@ -93,14 +93,32 @@ async def test_serve_answers_the_official_client_and_leaves_no_process(small_mod
         await gone(family)
 
 
-async def test_serve_ends_with_an_error_when_a_service_dies(small_model_dir: Path) -> None:
+async def said(process: asyncio.subprocess.Process, text: str) -> None:
+    """Read what serve prints until it has said this."""
+    assert process.stdout is not None
+    printed = ""
+    async with asyncio.timeout(60):
+        while text not in printed:
+            line = await process.stdout.readline()
+            assert line, f"serve ended: {printed}"
+            printed += line.decode()
+
+
+async def test_serve_restarts_what_dies_on_the_same_address(small_model_dir: Path) -> None:
     async with serving(small_model_dir) as (process, printed):
+        base_url = re.search(r"Base URL\s+(\S+)", printed)
+        assert base_url is not None
         family = descendants({process.pid})
-        os.kill(pids(printed)["coordinator"], signal.SIGKILL)
-        assert process.stdout is not None
-        said = (await asyncio.wait_for(process.stdout.read(), 30)).decode()
-        assert await asyncio.wait_for(process.wait(), 30) == 1
-        assert "coordinator ended with signal SIGKILL" in said
+        for name in ("redis", "store-0", "coordinator", "gateway"):
+            os.kill(pids(printed)[name], signal.SIGKILL)
+            await said(process, f"{name} ended with signal SIGKILL")
+            await said(process, f"{name} is back")
+        async with openai.AsyncOpenAI(base_url=base_url[1], api_key="unused", max_retries=20) as client:
+            answer = await client.completions.create(model="small", prompt="the fox", max_tokens=8)
+            assert answer.usage is not None
+            assert answer.usage.completion_tokens
+        process.send_signal(signal.SIGINT)
+        assert await asyncio.wait_for(process.wait(), 30) == 0
         await gone(family)
 
 
