@@ -45,7 +45,7 @@ class ServeSettings(CommonSettings):
     spares: int = Field(1, ge=0, le=64, description="workers that wait to take a lost rank")
     stores: int = Field(1, ge=0, le=64, description="parity stores")
     parity: int = Field(1, ge=1, le=8, description="parity shards a stripe (m): how many ranks may be lost at once")
-    protection: Protection = Field("parity", description="parity, or none: recompute everything after a loss")
+    protection: Protection = Field("parity", description="parity, replicate (raw copies), or none (recompute)")
     restore: Literal["auto", "always"] = Field("auto", description="always, or auto: recompute where that is faster")
     device: str = Field("cpu", description="cpu, or cuda: worker i takes cuda:i")
     threads: int = Field(0, ge=0, description="compute threads a CPU worker; 0: cores / ranks, at least 1")

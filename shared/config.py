@@ -49,7 +49,7 @@ class CoordinatorSettings(CommonSettings):
     dtype: DType = Field("bfloat16", description="type of weights and KV")
     tp: int = Field(3, ge=1, le=64, description="ranks in the group (k)")
     parity: int = Field(1, ge=1, le=8, description="parity shards a stripe (m): how many ranks may be lost at once")
-    protection: Protection = Field("parity", description="parity, or none: recompute everything after a loss")
+    protection: Protection = Field("parity", description="parity, replicate (raw copies), or none (recompute)")
     restore: Literal["auto", "always"] = Field("auto", description="always, or auto: recompute where that is faster")
     page_tokens: int = Field(16, ge=1, le=1024, description="tokens a page")
     kv_memory_mb: int = Field(384, ge=1, description="KV pool of each rank, MiB")

@@ -11,7 +11,9 @@ PageKey = bytes
 """A page's name, 16 bytes: the chain hash of all token ids of its sequence up to the page's end."""
 
 FinishReason = Literal["stop", "length"]
-Protection = Literal["parity", "none"]
+Protection = Literal["parity", "replicate", "none"]
+"""parity: m parity shards a stripe. replicate: a raw copy of each rank's page, shard k + rank of its stripe; the usual
+checkpoint, which parity is compared with. none: a loss is recomputed."""
 LogitRows = Literal["none", "last", "all"]
 GroupState = Literal["forming", "assigning", "joining", "restoring", "serving"]
 

@@ -189,8 +189,8 @@ class Group:
             case StepDone(epoch=of, step=step) if of == epoch and step == self._step:
                 self._step_done(message)
             case ProtectDone(epoch=of) if of == epoch:
-                self.pool.end_protection(message.protected, protected=True)
-                self.pool.end_protection(message.failed, protected=False, reason=message.reason)
+                self.pool.end_protection(message.protected, message.rank, protected=True)
+                self.pool.end_protection(message.failed, message.rank, protected=False, reason=message.reason)
                 self._parity_bytes += message.parity_bytes
                 if message.failed:
                     log.warning("%d stripes are not protected: %s", len(message.failed), message.reason)
@@ -228,7 +228,8 @@ class Group:
         room = ready.pages * config.page_tokens
         limit = min(model.max_positions, room, self._settings.max_model_len or room)
         self.model = model
-        self.pool = PagePool(ready.pages, protect=config.protection == "parity")
+        acks = config.size if config.protection == "replicate" else 1
+        self.pool = PagePool(ready.pages, protect=config.protection != "none", acks=acks)
         self.scheduler = Scheduler(
             self.pool,
             page_tokens=config.page_tokens,
@@ -307,7 +308,7 @@ class Group:
         running = list(self.scheduler.running)
         keys = wanted_keys(self.pool, running)
         stripes: dict[bytes, Stripe] = {}
-        if keys and self.config.protection == "parity":
+        if keys and self.config.protection != "none":
             try:
                 stripes = await self.stores.look_up(keys)
             except GhostError as error:
@@ -321,6 +322,7 @@ class Group:
             self.rates if self._settings.restore == "auto" else None,
             page_bytes=self.model.page_bytes,
             page_tokens=self.config.page_tokens,
+            copies=self.config.protection == "replicate",
         )
         if not plan:
             self._resume()
@@ -488,7 +490,8 @@ class Group:
         """The group's state now."""
         members, scheduler, pool = self.membership, self.scheduler, self.pool
         exposed = pool.count(Shadow.QUEUED) + pool.count(Shadow.PENDING) + pool.count(Shadow.UNPROTECTED)
-        safe = members.state == "serving" and self.config.protection == "parity" and self.stores.infos() and not exposed
+        safe = members.state == "serving" and self.config.protection != "none" and self.stores.infos() and not exposed
+        losses = self.config.size if self.config.protection == "replicate" else self.config.parity
         return ClusterStatus(
             group=self.config.group,
             state=members.state,
@@ -500,7 +503,7 @@ class Group:
             size=self.config.size,
             parity=self.config.parity,
             protection=self.config.protection,
-            can_lose=self.config.parity if safe else 0,
+            can_lose=losses if safe else 0,
             workers=members.statuses(),
             stores=self.stores.infos(),
             running=len(scheduler.running) if scheduler else 0,

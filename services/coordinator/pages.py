@@ -33,6 +33,8 @@ class Page:
     key: PageKey | None = None
     shadow: Shadow = Shadow.OPEN
     missing: set[int] = field(default_factory=set)
+    acked: set[int] = field(default_factory=set)
+    """Ranks whose shards of it the stores acknowledged since it was queued."""
     doubtful: bool = False
     """A store was lost while this page's parity was under way, or its slices: an acknowledgement proves nothing."""
 
@@ -40,11 +42,13 @@ class Page:
 class PagePool:
     """All pages of a group. Keys of pages that are dropped collect until `take_released`, for the stores to forget."""
 
-    def __init__(self, count: int, *, protect: bool):
+    def __init__(self, count: int, *, protect: bool, acks: int = 1):
+        """`acks`: ranks that put shards of a stripe: the one that encodes it, or each one its own copy."""
         self.pages = [Page(number) for number in range(count)]
         self._released: list[PageKey] = []
         self.unprotected_reason = ""
         self._protect = protect
+        self._acks = acks
         self._free: deque[int] = deque(range(count))
         self._by_key: dict[PageKey, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()
@@ -139,17 +143,22 @@ class PagePool:
             started.append(page)
         return started
 
-    def end_protection(self, keys: Iterable[PageKey], *, protected: bool, reason: str = "") -> None:
-        """The stores acknowledged the parity of these stripes, or they did not: then why."""
+    def end_protection(self, keys: Iterable[PageKey], rank: int, *, protected: bool, reason: str = "") -> None:
+        """The stores acknowledged what `rank` put of these stripes, or they did not: then why."""
         for key in keys:
             number = self._by_key.get(key)
             if number is None:
                 self._released.append(key)
                 continue
             page = self.pages[number]
-            if page.shadow is Shadow.PENDING:
-                stored = Shadow.QUEUED if page.doubtful else Shadow.PROTECTED
-                self._enter(page, stored if protected else Shadow.UNPROTECTED)
+            if page.shadow is not Shadow.PENDING:
+                continue
+            if not protected:
+                self._enter(page, Shadow.UNPROTECTED)
+                continue
+            page.acked.add(rank)
+            if len(page.acked) >= self._acks:
+                self._enter(page, Shadow.QUEUED if page.doubtful else Shadow.PROTECTED)
         if not protected:
             self.unprotected_reason = reason
 
@@ -253,6 +262,7 @@ class PagePool:
             self._let_go(page)
         if shadow in (Shadow.QUEUED, Shadow.OPEN):
             page.doubtful = False
+            page.acked.clear()
         if shadow is Shadow.QUEUED:
             self._queued[page.number] = None
         else:

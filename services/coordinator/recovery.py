@@ -60,10 +60,12 @@ def plan_restore(
     *,
     page_bytes: int,
     page_tokens: int,
+    copies: bool = False,
 ) -> tuple[StripeRestore, ...]:
     """The pages to decode: for each sequence, the run from its start that is recoverable, if that pays (by `rates`).
 
-    A page after one that can't be restored is left out: recomputing the gap goes through it anyway.
+    A page after one that can't be restored is left out: recomputing the gap goes through it anyway. `copies`: the
+    stripes' stored shards are raw copies of each rank's page, not parity.
     """
     plan: dict[PageKey, StripeRestore] = {}
     for sequence in sequences:
@@ -72,13 +74,25 @@ def plan_restore(
             page, stripe = pool.pages[number], stripes.get(key)
             if not page.missing or key in plan:
                 continue
-            if stripe is None or len(stripe.parity) < len(page.missing):
-                break
             lost = tuple(sorted(page.missing))
-            run.append(StripeRestore(number, key, lost, stripe.parity[: len(lost)], stripe.data_checksums))
+            shards = _enough(stripe, lost, copies=copies) if stripe is not None else None
+            if stripe is None or shards is None:
+                break
+            run.append(StripeRestore(number, key, lost, shards, stripe.data_checksums))
         if run and (rates is None or rates.restoring_pays(len(run), page_bytes, page_tokens)):
             plan.update((stripe.key, stripe) for stripe in run)
     return tuple(plan.values())
+
+
+def _enough(stripe: Stripe, lost: tuple[int, ...], *, copies: bool) -> tuple[ParityShard, ...] | None:
+    """The stored shards from which the lost slices come back: any as many, or each one's own copy. None: too few."""
+    if copies:
+        size = len(stripe.data_checksums)
+        wanted = {size + rank for rank in lost}
+        shards = tuple(shard for shard in stripe.parity if shard.shard in wanted)
+    else:
+        shards = stripe.parity[: len(lost)]
+    return shards if len(shards) == len(lost) else None
 
 
 def valid_tokens(pool: PagePool, sequence: Sequence, page_tokens: int) -> int:

@@ -12,6 +12,7 @@ import torch
 from kernels.codec import make_codec
 from services.worker.model_files import resolve_model
 from services.worker.protect import Protector
+from services.worker.replicate import CopyRestorer, Replicator
 from services.worker.restore import Restorer
 from services.worker.runner import Runner
 from services.worker.shadow import Shadow
@@ -121,8 +122,9 @@ class Worker:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"device {self._device}: no CUDA device here")
         codec = make_codec(config.size, config.parity, device.type)
-        protector = Protector(config.group, codec, self._stores, self._loop, self._report)
-        restorer = Restorer(config.group, codec, self._stores, self._loop)
+        copies = config.protection == "replicate"
+        protector = (Replicator if copies else Protector)(config.group, codec, self._stores, self._loop, self._report)
+        restorer = (CopyRestorer if copies else Restorer)(config.group, codec, self._stores, self._loop)
         model_dir = resolve_model(self._settings.model or config.model)
         shadow = Shadow(protector, restorer, self._report)
         return Runner(

@@ -81,8 +81,9 @@ class Protector:
             addresses = {store.store_id: store.bulk_address for store in plan.stores}
             batches: dict[str, list[tuple[ShardLabel, Bytes]]] = {}
             for row, shards in enumerate(labels):
-                places = place_shards(shards[0].page_key, len(shards), list(addresses))
-                for number, (label, store) in enumerate(zip(shards, places, strict=True)):
+                places = place_shards(shards[0].page_key, shards[0].m, list(addresses))
+                for number, label in enumerate(shards):
+                    store = places[label.number - label.k]
                     batches.setdefault(addresses[store], []).append((label, parity[row][number]))
             reasons: dict[bytes, str] = {}
             await asyncio.gather(*(self._put_batch(plan, where, batch, reasons) for where, batch in batches.items()))
@@ -95,7 +96,7 @@ class Protector:
                     protected=tuple(key for key in keys if key not in reasons),
                     failed=failed,
                     reason=reasons[failed[0]] if failed else "",
-                    parity_bytes=(len(keys) - len(failed)) * self._codec.m * parity.shape[2],
+                    parity_bytes=(len(keys) - len(failed)) * parity.shape[1] * parity.shape[2],
                     seconds=time.monotonic() - began,
                 )
             )

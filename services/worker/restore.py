@@ -32,7 +32,7 @@ class Restorer:
         parity = self._fetch(rounds[0], exchange)
         for number, stripes in enumerate(rounds):
             ahead = self._fetch(rounds[number + 1], exchange) if number + 1 < len(rounds) else None
-            slices = exchange.gather([stripe.page for stripe in stripes], [stripe.lost for stripe in stripes])
+            slices = self._gather(stripes, exchange)
             if parity is not None:
                 shards, outcomes = parity
                 reasons = outcomes.result()
@@ -53,11 +53,19 @@ class Restorer:
             seconds=time.monotonic() - began,
         )
 
+    def _gather(self, stripes: Sequence[StripeRestore], exchange: Exchange) -> dict[int, dict[int, Bytes]]:
+        """Bring the survivors' slices to the ranks that decode; see Exchange.gather."""
+        return exchange.gather([stripe.page for stripe in stripes], [stripe.lost for stripe in stripes])
+
+    def _share(self, stripe: StripeRestore, rank: int) -> StripeRestore:
+        """The stripe with those of its stored shards that `rank` needs."""
+        return stripe
+
     def _fetch(
         self, stripes: Sequence[StripeRestore], exchange: Exchange
     ) -> tuple[dict[bytes, Bytes], "Future[dict[bytes, str]]"] | None:
         """Begin to read the parity [len(stripe.parity), page_bytes] of the stripes that this rank has lost."""
-        mine = [stripe for stripe in stripes if exchange.rank in stripe.lost]
+        mine = [self._share(stripe, exchange.rank) for stripe in stripes if exchange.rank in stripe.lost]
         if not mine:
             return None
         length = exchange.pool.page_bytes

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.timeout(400)
         pytest.param({"tp": 2, "communicator": "gloo"}, (1,), True, id="gloo"),
         pytest.param({"tp": 3, "parity": 2, "stores": 2, "spares": 2}, (0, 2), True, id="two of three"),
         pytest.param({"tp": 2, "protection": "none", "stores": 0}, (0,), False, id="no protection"),
+        pytest.param({"tp": 2, "protection": "replicate", "spares": 2, "stores": 2}, (0, 1), True, id="raw copies"),
     ],
 )
 async def test_other_shapes_survive(

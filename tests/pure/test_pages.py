@@ -44,7 +44,7 @@ def test_a_page_that_the_shadow_reads_is_not_given_away() -> None:
     assert [each.number for each in pool.start_protection(8, 8)] == [page]
     pool.release([page])
     assert pool.allocate(1) is None
-    pool.end_protection([key(1)], protected=True)
+    pool.end_protection([key(1)], 0, protected=True)
     assert pool.allocate(1) == [page]
     assert pool.take_released() == (key(1),)
 
@@ -71,7 +71,7 @@ def test_failed_protection_has_a_reason_and_is_tried_again() -> None:
     pool = PagePool(1, protect=True)
     sealed(pool, 1)
     pool.start_protection(1, 1)
-    pool.end_protection([key(1)], protected=False, reason="store full")
+    pool.end_protection([key(1)], 0, protected=False, reason="store full")
     assert pool.count(Shadow.UNPROTECTED) == 1
     assert pool.unprotected_reason == "store full"
     pool.protect_again(Shadow.UNPROTECTED)
@@ -125,7 +125,7 @@ class Pool(RuleBasedStateMachine):
     @precondition(lambda self: self.pending)
     @rule(good=st.booleans())
     def end(self, good: bool) -> None:
-        self.pool.end_protection([self.pending.pop()], protected=good, reason="x")
+        self.pool.end_protection([self.pending.pop()], 0, protected=good, reason="x")
 
     @rule(ranks=st.sets(st.integers(0, 2), min_size=1))
     def lose(self, ranks: set[int]) -> None:
@@ -144,3 +144,21 @@ class Pool(RuleBasedStateMachine):
 
 TestPool = Pool.TestCase
 TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_a_page_that_every_rank_copies_is_protected_by_the_last_acknowledgement() -> None:
+    pool = PagePool(4, protect=True, acks=3)
+    (page,) = pool.allocate(1) or []
+    pool.seal(page, key(1))
+    pool.start_protection(9, 9)
+    for rank in (0, 1, 1):
+        pool.end_protection([key(1)], rank, protected=True)
+    assert pool.count(Shadow.PENDING) == 1
+    pool.end_protection([key(1)], 2, protected=False, reason="full")
+    assert pool.count(Shadow.UNPROTECTED) == 1
+    pool.protect_again(Shadow.UNPROTECTED)
+    pool.start_protection(9, 9)
+    for rank in (0, 1, 2):
+        assert pool.count(Shadow.PENDING) == 1
+        pool.end_protection([key(1)], rank, protected=True)
+    assert pool.count(Shadow.PROTECTED) == 1

@@ -99,3 +99,15 @@ def test_rates_follow_what_is_measured_and_ignore_the_tiny() -> None:
         rates.saw_restore(10_000_000, 0.01)
     assert abs(rates.prefill_tokens_s - 1000) < 1
     assert abs(rates.restore_bytes_s - 1e9) < 1e6
+
+
+def test_of_raw_copies_each_lost_rank_needs_its_own() -> None:
+    pool = PagePool(8, protect=True, acks=3)
+    sequence = made(pool, 1, 4)
+    pool.lose({0, 2})
+    copies = Stripe(tuple(ParityShard(3 + rank, "tcp://x:1", rank) for rank in range(3)), (1, 2, 3))
+    keys = sequence.keys
+    (found,) = plan_restore(pool, [sequence], {keys[0]: copies}, None, page_bytes=100, page_tokens=TOKENS, copies=True)
+    assert [shard.shard for shard in found.parity] == [3, 5]
+    partial = Stripe(copies.parity[:2], (1, 2, 3))
+    assert not plan_restore(pool, [sequence], {keys[0]: partial}, None, page_bytes=100, page_tokens=TOKENS, copies=True)
