@@ -107,7 +107,7 @@ def _gateway(arguments: argparse.Namespace) -> int:
     from shared.service import run_service
 
     settings = load_settings(GatewaySettings, arguments)
-    return run_service("gateway", lambda stop: run(settings, stop, _announce), log_level=settings.log_level)
+    return run_service("gateway", lambda stop: run(settings, stop, _announce), settings)
 
 
 def _coordinator(arguments: argparse.Namespace) -> int:
@@ -115,7 +115,7 @@ def _coordinator(arguments: argparse.Namespace) -> int:
     from shared.service import run_service
 
     settings = load_settings(CoordinatorSettings, arguments)
-    return run_service("coordinator", lambda stop: run(settings, stop, _announce), log_level=settings.log_level)
+    return run_service("coordinator", lambda stop: run(settings, stop, _announce), settings)
 
 
 def _worker(arguments: argparse.Namespace) -> int:
@@ -129,7 +129,7 @@ def _parity_store(arguments: argparse.Namespace) -> int:
     from shared.service import run_service
 
     settings = load_settings(ParityStoreSettings, arguments)
-    return run_service("parity-store", lambda stop: run(settings, stop, _announce), log_level=settings.log_level)
+    return run_service("parity-store", lambda stop: run(settings, stop, _announce), settings)
 
 
 def _drill(arguments: argparse.Namespace) -> int:

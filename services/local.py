@@ -177,7 +177,11 @@ class LocalCluster:
 
     def _environment(self) -> dict[str, str]:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("GHOST_")}
-        environment.update(GHOST_LOG_LEVEL=self.settings.log_level, TOKENIZERS_PARALLELISM="false")
+        environment.update(
+            GHOST_LOG_LEVEL=self.settings.log_level,
+            GHOST_LOG_JSON=str(self.settings.log_json),
+            TOKENIZERS_PARALLELISM="false",
+        )
         if cache := os.environ.get("GHOST_CACHE_DIR"):
             environment["GHOST_CACHE_DIR"] = cache
         if self.settings.secret:

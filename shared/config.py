@@ -8,14 +8,15 @@ import typing
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from shared.logs import check_levels
 from shared.types import Protection
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0)]
-LogLevel = Literal["debug", "info", "warning", "error"]
+LogLevels = Annotated[str, AfterValidator(check_levels)]
 DType = Literal["bfloat16", "float32", "float16"]
 
 
@@ -28,7 +29,10 @@ class CommonSettings(BaseSettings):
 
     coordinator_url: str = Field("ws://127.0.0.1:8100", description="where workers, stores and gateways dial")
     token: SecretStr | None = Field(None, description="shared secret of the cluster; needed to bind beyond loopback")
-    log_level: LogLevel = Field("info", description="least severe log level shown")
+    log_level: LogLevels = Field(
+        "info", description="least severe log level shown; also by module: info,services.coordinator=debug"
+    )
+    log_json: bool = Field(False, description="log JSON objects, one a line")
     dial_deadline_s: Seconds = Field(5.0, description="how long one try to reach the coordinator may take")
 
     @property
@@ -127,9 +131,14 @@ def add_flags(parser: argparse.ArgumentParser, settings: type[CommonSettings], *
             "--" + name.replace("_", "-"),
             dest=name,
             metavar=_metavar(field.annotation),
+            **_OPTIONAL_VALUE if field.annotation is bool else {},
             default=None,
             help=f"{field.description}{default} (GHOST_{name.upper()})",
         )
+
+
+_OPTIONAL_VALUE: dict[str, Any] = {"nargs": "?", "const": "true"}
+"""What makes --flag alone mean --flag true."""
 
 
 def _metavar(annotation: Any) -> str:
@@ -138,7 +147,7 @@ def _metavar(annotation: Any) -> str:
         return "|".join(str(value) for value in typing.get_args(annotation))
     if origin in (typing.Union, types.UnionType):
         annotation = typing.get_args(annotation)[0]
-    return {int: "N", float: "X"}.get(annotation, "TEXT")
+    return {int: "N", float: "X", bool: "true|false"}.get(annotation, "TEXT")
 
 
 def load_settings(settings: type[Settings], arguments: argparse.Namespace) -> Settings:

@@ -9,6 +9,8 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable
 
+from shared import logs
+from shared.config import CommonSettings
 from shared.errors import ConfigError, GhostError, ModelError
 
 log = logging.getLogger(__name__)
@@ -22,30 +24,31 @@ Service = Callable[[asyncio.Event], Awaitable[None]]
 """A service's life: runs until the event is set, then cleans up and returns."""
 
 
-def run_service(name: str, service: Service, *, log_level: str) -> int:
+def run_service(name: str, service: Service, settings: CommonSettings) -> int:
     """Run a service until SIGINT or SIGTERM. Returns its exit code: 0, or after a crash 1, with a line that says why.
 
     EXIT_CONFIG instead of 1 says that another start would end the same way. A second signal ends the process at once.
     """
-    logging.basicConfig(
-        level=log_level.upper(),
-        format=f"%(asctime)s %(levelname)s {name} %(name)s: %(message)s",
-        stream=sys.stderr,
-        force=True,
-    )
-    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+    logs.configure(name, settings.log_level, as_json=settings.log_json)
+
+    def say(why: str) -> None:
+        if settings.log_json:
+            log.critical("%s", why)
+        else:
+            print(f"ghostserve {name}: {why}", file=sys.stderr, flush=True)
+
     try:
         asyncio.run(_until_signal(name, service))
     except GhostError as error:
-        print(f"ghostserve {name}: {error}", file=sys.stderr, flush=True)
+        say(str(error))
         return EXIT_CONFIG if isinstance(error, ConfigError | ModelError) else 1
     except BaseExceptionGroup as group:
         for cause in _leaves(group):
-            print(f"ghostserve {name}: {type(cause).__name__}: {cause}", file=sys.stderr, flush=True)
+            say(f"{type(cause).__name__}: {cause}")
         log.debug("crash", exc_info=group)
         return 1
     except Exception as error:
-        print(f"ghostserve {name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        say(f"{type(error).__name__}: {error}")
         log.error("crash", exc_info=error)
         return 1
     return 0

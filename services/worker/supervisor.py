@@ -10,6 +10,7 @@ import os
 import signal
 import time
 
+from shared import logs
 from shared.config import WorkerSettings, default_name
 from shared.service import EXIT_CONFIG, die_with_parent, run_service
 
@@ -29,7 +30,7 @@ def supervise(settings: WorkerSettings) -> int:
     A worker that dies within QUICK_DEATH_S of its start is restarted after a pause that doubles each time; one whose
     settings or model are wrong ends the supervisor with the same exit code.
     """
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s supervisor: %(message)s")
+    logs.configure("supervisor", settings.log_level, as_json=settings.log_json)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages, which a dying process gives back sooner
     import services.worker.app  # noqa: F401  what the forks share
 
@@ -133,4 +134,4 @@ def _child(settings: WorkerSettings, name: str, device: str) -> int:
     async def service(stop: asyncio.Event) -> None:
         await run(settings, name, device, stop)
 
-    return run_service(f"worker {name}", service, log_level=settings.log_level)
+    return run_service(f"worker {name}", service, settings)
