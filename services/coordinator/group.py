@@ -6,21 +6,23 @@ A failure goes down through `_broken`, `_form`, `_restore` and `_resume`, and co
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from services.coordinator.journal import Journal
 from services.coordinator.membership import Member, Membership
 from services.coordinator.pages import PagePool, Shadow
-from services.coordinator.recovery import Rates, Stripe, plan_restore, valid_tokens, wanted_keys
+from services.coordinator.protection import Protection
+from services.coordinator.recovery import Rates, valid_tokens
 from services.coordinator.requests import Requests
+from services.coordinator.restoration import Restoration
 from services.coordinator.scheduler import Scheduler
 from services.coordinator.stores import Stores
 from services.coordinator.timeline import Recovery, Timeline
+from services.coordinator.views import cluster_status
 from shared.channel import Channel
 from shared.config import CoordinatorSettings
-from shared.errors import GhostError, PeerLost
+from shared.errors import PeerLost
 from shared.messages import (
     Abort,
     Assign,
@@ -32,13 +34,10 @@ from shared.messages import (
     Joined,
     Message,
     ProtectDone,
-    ProtectPlan,
     RankFailed,
     Refused,
-    ReleaseStripes,
     Rendezvous,
     RestoreDone,
-    RestorePlan,
     ShardsLost,
     StatusChanged,
     StepDone,
@@ -52,37 +51,28 @@ from shared.types import (
     ClusterStatus,
     GroupConfig,
     ModelInfo,
-    PageKey,
     StoreInfo,
-    pack_ids,
 )
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.05
 STATUS_S = 1.0
-RETRY_PROTECTION_S = 2.0
 BROKEN_GRACE_S = 1.0
 """After a rank's collective failed: how long to wait for news of who is lost, before all ranks join anew."""
-EVERY_SERIAL = (1 << 63) - 1
-PROTECT_BATCH_PAGES = 256
-PROTECT_IN_FLIGHT_PAGES = 1024
-
-
-@dataclass(slots=True)
-class Restoring:
-    """A RestorePlan under way: the ranks that have not answered, and the stripes that none has failed to decode."""
-
-    plan: int
-    waiting: set[int]
-    good: set[PageKey]
-    trouble: str = ""
 
 
 class Group:
     """k ranks that together run one copy of the model, their spares, and the requests they work on."""
 
-    def __init__(self, config: GroupConfig, settings: CoordinatorSettings, index: StripeIndex, epoch: int):
+    def __init__(
+        self,
+        config: GroupConfig,
+        settings: CoordinatorSettings,
+        index: StripeIndex,
+        epoch: int,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self.config = config
         self.membership = Membership(
             config.size, heartbeat_timeout_s=config.heartbeat_timeout_s, join_timeout_s=settings.join_timeout_s
@@ -91,27 +81,30 @@ class Group:
         self.stores = Stores(index, config.group)
         self.gateways: set[Channel] = set()
         self.model: ModelInfo | None = None
-        self.pool = PagePool(0, protect=False)
+        self.protection = Protection(
+            config.group, self.membership, PagePool(0, protect=False), self.stores, self._to_ranks
+        )
         self.scheduler: Scheduler | None = None
         self.requests: Requests | None = None
+        self.restoration: Restoration | None = None
         self.rates = Rates()
+        self._clock = clock
         self._settings = settings
         self._journal = Journal(index, config.group)
         self._workers: dict[str, Channel] = {}
         self._step = 0
         self._step_started = 0.0
         self._step_tokens = 0
-        self._plan = 0
-        self._restoring: Restoring | None = None
         self._timeline = Timeline()
-        self._parity_bytes = 0
-        self._serial = 0  # of releases sent
-        self._born = epoch  # what was put up to then was for the pages of an earlier coordinator
         self._broken_since: float | None = None
         self._status_sent = 0.0
-        self._protection_tried = 0.0
         self._tasks: asyncio.TaskGroup | None = None
         self._forming = False
+
+    @property
+    def pool(self) -> PagePool:
+        """The page tables' side of all ranks' KV; empty until the first worker has told its size."""
+        return self.protection.pool
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -119,7 +112,7 @@ class Group:
         """Watch over the group until `stop` is set. Messages come in through the handlers below meanwhile."""
         async with asyncio.TaskGroup() as self._tasks:
             while not stop.is_set():
-                self._tick(time.monotonic())
+                self._tick(self._clock())
                 await asyncio.sleep(TICK_S)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -134,10 +127,7 @@ class Group:
         if self.membership.state == "serving" and self.scheduler is not None:
             if self.scheduler.busy and now - self._step_started > self._settings.step_timeout_s:
                 self._broken(f"step {self._step} made no progress for {self._settings.step_timeout_s:.0f} s")
-            if now - self._protection_tried > RETRY_PROTECTION_S:
-                self._protection_tried = now
-                self.pool.protect_again(Shadow.UNPROTECTED)
-                self._protect()
+            self.protection.retry(now)
         if self._broken_since is not None and now - self._broken_since > BROKEN_GRACE_S:
             self._broken("a collective failed, and nobody is known to be lost")
         if now - self._status_sent > STATUS_S:
@@ -171,7 +161,7 @@ class Group:
 
     def from_worker(self, name: str, message: Message) -> None:
         """Handle a worker's message; those of other epochs have no effect."""
-        now = time.monotonic()
+        now = self._clock()
         if name not in self.membership.members:
             return
         self.membership.heard(name, now, message.step if isinstance(message, Heartbeat) else None)
@@ -189,15 +179,11 @@ class Group:
             case StepDone(epoch=of, step=step) if of == epoch and step == self._step:
                 self._step_done(message)
             case ProtectDone(epoch=of) if of == epoch:
-                self.pool.end_protection(message.protected, message.rank, protected=True)
-                self.pool.end_protection(message.failed, message.rank, protected=False, reason=message.reason)
-                self._parity_bytes += message.parity_bytes
-                if message.failed:
-                    log.warning("%d stripes are not protected: %s", len(message.failed), message.reason)
-                self._protect()
+                self.protection.done(message)
                 self.step()
-            case RestoreDone(epoch=of) if of == epoch:
-                self._restore_done(message)
+            case RestoreDone(epoch=of) if of == epoch and self.restoration is not None:
+                if self.restoration.done(message, self._timeline.current, self.rates):
+                    self._resume()
             case DigestDone(epoch=of) if of == epoch and self.requests is not None:
                 self.requests.digest_done(message)
                 self.step()
@@ -229,7 +215,8 @@ class Group:
         limit = min(model.max_positions, room, self._settings.max_model_len or room)
         self.model = model
         acks = config.size if config.protection == "replicate" else 1
-        self.pool = PagePool(ready.pages, protect=config.protection != "none", acks=acks)
+        self.protection.pool = PagePool(ready.pages, protect=config.protection != "none", acks=acks)
+        self.restoration = Restoration(config, model, self.pool, self.stores, self._to_ranks)
         self.scheduler = Scheduler(
             self.pool,
             page_tokens=config.page_tokens,
@@ -253,11 +240,12 @@ class Group:
     def _interrupt(self, reason: str) -> Recovery:
         """The epoch is over: nothing in flight counts any more."""
         self._broken_since = None
-        self._restoring = None
-        if self.scheduler is not None and self.requests is not None:
+        if self.scheduler is not None and self.requests is not None and self.restoration is not None:
             self.scheduler.rollback()
             self.requests.interrupted()
-        return self._timeline.interrupted(reason, self.membership.epoch, time.monotonic())
+            self.restoration.interrupted()
+        self.protection.interrupted()
+        return self._timeline.interrupted(reason, self.membership.epoch, self._clock())
 
     def _broken(self, reason: str) -> None:
         """The epoch can't go on, though nobody is known to be lost: form again."""
@@ -280,7 +268,7 @@ class Group:
         if not self.membership.can_form():
             self.membership.epoch = epoch
             return
-        formation = self.membership.form(epoch, time.monotonic())
+        formation = self.membership.form(epoch, self._clock())
         self.pool.lose(formation.fresh)
         self.stores.send(EpochNow(self.config.group, epoch))
         for rank, name in enumerate(formation.ranks):
@@ -302,56 +290,16 @@ class Group:
     async def _restore(self, epoch: int) -> None:
         """Ask the ranks to decode what they can of the running sequences' pages."""
         assert self.scheduler is not None
-        assert self.model is not None
+        assert self.restoration is not None
         if self._timeline.current is not None:
-            self._timeline.current.joined = time.monotonic()
+            self._timeline.current.joined = self._clock()
         running = list(self.scheduler.running)
-        keys = wanted_keys(self.pool, running)
-        stripes: dict[bytes, Stripe] = {}
-        if keys and self.config.protection != "none":
-            try:
-                stripes = await self.stores.look_up(keys)
-            except GhostError as error:
-                log.warning("the stripe index can't be read, so all is recomputed: %s", error)
+        stripes = await self.restoration.look_up(running)
         if epoch != self.membership.epoch or self.membership.state != "restoring":
             return
-        plan = plan_restore(
-            self.pool,
-            running,
-            stripes,
-            self.rates if self._settings.restore == "auto" else None,
-            page_bytes=self.model.page_bytes,
-            page_tokens=self.config.page_tokens,
-            copies=self.config.protection == "replicate",
-        )
-        if not plan:
+        rates = self.rates if self._settings.restore == "auto" else None
+        if not self.restoration.begin(epoch, running, stripes, rates):
             self._resume()
-            return
-        self._plan += 1
-        self._restoring = Restoring(self._plan, set(range(self.config.size)), {stripe.key for stripe in plan})
-        self._to_ranks(RestorePlan(epoch, self._plan, plan))
-
-    def _restore_done(self, done: RestoreDone) -> None:
-        restoring = self._restoring
-        if restoring is None or restoring.plan != done.plan:
-            return
-        restoring.waiting.discard(done.rank)
-        restoring.good.difference_update(done.failed)
-        restoring.trouble = restoring.trouble or done.reason
-        recovery = self._timeline.current
-        if recovery is not None:
-            recovery.kv_bytes += done.bytes_restored
-        if restoring.waiting:
-            return
-        self._restoring = None
-        if restoring.trouble:
-            log.warning("some pages are recomputed instead of restored: %s", restoring.trouble)
-        for key in restoring.good:
-            self.pool.restored(key)
-        if recovery is not None:
-            recovery.restored_pages += len(restoring.good)
-            self.rates.saw_restore(recovery.kv_bytes, done.seconds)
-        self._resume()
 
     def _resume(self) -> None:
         """Serve again: what has no KV now is recomputed as an ordinary prefill of known tokens."""
@@ -363,7 +311,7 @@ class Group:
         self.membership.restored()
         self.pool.protect_again(Shadow.PENDING, Shadow.UNPROTECTED)
         recomputed = sum(lost.values())
-        self._timeline.resumed((each for each in running if each.remaining), recomputed, time.monotonic())
+        self._timeline.resumed((each for each in running if each.remaining), recomputed, self._clock())
         log.info("serving: %d tokens to recompute, %d cached pages dropped", recomputed, dropped)
         self.step()
         self._progressed()
@@ -372,7 +320,7 @@ class Group:
     def _progressed(self) -> None:
         """Close the recovery's record when every sequence has the KV it had."""
         assert self.scheduler is not None
-        if self._timeline.progressed(self.scheduler.running, self.membership.epoch, time.monotonic()):
+        if self._timeline.progressed(self.scheduler.running, self.membership.epoch, self._clock()):
             self.announce()
 
     # -- steps -------------------------------------------------------------------------------------------------------
@@ -386,7 +334,7 @@ class Group:
         sequences = self.scheduler.plan()
         if sequences:
             self._step += 1
-            self._step_started = time.monotonic()
+            self._step_started = self._clock()
             self._step_tokens = sum(len(each.tokens) // 4 for each in sequences)
             self._to_ranks(StepPlan(self.membership.epoch, self._step, sequences))
 
@@ -397,22 +345,9 @@ class Group:
         self.rates.saw_prefill(self._step_tokens, done.seconds)
         for output in self.scheduler.complete(done.samples):
             self.requests.deliver(output)
-        self._protect()
+        self.protection.flow(self._step)
         self.step()
         self._progressed()
-
-    def _protect(self) -> None:
-        """Send sealed pages to the shadow, and tell the stores which stripes are gone."""
-        if keys := self.pool.take_released():
-            self.stores.send(ReleaseStripes(self.config.group, keys, self.membership.epoch, self._serial))
-            self._serial += 1
-        stores = self.stores.open()
-        if self.membership.state != "serving" or not stores:
-            return
-        while pages := self.pool.start_protection(PROTECT_BATCH_PAGES, PROTECT_IN_FLIGHT_PAGES):
-            numbers = pack_ids(page.number for page in pages)
-            keys = tuple(page.key for page in pages if page.key is not None)
-            self._to_ranks(ProtectPlan(self.membership.epoch, self._step, numbers, keys, stores, self._serial))
 
     # -- gateways ----------------------------------------------------------------------------------------------------
 
@@ -444,43 +379,28 @@ class Group:
     # -- stores ------------------------------------------------------------------------------------------------------
 
     def store_joins(self, store: StoreInfo, channel: Channel) -> None:
-        """A parity store offers its memory: protection is tried again for all that lacks it."""
-        self.stores.join(store, channel)
-        channel.send(EpochNow(self.config.group, self.membership.epoch))
-        channel.send(ReleaseStripes(self.config.group, (), self._born, EVERY_SERIAL))  # of pages that nobody knows now
-        self.pool.protect_again(Shadow.UNPROTECTED)
-        self._protect()
+        """A parity store offers its memory."""
+        self.protection.store_joins(store, channel)
         self.announce()
 
     def store_gone(self, store_id: str, channel: Channel) -> None:
-        """A parity store is lost, and with it the parity that it held: all is encoded anew where there is room."""
-        if not self.stores.leave(store_id, channel):
-            return
-        log.warning("parity store %s is lost", store_id)
-        self.pool.protection_lost()
-        self._protect()
-        self.announce()
+        """A parity store is lost, and with it the parity that it held."""
+        if self.protection.store_gone(store_id, channel):
+            self.announce()
 
     def from_store(self, store_id: str, message: Message) -> None:
-        """Handle a store's message: parity that it gave up, or wants to, is encoded anew from the live pages."""
-        match message:
-            case ShardsLost():
-                log.warning("store %s lost %d damaged stripes", store_id, len(message.keys))
-            case StoreDrains():
-                self.stores.drain(store_id)
-            case _:
-                log.warning("store %s sent %s", store_id, type(message).__name__)
-                return
-        if message.group == self.config.group:
-            self.pool.shards_lost(message.keys)
-            self._protect()
+        """Handle a store's message."""
+        if isinstance(message, ShardsLost | StoreDrains):
+            self.protection.from_store(store_id, message)
             self.announce()
+        else:
+            log.warning("store %s sent %s", store_id, type(message).__name__)
 
     # -- views -------------------------------------------------------------------------------------------------------
 
     def announce(self) -> None:
         """Tell all gateways the state."""
-        self._status_sent = time.monotonic()
+        self._status_sent = self._clock()
         message = StatusChanged(self.status())
         for gateway in self.gateways:
             if not gateway.closed:
@@ -488,55 +408,9 @@ class Group:
 
     def status(self) -> ClusterStatus:
         """The group's state now."""
-        members, scheduler, pool = self.membership, self.scheduler, self.pool
-        exposed = pool.count(Shadow.QUEUED) + pool.count(Shadow.PENDING) + pool.count(Shadow.UNPROTECTED)
-        safe = members.state == "serving" and self.config.protection != "none" and self.stores.infos() and not exposed
-        losses = self.config.size if self.config.protection == "replicate" else self.config.parity
-        return ClusterStatus(
-            group=self.config.group,
-            state=members.state,
-            detail=self._detail(),
-            epoch=members.epoch,
-            served_name=self.config.served_name,
-            model=self.model,
-            max_model_len=scheduler.max_model_len if scheduler else 0,
-            size=self.config.size,
-            parity=self.config.parity,
-            protection=self.config.protection,
-            can_lose=losses if safe else 0,
-            workers=members.statuses(),
-            stores=self.stores.infos(),
-            running=len(scheduler.running) if scheduler else 0,
-            waiting=len(scheduler.waiting) if scheduler else 0,
-            pages_total=len(pool.pages),
-            pages_held=pool.held,
-            pages_cached=pool.cached,
-            stripes_protected=pool.count(Shadow.PROTECTED),
-            stripes_pending=pool.count(Shadow.QUEUED) + pool.count(Shadow.PENDING),
-            stripes_unprotected=pool.count(Shadow.UNPROTECTED),
-            unprotected_reason=self._unprotected_reason() if exposed else "",
-            parity_bytes_stored=self._parity_bytes,
-            recoveries=tuple(self._timeline.records),
+        return cluster_status(
+            self.config, self.membership, self.protection, self.scheduler, self.model, self._timeline.records
         )
-
-    def _unprotected_reason(self) -> str:
-        return self.pool.unprotected_reason if self.stores.infos() else "no parity store is connected"
-
-    def _detail(self) -> str:
-        members = self.membership
-        if members.state == "forming":
-            vacant, spares = members.ranks.count(None), len(members.spares())
-            if vacant > spares:
-                loading = sum(not member.ready for member in members.members.values())
-                return f"waiting for {vacant - spares} more worker(s); {loading} loading"
-            return "beginning a new epoch"
-        texts = {
-            "assigning": "ranks load their slices",
-            "joining": "ranks connect",
-            "restoring": "lost KV is decoded from parity",
-            "serving": "all requests are served",
-        }
-        return texts[members.state]
 
     def check(self) -> None:
         """Raise AssertionError unless pages, page tables, ranks and members agree."""
