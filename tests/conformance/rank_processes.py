@@ -17,7 +17,8 @@ from shared.errors import GhostError
 Part = Callable[..., Any]  # (communicator, *arguments) -> result; runs in a rank's process
 
 _DEADLINE = 60.0
-_CONTEXT = multiprocessing.get_context("spawn")
+_CONTEXT = multiprocessing.get_context("forkserver")  # which has imported torch once for all ranks
+_CONTEXT.set_forkserver_preload(["services.worker.communicator.torch_dist", "tests.conformance.test_communicator"])
 
 
 @dataclass(frozen=True)

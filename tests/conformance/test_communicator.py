@@ -208,7 +208,7 @@ def test_a_stopped_peer_does_not_outlast_an_abort(ranks: RankProcesses, kind: Ki
 
 
 def test_a_stopped_peer_does_not_outlast_the_deadline(ranks: RankProcesses, kind: Kind, tmp_path: Path) -> None:
-    run = ranks.start(kind, wait_part, 2, None, 0, tmp_path, timeout=8.0)
+    run = ranks.start(kind, wait_part, 2, None, 0, tmp_path, timeout=4.0)
     await_ready(tmp_path)
     ranks.signal(2, signal.SIGSTOP)
     outcomes = run.outcomes(lost=(2,))
