@@ -180,6 +180,7 @@ class LocalCluster:
         environment.update(
             GHOST_LOG_LEVEL=self.settings.log_level,
             GHOST_LOG_JSON=str(self.settings.log_json),
+            GHOST_ALLOW_FAULTS=str(self.settings.allow_faults),
             TOKENIZERS_PARALLELISM="false",
         )
         if cache := os.environ.get("GHOST_CACHE_DIR"):

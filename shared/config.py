@@ -33,6 +33,7 @@ class CommonSettings(BaseSettings):
         "info", description="least severe log level shown; also by module: info,services.coordinator=debug"
     )
     log_json: bool = Field(False, description="log JSON objects, one a line")
+    allow_faults: bool = Field(False, description="let operators break workers: for drills and demonstrations only")
     dial_deadline_s: Seconds = Field(5.0, description="how long one try to reach the coordinator may take")
 
     @property

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from shared.types import (
     ClusterStatus,
+    Fault,
     FinishReason,
     GenerationRequest,
     GroupConfig,
@@ -324,6 +325,17 @@ class StoreDrains(Message):
 
     group: str
     keys: tuple[PageKey, ...]
+
+
+# -- operator's faults: gateway to coordinator, which hands it to the worker -----------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class InjectFault(Message):
+    """Break this worker. Of no effect unless each that it passes was started with allow_faults."""
+
+    worker: str
+    fault: Fault
 
 
 # -- gateway to coordinator ------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ Protection = Literal["parity", "replicate", "none"]
 """parity: m parity shards a stripe. replicate: a raw copy of each rank's page, shard k + rank of its stripe; the usual
 checkpoint, which parity is compared with. none: a loss is recomputed."""
 LogitRows = Literal["none", "last", "all"]
+Fault = Literal["kill"]
+"""A fault that a cluster started with allow_faults lets be injected: kill, the worker kills itself."""
 GroupState = Literal["forming", "assigning", "joining", "restoring", "serving"]
 
 PAGE_KEY_BYTES = 16
@@ -223,3 +225,15 @@ class ClusterStatus:
     """Why the last stripe that could not be protected was not; empty where all is well."""
     parity_bytes_stored: int
     recoveries: tuple[RecoveryRecord, ...]
+    now: float = 0.0
+    """The clock that the recoveries' times are of, when this was said."""
+    recovering_since: float | None = None
+    """When the recovery under way began, by the same clock."""
+    protection_lag_s: float = 0.0
+    """Age of the oldest sealed page that is not protected yet."""
+    unprotected_tokens: int = 0
+    """Tokens of requests in work that would be recomputed, were a rank lost now."""
+    prompt_tokens: int = 0
+    """Prompt tokens computed since the coordinator started."""
+    generated_tokens: int = 0
+    """Tokens generated since the coordinator started."""

@@ -30,6 +30,7 @@ from shared.messages import (
     EpochNow,
     Goodbye,
     Heartbeat,
+    InjectFault,
     Join,
     Joined,
     Message,
@@ -372,6 +373,9 @@ class Group:
                 self.requests.submit(gateway, request)
             case Abort(request_id=request_id) if self.requests is not None:
                 self.requests.abort(gateway, request_id)
+            case InjectFault(worker=name) if self._settings.allow_faults and name in self._workers:
+                log.warning("fault %s is injected", message.fault, extra={"worker": name})
+                self._workers[name].send(message)
             case _:
                 log.warning("a gateway sent %s", type(message).__name__)
         self.step()

@@ -1,7 +1,6 @@
 """The gateway service: HTTP on one side, the coordinator on the other."""
 
 import asyncio
-import dataclasses
 import functools
 import logging
 import time
@@ -12,12 +11,14 @@ from typing import Any
 
 from aiohttp import web
 
+from services.gateway import page
 from services.gateway.answer import Answer
 from services.gateway.cluster import Cluster
 from services.gateway.guard import Guard, client_keys, http_log, read_body
 from services.gateway.intake import Job, Serving, prepare
 from services.gateway.metrics import CONTENT_TYPE, Metrics
 from services.gateway.openapi import describe
+from services.gateway.operate import Operate
 from services.gateway.schemas import ChatRequest, CompletionRequest, parse
 from services.gateway.tokenizer import Tokenizer
 from shared.config import GatewaySettings
@@ -83,6 +84,7 @@ class Gateway:
         self._version = _version()
         self._created = int(time.time())
         self.cluster = Cluster(settings)
+        self._operate = Operate(self.cluster, self._version, allow_faults=settings.allow_faults)
         self.metrics = Metrics(lambda: self.cluster.in_flight, lambda: self._trouble() is None)
         self.connections: Callable[[], int] = lambda: 0
 
@@ -98,12 +100,13 @@ class Gateway:
                 web.post("/v1/chat/completions", functools.partial(self._generate, ChatRequest)),
                 web.get("/v1/models", self._models),
                 web.get("/v1/models/{model:.+}", self._model),
-                web.get("/v1/fault_tolerance/status", self._status),
                 web.get("/health", self._health),
                 web.get("/live", self._live),
                 web.get("/version", self._show_version),
                 web.get("/metrics", self._show_metrics),
                 web.get("/openapi.json", self._openapi),
+                *self._operate.routes(),
+                *page.routes(),
             ]
         )
         return application
@@ -112,12 +115,12 @@ class Gateway:
         """Load the tokenizer once the model is known, and again when another model is served; until cancelled."""
         loaded = ""
         while True:
-            self.cluster.changed.clear()
+            changed = self.cluster.changed
             status = self.cluster.status
             named = status.model.model_dir if status is not None and status.model is not None else ""
             source = named if self._settings.model in ("", "default") else self._settings.model
             if source in ("", loaded):
-                await self.cluster.changed.wait()
+                await changed.wait()
                 continue
             try:
                 self._tokenizer = await asyncio.to_thread(Tokenizer.load, source)
@@ -235,12 +238,6 @@ class Gateway:
             "owned_by": "ghostserve",
             "max_model_len": status.max_model_len,
         }
-
-    async def _status(self, request: web.Request) -> web.Response:
-        status = self.cluster.status
-        if status is None:
-            raise _unavailable(self.cluster.absence or "no status")
-        return web.json_response(dataclasses.asdict(status))
 
 
 def _prepare(kind: type[CompletionRequest] | type[ChatRequest], body: bytes, serving: Serving) -> Job:

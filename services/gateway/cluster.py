@@ -136,9 +136,9 @@ class Cluster:
         self._status: ClusterStatus | None = None
         self._heard = 0.0
         self._reason = "the coordinator has not been reached yet"
-        self._stopped = False
+        self.stopped = False
         self.changed = asyncio.Event()
-        """Set at each change of the status, for whoever waits for the model to be known."""
+        """Set at the next change of the status; then another one stands here. So any number can wait for changes."""
 
     @property
     def status(self) -> ClusterStatus | None:
@@ -178,6 +178,12 @@ class Cluster:
                 self._calls.pop(sequence.request_id, None)
             raise StreamLost("the coordinator is away") from error
 
+    def send(self, message: Message) -> None:
+        """Send an operator's message to the coordinator. Raises StreamLost if it is away."""
+        if self._channel is None or self.absence is not None:
+            raise StreamLost(self.absence or self._reason)
+        self._channel.send(message)
+
     def forget(self, request_id: str, *, abort: bool) -> None:
         """Nobody waits for this sequence any more; tell the coordinator if it still works on it."""
         if self._calls.pop(request_id, None) is None or not abort or self._channel is None:
@@ -192,7 +198,7 @@ class Cluster:
         pause = FIRST_REDIAL_S
         name = default_name("gateway")
         settings = self._settings
-        while not self._stopped:
+        while not self.stopped:
             try:
                 async with dial(
                     settings.coordinator_url, settings.secret, GatewayHello(name), settings.dial_deadline_s
@@ -211,14 +217,14 @@ class Cluster:
 
     def stop(self) -> None:
         """End all calls, and accept no more: the gateway shuts down."""
-        self._stopped = True
+        self.stopped = True
         self._lose("the gateway is shutting down", "the gateway is shutting down")
 
     def _take(self, message: Message) -> None:
         match message:
             case StatusChanged():
                 self._status, self._heard = message.status, time.monotonic()
-                self.changed.set()
+                self._tell()
             case Accepted() | Refused() | TokensMessage() | Failed():
                 if (call := self._calls.get(message.request_id)) is not None:
                     call.deliver(message)
@@ -233,4 +239,8 @@ class Cluster:
         self._calls.clear()
         for call in calls:
             call.fail(StreamLost(message))
-        self.changed.set()
+        self._tell()
+
+    def _tell(self) -> None:
+        changed, self.changed = self.changed, asyncio.Event()
+        changed.set()

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import signal
 import socket
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ from shared.messages import (
     DigestPlan,
     Goodbye,
     Heartbeat,
+    InjectFault,
     Join,
     Message,
     ProtectPlan,
@@ -146,6 +148,8 @@ class Worker:
                 runner.submit(message)
             case ProtectPlan() | RestorePlan():
                 runner.shadow.submit(message)
+            case InjectFault(fault="kill") if self._settings.allow_faults:
+                os.kill(os.getpid(), signal.SIGKILL)
             case Goodbye():
                 if message.final:
                     raise ConfigError(f"the coordinator does not want this worker: {message.reason}")

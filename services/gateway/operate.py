@@ -1,0 +1,97 @@
+"""What operators ask of a gateway: the cluster's state, once or live, and faults where they are allowed."""
+
+import asyncio
+import dataclasses
+import json
+from typing import Any
+
+from aiohttp import web
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from services.gateway.cluster import Cluster
+from services.gateway.guard import read_body
+from shared.errors import RequestRejected
+from shared.messages import InjectFault
+from shared.types import ClusterStatus, Fault
+
+LEAST_PAUSE_S = 0.1
+"""Between two events of one stream: a burst of changes is told as the last of them."""
+WRITE_DEADLINE_S = 20.0
+_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+Json = dict[str, Any]
+
+
+class FaultRequest(BaseModel):
+    """Body of POST /v1/fault_tolerance/faults."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    fault: Fault
+    worker: str
+
+
+class Operate:
+    """The handlers under /v1/fault_tolerance."""
+
+    def __init__(self, cluster: Cluster, version: str, *, allow_faults: bool):
+        self._cluster = cluster
+        self._version = version
+        self._allow_faults = allow_faults
+
+    def routes(self) -> list[web.RouteDef]:
+        """The routes; that for faults is there only where they are allowed."""
+        routes = [
+            web.get("/v1/fault_tolerance/status", self._status),
+            web.get("/v1/fault_tolerance/events", self._events),
+        ]
+        return [*routes, web.post("/v1/fault_tolerance/faults", self._fault)] if self._allow_faults else routes
+
+    async def _status(self, request: web.Request) -> web.Response:
+        return web.json_response(self._view(self._known()))
+
+    async def _events(self, request: web.Request) -> web.StreamResponse:
+        """The state now and at each change, at least once a second, as events `status` or `absent`."""
+        response = web.StreamResponse(headers=_HEADERS)
+        await response.prepare(request)
+        while not self._cluster.stopped:
+            changed = self._cluster.changed
+            status = self._cluster.status
+            if status is not None:
+                event = _event("status", self._view(status))
+            else:
+                event = _event("absent", {"detail": self._cluster.absence or "no status"})
+            async with asyncio.timeout(WRITE_DEADLINE_S):
+                await response.write(event)
+            await asyncio.sleep(LEAST_PAUSE_S)
+            await changed.wait()
+        return response
+
+    async def _fault(self, request: web.Request) -> web.Response:
+        try:
+            asked = FaultRequest.model_validate_json(await read_body(request))
+        except ValidationError as error:
+            problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            raise RequestRejected(problem["msg"], param=".".join(str(part) for part in problem["loc"])) from error
+        if asked.worker not in [worker.name for worker in self._known().workers]:
+            raise RequestRejected(f"no worker {asked.worker[:100]!r} is here", status=404, code="not_found")
+        self._cluster.send(InjectFault(asked.worker, asked.fault))
+        return web.json_response({"worker": asked.worker, "fault": asked.fault}, status=202)
+
+    def _known(self) -> ClusterStatus:
+        status = self._cluster.status
+        if status is None:
+            raise RequestRejected(self._cluster.absence or "no status", status=503, code="unavailable")
+        return status
+
+    def _view(self, status: ClusterStatus) -> Json:
+        gateway = {
+            "version": self._version,
+            "in_flight": self._cluster.in_flight,
+            "allow_faults": self._allow_faults,
+        }
+        return dataclasses.asdict(status) | {"gateway": gateway}
+
+
+def _event(name: str, content: Json) -> bytes:
+    return f"event: {name}\ndata: {json.dumps(content, ensure_ascii=False)}\n\n".encode()
