@@ -164,6 +164,8 @@ class RestoreDone(Message):
     reason: str
     bytes_restored: int
     seconds: float
+    damaged: int = 0
+    """How many of `failed` had bytes that differ from their recorded checksum."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -192,6 +192,21 @@ class RecoveryRecord:
     recomputed_tokens: int
     kv_bytes_restored: int
     sequences: int
+    detect_s: float = 0.0
+    """Before `started`: since the last sign of life of who was lost."""
+    fence_s: float = 0.0
+    """The part of `regroup_s` that the new epoch took to be in Redis."""
+
+    def phases(self) -> tuple[tuple[str, float], ...]:
+        """Names and seconds of its phases, in order, none counted twice."""
+        return (
+            ("detect", self.detect_s),
+            ("fence", self.fence_s),
+            ("regroup", self.regroup_s - self.fence_s),
+            ("weights", self.weights_s),
+            ("restore", self.restore_s),
+            ("recompute", self.recompute_s),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,3 +252,5 @@ class ClusterStatus:
     """Prompt tokens computed since the coordinator started."""
     generated_tokens: int = 0
     """Tokens generated since the coordinator started."""
+    preemptions: int = 0
+    """How often a request was put back for want of pages."""

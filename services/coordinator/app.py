@@ -12,6 +12,7 @@ from aiohttp import web
 from services.coordinator.group import Group
 from services.coordinator.journal import Journal
 from services.coordinator.membership import Member
+from services.coordinator.metrics import CONTENT_TYPE
 from shared.channel import CHANNEL_PATH, Channel, accept
 from shared.config import CoordinatorSettings
 from shared.errors import ConfigError, GhostError
@@ -90,6 +91,7 @@ def application(group: Group, token: str | None) -> web.Application:
     app.router.add_get(CHANNEL_PATH, _channel)
     app.router.add_get("/live", _live)
     app.router.add_get("/health", _health)
+    app.router.add_get("/metrics", _metrics)
     return app
 
 
@@ -101,6 +103,10 @@ async def _health(request: web.Request) -> web.Response:
     status = request.app[GROUP].status()
     body = {"state": status.state, "detail": status.detail, "epoch": status.epoch}
     return web.json_response(body, status=200 if status.state == "serving" else 503, dumps=json.dumps)
+
+
+async def _metrics(request: web.Request) -> web.Response:
+    return web.Response(body=request.app[GROUP].metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
 
 async def _channel(request: web.Request) -> web.WebSocketResponse:

@@ -11,6 +11,7 @@ from typing import Any
 
 from services.coordinator.journal import Journal
 from services.coordinator.membership import Member, Membership
+from services.coordinator.metrics import LossKind, Metrics
 from services.coordinator.pages import PagePool, Shadow
 from services.coordinator.protection import Protection
 from services.coordinator.recovery import Rates, valid_tokens
@@ -20,6 +21,7 @@ from services.coordinator.scheduler import Scheduler
 from services.coordinator.stores import Stores
 from services.coordinator.timeline import Recovery, Timeline
 from services.coordinator.views import cluster_status
+from shared import logs
 from shared.channel import Channel
 from shared.config import CoordinatorSettings
 from shared.errors import PeerLost
@@ -52,6 +54,7 @@ from shared.types import (
     ClusterStatus,
     GroupConfig,
     ModelInfo,
+    RecoveryRecord,
     StoreInfo,
 )
 
@@ -89,6 +92,7 @@ class Group:
         self.requests: Requests | None = None
         self.restoration: Restoration | None = None
         self.rates = Rates()
+        self.metrics = Metrics(self.status)
         self._clock = clock
         self._settings = settings
         self._journal = Journal(index, config.group)
@@ -123,8 +127,9 @@ class Group:
         self._tasks.create_task(work)
 
     def _tick(self, now: float) -> None:
-        for name, reason in self.membership.overdue(now):
-            self.worker_gone(name, reason)
+        self.pool.now = now
+        for name, kind, reason in self.membership.overdue(now):
+            self.worker_gone(name, reason, kind=kind)
         if self.membership.state == "serving" and self.scheduler is not None:
             if self.scheduler.busy and now - self._step_started > self._settings.step_timeout_s:
                 self._broken(f"step {self._step} made no progress for {self._settings.step_timeout_s:.0f} s")
@@ -141,11 +146,11 @@ class Group:
     def worker_joins(self, member: Member, channel: Channel) -> None:
         """A worker said hello."""
         if member.name in self.membership.members:
-            self.worker_gone(member.name, "another process came under its name")
+            self.worker_gone(member.name, "another process came under its name", kind="replaced")
         self.membership.hello(member)
         self._workers[member.name] = channel
 
-    def worker_gone(self, name: str, reason: str, channel: Channel | None = None) -> None:
+    def worker_gone(self, name: str, reason: str, channel: Channel | None = None, *, kind: LossKind = "closed") -> None:
         """A worker is lost: its channel closed, or it was given up. `channel`: only if that is still its channel."""
         known = self._workers.get(name)
         if known is None or (channel is not None and known is not channel):
@@ -153,16 +158,21 @@ class Group:
         del self._workers[name]
         if not known.closed:
             known.send(Goodbye(reason))
+        silent_s = self._clock() - self.membership.members[name].seen
         rank = self.membership.gone(name, reason)
-        log.warning("worker %s is lost (%s): %s", name, "a spare" if rank is None else f"rank {rank}", reason)
+        told = {"worker": name, "rank": rank, "kind": kind, "reason": reason}
+        log.warning("a spare is lost" if rank is None else "a rank is lost", extra=told)
         if rank is not None:
-            self._interrupt(f"rank {rank} ({name}): {reason}").lost.add(rank)
+            self.metrics.rank_failures.labels(kind).inc()
+            recovery = self._interrupt(f"rank {rank} ({name}): {reason}")
+            recovery.lost.add(rank)
+            recovery.detect_s = max(recovery.detect_s, silent_s)
             self._try_form()
         self.announce()
 
     def from_worker(self, name: str, message: Message) -> None:
         """Handle a worker's message; those of other epochs have no effect."""
-        now = self._clock()
+        now = self.pool.now = self._clock()
         if name not in self.membership.members:
             return
         self.membership.heard(name, now, message.step if isinstance(message, Heartbeat) else None)
@@ -178,11 +188,14 @@ class Group:
                 if self.membership.joined(of, name):
                     self._spawn(self._restore(epoch))
             case StepDone(epoch=of, step=step) if of == epoch and step == self._step:
+                self.metrics.step_done(message)
                 self._step_done(message)
             case ProtectDone(epoch=of) if of == epoch:
+                self.metrics.protect_done(message)
                 self.protection.done(message)
                 self.step()
             case RestoreDone(epoch=of) if of == epoch and self.restoration is not None:
+                self.metrics.restore_done(message)
                 if self.restoration.done(message, self._timeline.current, self.rates):
                     self._resume()
             case DigestDone(epoch=of) if of == epoch and self.requests is not None:
@@ -190,7 +203,7 @@ class Group:
                 self.step()
             case RankFailed(epoch=of) if of == epoch:
                 if message.fatal:
-                    self.worker_gone(name, message.reason)
+                    self.worker_gone(name, message.reason, kind="failed")
                 elif self.membership.state != "forming" and self._broken_since is None:
                     log.info("rank %d: %s", message.rank, message.reason)
                     self._broken_since = now
@@ -250,7 +263,7 @@ class Group:
 
     def _broken(self, reason: str) -> None:
         """The epoch can't go on, though nobody is known to be lost: form again."""
-        log.warning("epoch %d is broken: %s", self.membership.epoch, reason)
+        log.warning("the epoch is broken: %s", reason)
         self._interrupt(reason)
         self.membership.restart(reason)
         self._try_form()
@@ -262,20 +275,24 @@ class Group:
 
     async def _form(self) -> None:
         """Begin a new epoch, in Redis first."""
+        began = self._clock()
         try:
             epoch = await self._journal.next_epoch(self.membership.epoch)
         finally:
             self._forming = False
+        if self._timeline.current is not None:
+            self._timeline.current.fence_s += self._clock() - began
         if not self.membership.can_form():
             self.membership.epoch = epoch
             return
         formation = self.membership.form(epoch, self._clock())
+        logs.epoch_is(epoch)
         self.pool.lose(formation.fresh)
         self.stores.send(EpochNow(self.config.group, epoch))
         for rank, name in enumerate(formation.ranks):
             if not self._workers[name].closed:
                 self._workers[name].send(Assign(epoch, rank, self.config.size, self._communicator()))
-        log.info("epoch %d: %s", epoch, ", ".join(f"rank {rank} {name}" for rank, name in enumerate(formation.ranks)))
+        log.info("the epoch begins: %s", ", ".join(formation.ranks))
         self.announce()
 
     def _communicator(self) -> str:
@@ -307,6 +324,8 @@ class Group:
         assert self.scheduler is not None
         running = self.scheduler.running
         valid = [(each, valid_tokens(self.pool, each, self.config.page_tokens)) for each in running]
+        for _, tokens in (pair for pair in valid if pair[0].computed):
+            self.metrics.recovered.labels("restore" if tokens else "recompute").inc()
         lost = {each.number: self.scheduler.truncate(each, tokens) for each, tokens in valid}
         dropped = self.pool.drop_missing()
         self.membership.restored()
@@ -322,7 +341,13 @@ class Group:
         """Close the recovery's record when every sequence has the KV it had."""
         assert self.scheduler is not None
         if self._timeline.progressed(self.scheduler.running, self.membership.epoch, self._clock()):
+            self._recovered(self._timeline.records[-1])
             self.announce()
+
+    def _recovered(self, record: RecoveryRecord) -> None:
+        self.metrics.recovery_ended(record)
+        phases = {f"{phase}_s": round(seconds, 4) for phase, seconds in record.phases()}
+        log.info("recovered", extra={"lost_ranks": record.lost_ranks, "streams": record.sequences} | phases)
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -394,6 +419,8 @@ class Group:
 
     def from_store(self, store_id: str, message: Message) -> None:
         """Handle a store's message."""
+        if isinstance(message, ShardsLost):
+            self.metrics.checksum_failures.labels("store").inc(len(message.keys))
         if isinstance(message, ShardsLost | StoreDrains):
             self.protection.from_store(store_id, message)
             self.announce()
@@ -413,7 +440,13 @@ class Group:
     def status(self) -> ClusterStatus:
         """The group's state now."""
         return cluster_status(
-            self.config, self.membership, self.protection, self.scheduler, self.model, self._timeline.records
+            self.config,
+            self.membership,
+            self.protection,
+            self.scheduler,
+            self.model,
+            self._timeline,
+            self._clock(),
         )
 
     def check(self) -> None:

@@ -155,14 +155,14 @@ class Membership:
         self._void.clear()
         self._move("restored")
 
-    def overdue(self, now: float) -> Iterable[tuple[str, str]]:
-        """Workers to be given up, and why: silent for too long, or not joined in time."""
+    def overdue(self, now: float) -> Iterable[tuple[str, Literal["silent", "late"], str]]:
+        """Workers to be given up, and why: silent for too long, or not joined in time; the kind, and in words."""
         late_join = self.state in ("assigning", "joining") and now - self._formed_at > self._join_timeout_s
         for member in list(self.members.values()):
             if member.ready and now - member.seen > self._heartbeat_timeout_s:
-                yield member.name, f"no heartbeat for {now - member.seen:.1f} s"
+                yield member.name, "silent", f"no heartbeat for {now - member.seen:.1f} s"
             elif late_join and member.rank is not None and not member.joined:
-                yield member.name, f"did not join epoch {self.epoch} within {self._join_timeout_s:.0f} s"
+                yield member.name, "late", f"did not join epoch {self.epoch} within {self._join_timeout_s:.0f} s"
 
     # -- views -------------------------------------------------------------------------------------------------------
 

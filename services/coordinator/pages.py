@@ -24,6 +24,10 @@ class Shadow(Enum):
     """Tried and failed; the reason is in the pool's `unprotected_reason`."""
 
 
+EXPOSED = frozenset({Shadow.QUEUED, Shadow.PENDING, Shadow.UNPROTECTED})
+"""Sealed, and not protected."""
+
+
 @dataclass(slots=True)
 class Page:
     """One page of the pool. `missing` are the ranks whose slice of it is lost and not yet restored."""
@@ -35,6 +39,8 @@ class Page:
     missing: set[int] = field(default_factory=set)
     acked: set[int] = field(default_factory=set)
     """Ranks whose shards of it the stores acknowledged since it was queued."""
+    since: float = 0.0
+    """When it was sealed, or lost its protection; of use while it is not protected."""
     doubtful: bool = False
     """A store was lost while this page's parity was under way, or its slices: an acknowledgement proves nothing."""
 
@@ -47,6 +53,8 @@ class PagePool:
         self.pages = [Page(number) for number in range(count)]
         self._released: list[PageKey] = []
         self.unprotected_reason = ""
+        self.now = 0.0
+        """The time, told by who drives the pool."""
         self._protect = protect
         self._acks = acks
         self._free: deque[int] = deque(range(count))
@@ -76,6 +84,12 @@ class PagePool:
     def count(self, shadow: Shadow) -> int:
         """How many pages are in a state of protection."""
         return self._by_shadow[shadow]
+
+    def exposed_since(self) -> float | None:
+        """Since when the oldest sealed page has been without protection; None if all have it."""
+        if not sum(self._by_shadow[shadow] for shadow in EXPOSED):
+            return None
+        return min(page.since for page in self.pages if page.shadow in EXPOSED)
 
     # -- sequences ---------------------------------------------------------------------------------------------------
 
@@ -258,6 +272,8 @@ class PagePool:
         was, page.shadow = page.shadow, shadow
         self._by_shadow[was] -= 1
         self._by_shadow[shadow] += 1
+        if shadow in EXPOSED and was not in EXPOSED:
+            page.since = self.now
         if was is Shadow.PENDING and shadow is not Shadow.PENDING and not page.holders:
             self._let_go(page)
         if shadow in (Shadow.QUEUED, Shadow.OPEN):

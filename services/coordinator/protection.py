@@ -113,7 +113,7 @@ class Protection:
     def from_store(self, store_id: str, message: ShardsLost | StoreDrains) -> None:
         """A store gave parity up, or wants to be rid of it: it is encoded anew from the live pages."""
         if isinstance(message, ShardsLost):
-            log.warning("store %s lost %d damaged stripes", store_id, len(message.keys))
+            log.warning("a store lost damaged stripes", extra={"store": store_id, "stripes": len(message.keys)})
         else:
             self.stores.drain(store_id)
         if message.group == self._group:

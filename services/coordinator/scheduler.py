@@ -67,6 +67,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self.prompt_tokens = 0
+        self.generated_tokens = 0
         self._in_flight: list[tuple[Sequence, int]] = []
         self._next_number = 0
 
@@ -241,6 +243,8 @@ class Scheduler:
 
     def _append(self, sequence: Sequence, sample: Sample) -> Output:
         request = sequence.request
+        if len(sequence.tokens) == sequence.prompt_tokens:
+            self.prompt_tokens += sequence.prompt_tokens
         stops = sample.token in request.stop_token_ids or (
             sample.token in self.eos_token_ids and not request.ignore_eos
         )
@@ -250,6 +254,7 @@ class Scheduler:
         if stops:
             return self._end(sequence, (), (), "stop")
         sequence.tokens.append(sample.token)
+        self.generated_tokens += 1
         logprobs = (sample.logprob,) if sample.logprob is not None else ()
         if produced + 1 >= request.max_tokens or len(sequence.tokens) >= self.max_model_len:
             return self._end(sequence, (sample.token,), logprobs, "length")

@@ -17,6 +17,8 @@ class Recovery:
     reason: str
     lost: set[int] = field(default_factory=set)
     joined: float = 0.0
+    detect_s: float = 0.0
+    fence_s: float = 0.0
     weights_s: float = 0.0
     resumed: float = 0.0
     restored_pages: int = 0
@@ -81,5 +83,7 @@ class Timeline:
             recomputed_tokens=recovery.recomputed_tokens,
             kv_bytes_restored=recovery.kv_bytes,
             sequences=recovery.sequences,
+            detect_s=recovery.detect_s,
+            fence_s=recovery.fence_s,
         )
         self.records = [*self.records, record][-RECORDS_KEPT:]

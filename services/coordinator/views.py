@@ -1,12 +1,11 @@
 """What the coordinator shows of a group: its status, and in words what it waits for. Pure."""
 
-from collections.abc import Iterable
-
 from services.coordinator.membership import Membership
 from services.coordinator.pages import Shadow
 from services.coordinator.protection import Protection
 from services.coordinator.scheduler import Scheduler
-from shared.types import ClusterStatus, GroupConfig, ModelInfo, RecoveryRecord
+from services.coordinator.timeline import Timeline
+from shared.types import ClusterStatus, GroupConfig, ModelInfo
 
 _DETAILS = {
     "assigning": "ranks load their slices",
@@ -22,7 +21,8 @@ def cluster_status(
     protection: Protection,
     scheduler: Scheduler | None,
     model: ModelInfo | None,
-    recoveries: Iterable[RecoveryRecord],
+    timeline: Timeline,
+    now: float,
 ) -> ClusterStatus:
     """The group's state now."""
     pool, stores = protection.pool, protection.stores.infos()
@@ -54,8 +54,27 @@ def cluster_status(
         stripes_unprotected=pool.count(Shadow.UNPROTECTED),
         unprotected_reason=protection.trouble if exposed else "",
         parity_bytes_stored=protection.parity_bytes,
-        recoveries=tuple(recoveries),
+        recoveries=tuple(timeline.records),
+        now=now,
+        recovering_since=timeline.current.started if timeline.current is not None else None,
+        protection_lag_s=max(0.0, now - since) if (since := pool.exposed_since()) is not None else 0.0,
+        unprotected_tokens=unprotected_tokens(config, protection, scheduler) if scheduler else 0,
+        prompt_tokens=scheduler.prompt_tokens if scheduler else 0,
+        generated_tokens=scheduler.generated_tokens if scheduler else 0,
+        preemptions=scheduler.preemptions if scheduler else 0,
     )
+
+
+def unprotected_tokens(config: GroupConfig, protection: Protection, scheduler: Scheduler) -> int:
+    """Tokens of running sequences that would be recomputed, were a rank lost now."""
+    pages = protection.pool.pages
+    exposed = 0
+    for sequence in scheduler.running:
+        kept = 0
+        while kept < len(sequence.keys) and pages[sequence.pages[kept]].shadow is Shadow.PROTECTED:
+            kept += 1
+        exposed += max(0, sequence.computed - kept * config.page_tokens)
+    return exposed
 
 
 def detail(members: Membership) -> str:

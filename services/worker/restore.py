@@ -13,6 +13,8 @@ from services.worker.stores import StoreClients
 from shared.messages import RestoreDone, RestorePlan, StripeRestore
 from shared.transport.base import GetShards, ShardRef
 
+DAMAGED = "differs from its recorded checksum"
+
 
 class Restorer:
     """One rank's part in restoring: a sender where it survived, a decoder where it is new."""
@@ -27,6 +29,7 @@ class Restorer:
         """Take part in a plan; says which stripes this rank could not decode, and why the first of them."""
         began = time.monotonic()
         failed: dict[bytes, str] = {}
+        damaged = 0
         step = exchange.round_pages
         rounds = [plan.stripes[start : start + step] for start in range(0, len(plan.stripes), step)]
         parity = self._fetch(rounds[0], exchange)
@@ -41,6 +44,7 @@ class Restorer:
                     why = reasons.get(stripe.key) or self._decode(stripe, by_rank, shards[stripe.key], exchange)
                     if why:
                         failed[stripe.key] = why
+                        damaged += why.endswith(DAMAGED)
             parity = ahead
         mine = sum(exchange.rank in stripe.lost for stripe in plan.stripes)
         return RestoreDone(
@@ -51,6 +55,7 @@ class Restorer:
             reason=next(iter(failed.values()), ""),
             bytes_restored=(mine - len(failed)) * exchange.pool.page_bytes,
             seconds=time.monotonic() - began,
+            damaged=damaged,
         )
 
     def _gather(self, stripes: Sequence[StripeRestore], exchange: Exchange) -> dict[int, dict[int, Bytes]]:
@@ -88,7 +93,7 @@ class Restorer:
                 if outcome is not None:
                     reasons[ref.page_key] = f"{address}: {type(outcome).__name__}: {outcome}"
                 elif checksum(into) != recorded:
-                    reasons[ref.page_key] = f"{address}: a parity shard is damaged"
+                    reasons[ref.page_key] = f"{address}: a parity shard {DAMAGED}"
 
         await asyncio.gather(*(get(address, batch) for address, batch in batches.items()))
         return reasons
@@ -102,5 +107,5 @@ class Restorer:
         plan = self._codec.plan(present.keys(), [exchange.rank])
         self._codec.reconstruct(plan, [present[source] for source in plan.sources], [target])
         if checksum(target) != stripe.data_checksums[exchange.rank]:
-            return f"page {stripe.page} differs from its recorded checksum after decoding"
+            return f"page {stripe.page}, decoded, {DAMAGED}"
         return ""

@@ -62,13 +62,13 @@ def test_what_an_older_epoch_says_has_no_effect() -> None:
 def test_the_silent_and_the_late_are_overdue() -> None:
     membership = made()
     membership.heard("w2", 1.0)
-    assert {name for name, _ in membership.overdue(1.5)} == {"w0", "w1"}
+    assert {name for name, _, _ in membership.overdue(1.5)} == {"w0", "w1"}
     membership.form(1, now=2.0)
     for name in ("w0", "w1", "w2"):
         membership.heard(name, 8.0)
-    late = dict(membership.overdue(8.0))
-    assert set(late) == {"w0", "w1"}
-    assert "did not join epoch 1" in late["w0"]
+    late = list(membership.overdue(8.0))
+    assert [(name, kind) for name, kind, _ in late] == [("w0", "late"), ("w1", "late")]
+    assert "did not join epoch 1" in late[0][2]
 
 
 def test_a_transition_that_can_not_be_tells_the_story() -> None:
