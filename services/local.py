@@ -79,6 +79,7 @@ class LocalCluster:
     """Further flags by service name, for tests."""
     processes: dict[str, Child] = field(default_factory=dict)
     folder: Path = field(default_factory=Path)
+    redis_url: str = ""
     _keeper: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -103,7 +104,7 @@ class LocalCluster:
     async def _start(self) -> None:
         settings = self.settings
         check_bind(settings.host, settings.api_keys.get_secret_value() if settings.api_keys else None)
-        redis_url = settings.redis_url or await self._start_redis()
+        redis_url = self.redis_url = settings.redis_url or await self._start_redis()
         coordinator = await self._start_service(
             "coordinator",
             ["--host", "127.0.0.1", "--port", "0", "--redis-url", redis_url, "--model", str(self.model_dir),
@@ -185,6 +186,8 @@ class LocalCluster:
         )
         if cache := os.environ.get("GHOST_CACHE_DIR"):
             environment["GHOST_CACHE_DIR"] = cache
+        if self.settings.allow_faults:
+            environment["GHOST_ALLOW_FAULTS"] = self.settings.allow_faults
         if self.settings.secret:
             environment["GHOST_TOKEN"] = self.settings.secret
         if self.settings.api_keys:

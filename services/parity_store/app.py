@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
+from services.parity_store import faults
 from services.parity_store.admin import Admin
 from services.parity_store.arena import Arena
 from services.parity_store.index_writer import IndexWriter
@@ -46,6 +47,8 @@ async def run(
     async with StripeIndex(settings.redis_url) as index:
         writer = IndexWriter(index, store_id, incarnation)
         store = Store(ShardTable(arena), writer)
+        if settings.allow_faults:
+            faults.arm(store, settings.allow_faults)
         async with serve(
             f"{scheme}://{_bracketed(settings.host)}:{settings.port}", store, token=settings.secret or ""
         ) as bulk:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from kernels.codec import make_codec
+from services.worker import faults
 from services.worker.model_files import resolve_model
 from services.worker.protect import Protector
 from services.worker.replicate import CopyRestorer, Replicator
@@ -46,6 +47,8 @@ REDIAL_S = 0.5
 async def run(settings: WorkerSettings, name: str, device: str, stop: asyncio.Event) -> None:
     """Serve the coordinator until `stop` is set, dialling it again whenever the channel is lost."""
     worker = Worker(settings, name, device)
+    if settings.allow_faults:
+        faults.arm(worker, settings.allow_faults)
     try:
         serving = asyncio.create_task(worker.serve())
         stopped = asyncio.create_task(stop.wait())

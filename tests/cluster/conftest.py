@@ -36,9 +36,10 @@ def settings(**changes: Any) -> ServeSettings:
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def cluster(small_model_dir: Path) -> AsyncIterator[LocalCluster]:
+async def cluster(small_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalCluster]:
     """Three ranks, a spare, a store; it serves before a test and must serve after it."""
-    async with LocalCluster(settings(), small_model_dir) as running:
+    orders = str(tmp_path_factory.mktemp("faults"))
+    async with LocalCluster(settings(allow_faults=orders), small_model_dir) as running:
         await running.wait_serving(SERVING_S)
         yield running
         await whole(running)

@@ -33,4 +33,4 @@ async def test_the_drill_loses_a_rank_of_the_default_model_and_no_token(tmp_path
     assert report["kv_identical"]
     assert 2 * (256 // 16) <= report["restored_pages"] <= 2 * (256 // 16 + 1)
     assert report["recomputed_tokens"] <= 2 * 16
-    assert "kill to suspicion" in printed.decode()
+    assert "loss to suspicion" in printed.decode()

@@ -38,7 +38,7 @@ async def test_text_and_kv_are_the_same_when_a_rank_dies(
     cluster: LocalCluster, rank: int, when: str, streams: int
 ) -> None:
     await whole(cluster)
-    report = await run_drill(cluster, Options("kill", (rank,), when, 300, 48, streams, seed=rank))
+    report = await run_drill(cluster, Options("kill", (f"rank:{rank}",), when, 300, 48, streams, seed=rank))
     assert report.identical
     assert report.kv_identical
     if when == "decode":
@@ -48,7 +48,7 @@ async def test_text_and_kv_are_the_same_when_a_rank_dies(
 
 async def test_more_ranks_lost_than_parity_covers_are_recomputed(cluster: LocalCluster) -> None:
     await whole(cluster)
-    report = await run_drill(cluster, Options("kill", (0, 2), "decode", 200, 32, 2))
+    report = await run_drill(cluster, Options("kill", ("rank:0", "rank:2"), "decode", 200, 32, 2))
     assert report.identical
     assert report.restored_pages == 0
     assert report.recomputed_tokens >= 2 * 200

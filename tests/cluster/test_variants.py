@@ -27,7 +27,7 @@ async def test_other_shapes_survive(
 ) -> None:
     async with LocalCluster(settings(**shape), small_model_dir) as cluster:
         await cluster.wait_serving(SERVING_S)
-        report = await run_drill(cluster, Options("kill", lost, "decode", 200, 32, 2))
+        report = await run_drill(cluster, Options("kill", tuple(f"rank:{rank}" for rank in lost), "decode", 200, 32, 2))
         assert report.identical
         assert report.kv_identical
         assert (report.restored_pages >= 2 * (200 // 16)) == restores

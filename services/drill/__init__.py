@@ -1,0 +1,8 @@
+"""`ghostserve drill`: break a real cluster in mid-stream, and see that every stream ends with the same text."""
+
+from services.drill.options import Options, add_arguments, parse_options
+from services.drill.report import Report
+from services.drill.run import drill, run_drill
+from services.drill.streams import Stream, stream_all
+
+__all__ = ["Options", "Report", "Stream", "add_arguments", "drill", "parse_options", "run_drill", "stream_all"]
