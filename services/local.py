@@ -186,8 +186,8 @@ class LocalCluster:
         )
         if cache := os.environ.get("GHOST_CACHE_DIR"):
             environment["GHOST_CACHE_DIR"] = cache
-        if self.settings.allow_faults:
-            environment["GHOST_ALLOW_FAULTS"] = self.settings.allow_faults
+        if self.settings.fault_dir:
+            environment["GHOST_FAULT_DIR"] = self.settings.fault_dir
         if self.settings.secret:
             environment["GHOST_TOKEN"] = self.settings.secret
         if self.settings.api_keys:

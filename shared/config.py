@@ -35,7 +35,7 @@ class CommonSettings(BaseSettings):
     log_json: bool = Field(False, description="log JSON objects, one a line")
     allow_faults: bool = Field(False, description="let operators break workers: for drills and demonstrations only")
     dial_deadline_s: Seconds = Field(5.0, description="how long one try to reach the coordinator may take")
-    allow_faults: str = Field(
+    fault_dir: str = Field(
         "", description="private directory through which a drill may break workers and stores; empty: it may not"
     )
 

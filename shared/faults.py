@@ -1,4 +1,4 @@
-"""Faults on demand: a process that was started with --allow-faults DIR breaks itself when a drill tells it to.
+"""Faults on demand: a process that was started with --fault-dir DIR breaks itself when a drill tells it to.
 
 The drill writes the fault's name to DIR/PID and sends SIGUSR1; the process does it and removes the file. There is no
 port: who may do this may kill the process as well. Without the flag nothing here runs.
@@ -23,7 +23,7 @@ def folder(name: str) -> Path:
     """The directory of orders. Raises ConfigError unless it is one that nobody else can write to."""
     path = Path(name)
     if not path.is_dir() or path.stat().st_uid != os.getuid() or path.stat().st_mode & 0o022:
-        raise ConfigError(f"--allow-faults {name!r}: a directory that only you can write to")
+        raise ConfigError(f"--fault-dir {name!r}: a directory that only you can write to")
     return path
 
 

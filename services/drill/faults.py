@@ -1,4 +1,4 @@
-"""Faults as they are inflicted on a local cluster: by signals where those do, else by the hooks of `--allow-faults`."""
+"""Faults as they are inflicted on a local cluster: by signals where those do, else by the hooks of `--fault-dir`."""
 
 import asyncio
 import contextlib
@@ -100,9 +100,9 @@ async def _fill(cluster: LocalCluster, target: str, for_s: float) -> None:
 
 
 async def _by_hook(cluster: LocalCluster, pid: int, fault: str, for_s: float) -> None:
-    if not cluster.settings.allow_faults:
-        raise GhostError(f"{fault} needs a cluster that was started with --allow-faults DIR")
-    orders = folder(cluster.settings.allow_faults)
+    if not cluster.settings.fault_dir:
+        raise GhostError(f"{fault} needs a cluster that was started with --fault-dir DIR")
+    orders = folder(cluster.settings.fault_dir)
     await tell(orders, pid, fault)
     await asyncio.sleep(for_s)
     await tell(orders, pid, "heal")

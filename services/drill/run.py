@@ -56,7 +56,7 @@ async def _in_own_cluster(arguments: argparse.Namespace, options: Options, conso
             dtype=arguments.dtype,
             log_dir=arguments.log_dir,
             max_batch=max(32, options.streams),
-            allow_faults=orders,
+            fault_dir=orders,
         )
         async with LocalCluster(settings, model_dir, shown.update) as cluster:
             await cluster.wait_serving(SERVING_DEADLINE_S)

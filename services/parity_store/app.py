@@ -47,8 +47,8 @@ async def run(
     async with StripeIndex(settings.redis_url) as index:
         writer = IndexWriter(index, store_id, incarnation)
         store = Store(ShardTable(arena), writer)
-        if settings.allow_faults:
-            faults.arm(store, settings.allow_faults)
+        if settings.fault_dir:
+            faults.arm(store, settings.fault_dir)
         async with serve(
             f"{scheme}://{_bracketed(settings.host)}:{settings.port}", store, token=settings.secret or ""
         ) as bulk:

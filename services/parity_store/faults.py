@@ -1,4 +1,4 @@
-"""What a parity store breaks in itself when a drill tells it to; armed only by --allow-faults."""
+"""What a parity store breaks in itself when a drill tells it to; armed only by --fault-dir."""
 
 import os
 

@@ -47,8 +47,8 @@ REDIAL_S = 0.5
 async def run(settings: WorkerSettings, name: str, device: str, stop: asyncio.Event) -> None:
     """Serve the coordinator until `stop` is set, dialling it again whenever the channel is lost."""
     worker = Worker(settings, name, device)
-    if settings.allow_faults:
-        faults.arm(worker, settings.allow_faults)
+    if settings.fault_dir:
+        faults.arm(worker, settings.fault_dir)
     try:
         serving = asyncio.create_task(worker.serve())
         stopped = asyncio.create_task(stop.wait())

@@ -1,4 +1,4 @@
-"""What a worker breaks in itself when a drill tells it to; armed only by --allow-faults.
+"""What a worker breaks in itself when a drill tells it to; armed only by --fault-dir.
 
 A friend of Worker, which it reaches into, so that the worker has no code for this but the line that arms it.
 """
