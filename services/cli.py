@@ -61,11 +61,18 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("name", nargs="?", default="default", help="default, a directory, or a hub id")
     model.set_defaults(run=_model)
     from services.doctor import add_arguments as add_doctor_arguments
+    from services.status_cli import add_status_arguments, add_top_arguments
     from services.store_cli import add_arguments as add_store_arguments
 
     doctor = commands.add_parser("doctor", help="say what this machine has, what is picked of it and why")
     add_doctor_arguments(doctor)
     doctor.set_defaults(run=_doctor)
+    status = commands.add_parser("status", help="show ranks, spares, stores, protection and the last recoveries")
+    add_status_arguments(status)
+    status.set_defaults(run=_status)
+    top = commands.add_parser("top", help="show rates, latencies and load, live")
+    add_top_arguments(top)
+    top.set_defaults(run=_top)
     store = commands.add_parser("store", help="look at a parity store, scrub it, drain it")
     add_store_arguments(store)
     store.set_defaults(run=_store)
@@ -142,6 +149,18 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from services.doctor import doctor
 
     return doctor(arguments)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from services.status_cli import status
+
+    return status(arguments)
+
+
+def _top(arguments: argparse.Namespace) -> int:
+    from services.status_cli import top
+
+    return top(arguments)
 
 
 def _store(arguments: argparse.Namespace) -> int:

@@ -77,7 +77,8 @@ class Answer:
                 await _write(request, response, _event(self._reply.usage_chunk(counts)))
             await _write(request, response, b"data: [DONE]\n\n")
         except StreamLost as error:
-            log.warning("%s ended unfinished: %s", self._job.reply_id, error)
+            log.warning("the stream ended unfinished: %s", error)
+            self._metrics.errors.labels("stream_lost").inc()
             body = error_body(str(error), kind="server_error", code="stream_lost")
             await _write(request, response, _event(body))
         await response.write_eof()
@@ -86,6 +87,7 @@ class Answer:
     async def _deltas(self) -> AsyncGenerator[tuple[int, Delta] | None, None]:
         """Deltas with the index of their choice, until all are finished; None at each KEEP_ALIVE_S of silence."""
         heard = time.monotonic()
+        self._metrics.prompt_tokens.inc(sum(len(prompt.ids) for prompt in self._job.prompts))
         last: dict[int, float] = {}
         while any(choice.finish_reason is None for choice in self._choices):
             try:
@@ -103,14 +105,13 @@ class Answer:
                 last[index] = heard
             if (delta := self._choices[index].feed(event)) is None:
                 continue
+            self._metrics.generation_tokens.inc(len(delta.tokens))
             if delta.finish_reason is not None:
                 self._call.abort(index)  # of no effect unless a stop string ended it
             yield index, delta
 
     def _usage(self) -> Json:
         counts = usage(self._job, self._choices)
-        self._metrics.prompt_tokens.inc(counts["prompt_tokens"])
-        self._metrics.generation_tokens.inc(counts["completion_tokens"])
         self._metrics.cached_tokens.inc(counts["prompt_tokens_details"]["cached_tokens"])
         return counts
 

@@ -24,22 +24,6 @@ _CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def error_response(
-    status: int,
-    message: str,
-    *,
-    code: str | None = None,
-    param: str | None = None,
-    headers: dict[str, str] | None = None,
-) -> web.Response:
-    """An error in OpenAI's shape; those that pass say when to try again."""
-    headers = dict(headers or {})
-    if status in (429, 503):
-        headers.setdefault("Retry-After", str(RETRY_AFTER_S))
-    body = error_body(message, kind=error_type(status), code=code, param=param)
-    return web.json_response(body, status=status, headers=headers)
-
-
 class Guard:
     """The application's one middleware.
 
@@ -62,27 +46,44 @@ class Guard:
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             if self._connections() > self._max_connections:
-                response = error_response(503, "too many open connections", code="overloaded")
+                response = self._refuse(503, "too many open connections", code="overloaded")
                 response.force_close()
                 return response
             if request.path.startswith("/v1/") and not self._has_key(request):
-                return error_response(
+                return self._refuse(
                     401, "Incorrect API key provided", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
                 )
             return await handler(request)
         except RequestRejected as error:
-            return error_response(error.status, str(error), code=error.code, param=error.param)
+            return self._refuse(error.status, str(error), code=error.code, param=error.param)
         except StreamLost as error:
-            return error_response(error.status, str(error), code="stream_lost")
+            return self._refuse(error.status, str(error), code="stream_lost")
         except web.HTTPException as error:
             headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
             message = f"{request.method} {request.path}: {error.reason}"[:300]
-            return error_response(error.status, message, code=_CODES.get(error.status), headers=headers)
+            return self._refuse(error.status, message, code=_CODES.get(error.status), headers=headers)
         except ConnectionError:
             raise
         except Exception as error:
             log.exception("error in %s %s", request.method, request.path)
-            return error_response(500, f"internal error: {type(error).__name__}", code="internal_error")
+            return self._refuse(500, f"internal error: {type(error).__name__}", code="internal_error")
+
+    def _refuse(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> web.Response:
+        """An error in OpenAI's shape; those that pass say when to try again."""
+        self._metrics.errors.labels(code or str(status)).inc()
+        headers = dict(headers or {})
+        if status in (429, 503):
+            headers.setdefault("Retry-After", str(RETRY_AFTER_S))
+        body = error_body(message, kind=error_type(status), code=code, param=param)
+        return web.json_response(body, status=status, headers=headers)
 
     def _has_key(self, request: web.Request) -> bool:
         if not self._keys:

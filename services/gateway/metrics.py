@@ -21,6 +21,10 @@ class Metrics:
         self.responses = Counter(
             "ghostserve:http_responses", "HTTP responses by status", ["status"], registry=self._registry
         )
+        self.errors = Counter(
+            "ghostserve:request_errors", "Requests refused or ended unfinished, by error code", ["code"],
+            registry=self._registry,
+        )  # fmt: skip
         self.first_token = self._histogram("time_to_first_token_seconds", "From the request to its first token")
         self.token_gap = self._histogram("inter_token_latency_seconds", "Between token events of one choice", _GAPS)
         self.latency = self._histogram("e2e_request_latency_seconds", "From the request to the end of its answer")

@@ -39,7 +39,7 @@ def settings(**changes: Any) -> ServeSettings:
 async def cluster(small_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalCluster]:
     """Three ranks, a spare, a store; it serves before a test and must serve after it."""
     orders = str(tmp_path_factory.mktemp("faults"))
-    async with LocalCluster(settings(fault_dir=orders), small_model_dir) as running:
+    async with LocalCluster(settings(fault_dir=orders, allow_faults=True), small_model_dir) as running:
         await running.wait_serving(SERVING_S)
         yield running
         await whole(running)

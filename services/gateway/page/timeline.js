@@ -17,8 +17,16 @@ export function showTimeline(status) {
   byId("legend").hidden = records.length === 0;
   keyed(byId("legend"), PHASES, ([name]) => name, ([name, , what]) =>
     make("li", "", make("i", `phase-${name}`), `${name}: ${what}`), () => {});
-  keyed(byId("timeline"), records, (each) => each.started, row, (element, each) => fill(element, each, status.now));
+  const longest = Math.max(...records.map(totalOf));
+  keyed(byId("timeline"), records, (each) => each.started, row,
+    (element, each) => fill(element, each, status.now, longest));
+  const since = status.recovering_since;
+  byId("under-way").hidden = since === null;
+  if (since !== null) setText(byId("under-way-text"), `Under way for ${seconds(status.now - since)}: ${status.detail}`);
 }
+
+const partsOf = (record) => PHASES.map(([name, field]) => [name, Math.max(0, record[field] ?? 0)]);
+const totalOf = (record) => partsOf(record).reduce((sum, [, each]) => sum + each, 0);
 
 function row() {
   const bar = make("div", "bar");
@@ -26,14 +34,15 @@ function row() {
   return make("li", "", make("div", "recovery", make("b"), make("small")), bar, make("small"));
 }
 
-function fill(element, record, now) {
+/** All bars have one scale: the longest recovery shown takes the whole width. */
+function fill(element, record, now, longest) {
   const [head, bar, text] = element.children;
   const lost = record.lost_ranks.length ? `Rank ${record.lost_ranks.join(", ")} lost` : "Epoch broken";
-  const parts = PHASES.map(([name, field]) => [name, Math.max(0, record[field] ?? 0)]);
-  const total = parts.reduce((sum, [, each]) => sum + each, 0);
+  const parts = partsOf(record);
+  const total = totalOf(record);
   setText(head.firstChild, `${lost}, whole again after ${seconds(total)}`);
   setText(head.lastChild, `${ago(now - record.ended)} · epoch ${record.epoch}`);
-  setBar(bar, parts.map(([name, each]) => [`phase-${name}`, each]),
+  setBar(bar, [...parts, ["rest", longest - total]].map(([name, each]) => [`phase-${name}`, each * 1000]),
     parts.map(([name, each]) => `${name} ${seconds(each)}`).join(", "));
   const pages = `${plural(record.restored_pages, "page")} (${bytes(record.kv_bytes_restored)}) restored`;
   setText(text, `${pages}, ${plural(record.recomputed_tokens, "token")} recomputed, `
