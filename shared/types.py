@@ -99,6 +99,8 @@ class GenerationRequest:
     ignore_eos: bool = False
     cache_salt: str = ""
     prompt_logprobs: int | None = None
+    traceparent: str = ""
+    """W3C Trace Context of the gateway's span of this request."""
     kv_digest: bool = False
     """Ask each rank for a hash of the sequence's KV when it ends (the drill compares them)."""
 

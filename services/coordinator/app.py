@@ -5,6 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import replace
 
 from aiohttp import web
@@ -19,6 +20,7 @@ from shared.errors import ConfigError, GhostError
 from shared.messages import GatewayHello, Goodbye, StoreHello, Welcome, WorkerHello
 from shared.service import check_bind
 from shared.stripe_index import StripeIndex
+from shared.tracing import tracing
 from shared.types import GroupConfig
 
 log = logging.getLogger(__name__)
@@ -36,9 +38,11 @@ async def run(
     """Serve until `stop` is set. Raises ConfigError for settings that can't be, PeerLost without a Redis."""
     check_bind(settings.host, settings.secret)
     config = group_config(settings)
-    async with StripeIndex(settings.redis_url, timeout=2.0) as index:
+    async with AsyncExitStack() as stack:
+        index = await stack.enter_async_context(StripeIndex(settings.redis_url, timeout=2.0))
+        traces = stack.enter_context(tracing("coordinator"))
         epoch = await Journal(index, config.group).open(REDIS_DEADLINE_S)
-        group = Group(config, settings, index, epoch)
+        group = Group(config, settings, index, epoch, tracing=traces)
         runner = web.AppRunner(
             application(group, settings.secret), handle_signals=False, shutdown_timeout=CLOSE_DEADLINE_S
         )

@@ -20,6 +20,7 @@ from services.coordinator.restoration import Restoration
 from services.coordinator.scheduler import Scheduler
 from services.coordinator.stores import Stores
 from services.coordinator.timeline import Recovery, Timeline
+from services.coordinator.traces import Traces, tell_recovery
 from services.coordinator.views import cluster_status
 from shared import logs
 from shared.channel import Channel
@@ -50,6 +51,7 @@ from shared.messages import (
     WorkerReady,
 )
 from shared.stripe_index import StripeIndex
+from shared.tracing import NoTracing, Tracing
 from shared.types import (
     ClusterStatus,
     GroupConfig,
@@ -76,6 +78,7 @@ class Group:
         index: StripeIndex,
         epoch: int,
         clock: Callable[[], float] = time.monotonic,
+        tracing: Tracing | None = None,
     ):
         self.config = config
         self.membership = Membership(
@@ -93,6 +96,8 @@ class Group:
         self.restoration: Restoration | None = None
         self.rates = Rates()
         self.metrics = Metrics(self.status)
+        self.tracing = tracing or NoTracing()
+        self.traces = Traces(self.tracing, self.protection.pool, clock)
         self._clock = clock
         self._settings = settings
         self._journal = Journal(index, config.group)
@@ -193,6 +198,7 @@ class Group:
             case ProtectDone(epoch=of) if of == epoch:
                 self.metrics.protect_done(message)
                 self.protection.done(message)
+                self.traces.protected()
                 self.step()
             case RestoreDone(epoch=of) if of == epoch and self.restoration is not None:
                 self.metrics.restore_done(message)
@@ -240,7 +246,8 @@ class Group:
             max_model_len=limit,
             eos_token_ids=model.eos_token_ids,
         )
-        self.requests = Requests(self.scheduler, model, config.size, self._to_ranks)
+        self.traces = Traces(self.tracing, self.pool, self._clock)
+        self.requests = Requests(self.scheduler, model, config.size, self._to_ranks, self.traces)
         log.info("model %s, %d pages of %d tokens, sequences to %d", model.architecture, ready.pages,
                  config.page_tokens, limit)  # fmt: skip
 
@@ -346,6 +353,7 @@ class Group:
 
     def _recovered(self, record: RecoveryRecord) -> None:
         self.metrics.recovery_ended(record)
+        tell_recovery(self.tracing, record)
         phases = {f"{phase}_s": round(seconds, 4) for phase, seconds in record.phases()}
         log.info("recovered", extra={"lost_ranks": record.lost_ranks, "streams": record.sequences} | phases)
 
@@ -360,6 +368,7 @@ class Group:
         sequences = self.scheduler.plan()
         if sequences:
             self._step += 1
+            self.traces.planned(self.scheduler.running)
             self._step_started = self._clock()
             self._step_tokens = sum(len(each.tokens) // 4 for each in sequences)
             self._to_ranks(StepPlan(self.membership.epoch, self._step, sequences))

@@ -81,6 +81,11 @@ class PagePool:
         """Pages in some sequence's table, or being read by the shadow."""
         return len(self.pages) - len(self._free) - len(self._cached)
 
+    def shadow_of(self, key: PageKey) -> Shadow | None:
+        """The state of the page of this key; None if there is none any more."""
+        number = self._by_key.get(key)
+        return None if number is None else self.pages[number].shadow
+
     def count(self, shadow: Shadow) -> int:
         """How many pages are in a state of protection."""
         return self._by_shadow[shadow]

@@ -1,12 +1,16 @@
 """The requests of a group: taken or refused, streamed to the gateways, ended when nobody waits any more."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from services.coordinator.scheduler import Output, Scheduler, Sequence
+from services.coordinator.traces import Traces
 from shared.channel import Channel
 from shared.messages import Accepted, DigestDone, DigestPlan, Message, Refused, Tokens
 from shared.types import GenerationRequest, ModelInfo, pack_ids, root_key, unpack_ids
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -30,11 +34,19 @@ class Digests:
 class Requests:
     """Tickets between gateways and the scheduler's sequences. `to_ranks` sends a message to every rank."""
 
-    def __init__(self, scheduler: Scheduler, model: ModelInfo, size: int, to_ranks: Callable[[Message], None]):
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        model: ModelInfo,
+        size: int,
+        to_ranks: Callable[[Message], None],
+        traces: Traces,
+    ):
         self._scheduler = scheduler
         self._model = model
         self._size = size
         self._to_ranks = to_ranks
+        self._traces = traces
         self._tickets: dict[str, Ticket] = {}
         self._digests: dict[int, Digests] = {}
         self._plans = 0
@@ -47,6 +59,8 @@ class Requests:
             return
         sequence = self._scheduler.add(request, root_key(self._model.fingerprint, request.cache_salt))
         self._tickets[request.request_id] = Ticket(request.request_id, gateway, sequence)
+        self._traces.submitted(sequence)
+        log.debug("queued", extra={"request": request.request_id, "prompt_tokens": sequence.prompt_tokens})
         gateway.send(Accepted(request.request_id))
 
     def _refusal(self, request: GenerationRequest) -> Refused | None:
@@ -84,6 +98,7 @@ class Requests:
     def deliver(self, output: Output) -> None:
         """Stream new tokens. A finished sequence that is to be hashed keeps its last message back until it is."""
         sequence = output.sequence
+        self._traces.delivered(output)
         hashed = sequence.request.kv_digest
         finish = None if hashed else output.finish
         self._send(sequence, Output(sequence, output.tokens, output.logprobs, finish), ())
@@ -111,6 +126,8 @@ class Requests:
     def _end(self, ticket: Ticket) -> None:
         del self._tickets[ticket.request_id]
         self._digests.pop(ticket.sequence.number, None)
+        self._traces.ended(ticket.sequence)
+        log.debug("ended", extra={"request": ticket.request_id, "finish": ticket.sequence.finish or "aborted"})
         self._scheduler.remove(ticket.sequence)
 
     # -- digests -----------------------------------------------------------------------------------------------------

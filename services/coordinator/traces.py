@@ -64,7 +64,10 @@ class Traces:
             return
         now = self._clock()
         marks = [request.submitted, request.planned or now, request.first_token or now, now]
-        tokens = {"ghostserve.prompt_tokens": sequence.prompt_tokens, "ghostserve.request": request.name}
+        tokens: dict[str, str | int] = {
+            "ghostserve.prompt_tokens": sequence.prompt_tokens,
+            "ghostserve.request": request.name,
+        }
         for name, start, end in zip(("queue", "prefill", "decode"), marks, marks[1:], strict=False):
             self._tell(request, name, start, end, tokens)
         request.keys = tuple(sequence.keys)
@@ -79,7 +82,8 @@ class Traces:
         for number, request in list(self._protecting.items()):
             if not any(self._pool.shadow_of(key) in EXPOSED for key in request.keys):
                 del self._protecting[number]
-                self._tell(request, "protect", request.planned, self._clock(), {"ghostserve.pages": len(request.keys)})
+                pages: dict[str, str | int] = {"ghostserve.pages": len(request.keys)}
+                self._tell(request, "protect", request.planned, self._clock(), pages)
 
     def _tell(self, request: _Request, name: str, start: float, end: float, attributes: dict[str, str | int]) -> None:
         self._tracing.span(name, parent=request.parent, start=start, attributes=attributes).end(at=end)

@@ -12,6 +12,7 @@ from typing import Any
 from aiohttp import web
 
 from services.gateway import page
+from services.gateway.account import Account
 from services.gateway.answer import Answer
 from services.gateway.cluster import Cluster
 from services.gateway.guard import Guard, client_keys, http_log, read_body
@@ -23,6 +24,7 @@ from services.gateway.schemas import ChatRequest, CompletionRequest, parse
 from services.gateway.tokenizer import Tokenizer
 from shared.config import GatewaySettings
 from shared.errors import ConfigError, ModelError, RequestRejected
+from shared.tracing import Tracing, tracing
 from shared.types import ClusterStatus
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 ACCEPT_DEADLINE_S = 15.0
 RELOAD_S = 10.0
 SHUTDOWN_S = 3.0
+LOGGED_PROMPT_BYTES = 4096
 KEEP_ALIVE_S = 75.0
 
 Json = dict[str, Any]
@@ -39,7 +42,13 @@ async def run(
     settings: GatewaySettings, stop: asyncio.Event, on_listening: Callable[[str], None] | None = None
 ) -> None:
     """Serve until `stop` is set. `on_listening` is told the base URL once the port is open."""
-    gateway = Gateway(settings)
+    with tracing("gateway") as traces:
+        await _run(Gateway(settings, traces), settings, stop, on_listening)
+
+
+async def _run(
+    gateway: "Gateway", settings: GatewaySettings, stop: asyncio.Event, on_listening: Callable[[str], None] | None
+) -> None:
     runner = web.AppRunner(
         gateway.application(),
         handler_cancellation=True,
@@ -76,7 +85,8 @@ async def run(
 class Gateway:
     """The request handlers, and what they share. Raises ConfigError for a bind that nothing guards."""
 
-    def __init__(self, settings: GatewaySettings):
+    def __init__(self, settings: GatewaySettings, tracing: Tracing):
+        self.tracing = tracing
         self._settings = settings
         self._keys = client_keys(settings)
         self._tokenizer: Tokenizer | None = None
@@ -135,35 +145,25 @@ class Gateway:
     async def _generate(
         self, kind: type[CompletionRequest] | type[ChatRequest], request: web.Request
     ) -> web.StreamResponse:
-        started = time.monotonic()
-        outcome = "error"
         try:
-            serving = self._serving()
-            body = await read_body(request)
-            job = await asyncio.to_thread(lambda: _prepare(kind, body, serving))
-            with self.cluster.open(job.sequences) as call:
-                await call.accepted(ACCEPT_DEADLINE_S)
-                answer = Answer(job, call, self.metrics, started)
-                if job.request.stream:
-                    response = await answer.stream(request)
-                else:
-                    content = await answer.collect()
-                    response = web.json_response(content, headers={"X-Request-Id": job.reply_id})
-                outcome = answer.outcome
-                return response
-        except (RequestRejected, web.HTTPException):
-            outcome = "refused"
-            raise
-        except ConnectionError as error:
-            outcome = "aborted"
-            log.info("client went away: %s", error)
-            return web.Response(status=499)  # nobody reads it
-        except asyncio.CancelledError:
-            outcome = "aborted"
-            raise
-        finally:
-            self.metrics.requests.labels(request.path, outcome).inc()
-            self.metrics.latency.observe(time.monotonic() - started)
+            with Account(request, self.metrics, self.tracing) as account:
+                serving = self._serving()
+                body = await read_body(request)
+                if self._settings.log_prompts:
+                    log.info("asked", extra={"body": body[:LOGGED_PROMPT_BYTES].decode(errors="replace")})
+                job = account.begins(await asyncio.to_thread(lambda: _prepare(kind, body, serving)))
+                with self.cluster.open(job.sequences) as call:
+                    await call.accepted(ACCEPT_DEADLINE_S)
+                    answer = Answer(job, call, self.metrics, account.started)
+                    if job.request.stream:
+                        response = await answer.stream(request)
+                    else:
+                        content = await answer.collect()
+                        response = web.json_response(content, headers={"X-Request-Id": job.reply_id})
+                    account.outcome = answer.outcome
+                    return response
+        except ConnectionError:
+            return web.Response(status=499)  # the client is away: nobody reads it
 
     def _serving(self) -> Serving:
         """What is needed to take a request. Raises RequestRejected (503) if it is not known.

@@ -11,6 +11,7 @@ from types import TracebackType
 from shared.channel import Channel, dial
 from shared.config import GatewaySettings, default_name
 from shared.errors import GhostError, PeerLost, RequestRejected
+from shared.logs import epoch_is
 from shared.messages import Abort, Accepted, Failed, GatewayHello, Goodbye, Message, Refused, StatusChanged, Submit
 from shared.messages import Tokens as TokensMessage
 from shared.types import ClusterStatus, GenerationRequest
@@ -224,6 +225,7 @@ class Cluster:
         match message:
             case StatusChanged():
                 self._status, self._heard = message.status, time.monotonic()
+                epoch_is(message.status.epoch)
                 self._tell()
             case Accepted() | Refused() | TokensMessage() | Failed():
                 if (call := self._calls.get(message.request_id)) is not None:

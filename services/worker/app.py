@@ -22,6 +22,7 @@ from services.worker.stores import StoreClients
 from shared.channel import Channel, dial
 from shared.config import WorkerSettings
 from shared.errors import ConfigError, GhostError, PeerLost
+from shared.logs import epoch_is
 from shared.messages import (
     Assign,
     DigestPlan,
@@ -146,6 +147,7 @@ class Worker:
         match message:
             case Assign():
                 self._epoch = message.epoch
+                epoch_is(message.epoch)
                 runner.submit(message)
             case Join() | StepPlan() | DigestPlan():
                 runner.submit(message)
