@@ -5,7 +5,7 @@ import contextlib
 import hmac
 import logging
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 
 import aiohttp
@@ -142,10 +142,11 @@ async def accept(request: web.Request, token: str | None) -> tuple[web.WebSocket
 
 @contextlib.asynccontextmanager
 async def dial(
-    url: str, token: str | None, hello: Message, deadline_s: float
+    url: str, token: str | None, hello: Callable[[str], Message], deadline_s: float
 ) -> AsyncIterator[tuple[Channel, Message]]:
     """Client side: connect, say hello, and yield the channel with the coordinator's answer.
 
+    `hello` is given this end's address on the way to the coordinator: the one by which others can reach this host.
     Raises PeerLost when the coordinator can't be reached, refuses the token, or says Goodbye.
     """
     headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -166,7 +167,7 @@ async def dial(
         except (aiohttp.ClientError, OSError) as error:
             raise PeerLost(f"no coordinator at {url}: {error}") from error
         async with Channel(socket, "coordinator") as channel:
-            channel.send(hello)
+            channel.send(hello(socket.get_extra_info("sockname", ("127.0.0.1",))[0]))
             answer = await channel.receive(deadline_s)
             if isinstance(answer, Goodbye):
                 raise PeerLost(f"the coordinator refused: {answer.reason}")

@@ -1,16 +1,21 @@
 """Settings of every service: environment variables GHOST_*, overridden by flags. One class a service."""
 
 import argparse
+import os
 import socket
 import sys
 import types
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import PydanticBaseSettingsSource as Source
 
+from shared.errors import ConfigError
 from shared.logs import check_levels
 from shared.types import Protection
 
@@ -18,6 +23,24 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0)]
 LogLevels = Annotated[str, AfterValidator(check_levels)]
 DType = Literal["bfloat16", "float32", "float16"]
+
+
+class _Files(Source):
+    """A setting's value from the file that GHOST_<setting>_FILE names, as secrets are handed to containers."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        variable = f"GHOST_{field_name.upper()}_FILE"
+        path = os.environ.get(variable)
+        if path is None:
+            return None, field_name, False
+        try:
+            return Path(path).read_text().strip(), field_name, False
+        except OSError as error:
+            raise ConfigError(f"{variable}: can't read {path}: {error.strerror}") from error
+
+    def __call__(self) -> dict[str, Any]:
+        found = {name: self.get_field_value(field, name)[0] for name, field in self.settings_cls.model_fields.items()}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 class CommonSettings(BaseSettings):
@@ -38,6 +61,13 @@ class CommonSettings(BaseSettings):
     fault_dir: str = Field(
         "", description="private directory through which a drill may break workers and stores; empty: it may not"
     )
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: Source, env_settings: Source, *others: Source, **_: Source
+    ) -> tuple[Source, ...]:
+        """Flags, then the environment, then the files that GHOST_..._FILE name."""
+        return init_settings, env_settings, _Files(settings_cls)
 
     @property
     def secret(self) -> str | None:
@@ -86,13 +116,16 @@ class WorkerSettings(CommonSettings):
     model: str = Field(
         "", description="overrides the model that the coordinator names, where it lies elsewhere on this host"
     )
-    advertise_host: str = Field("127.0.0.1", description="address under which other ranks reach this host")
+    advertise_host: str = Field(
+        "", description="address by which other ranks reach this host; empty: the one that reaches the coordinator"
+    )
     threads: int = Field(1, ge=0, description="compute threads of a CPU worker; 0: cores / workers, at least 1")
     hold_weights: bool = Field(
         True, description="a spare holds all ranks' slices ready, for the memory of a whole model"
     )
     put_deadline_s: Seconds = Field(10.0, description="time for a store to acknowledge a parity shard")
     fetch_deadline_s: Seconds = Field(10.0, description="time for a store to return a parity shard")
+    alive_dir: str = Field("", description="folder where each worker touches a file every second; empty: none")
 
 
 class ParityStoreSettings(CommonSettings):
@@ -102,7 +135,9 @@ class ParityStoreSettings(CommonSettings):
     host: str = Field("127.0.0.1", description="address to listen on for bulk transport and admin")
     port: Port = Field(0, description="bulk port; 0 takes a free one")
     admin_port: Port = Field(0, description="admin port; 0 takes a free one")
-    advertise_host: str = Field("127.0.0.1", description="address under which workers reach this host")
+    advertise_host: str = Field(
+        "", description="address by which workers reach this host; empty: the one that reaches the coordinator"
+    )
     transport: Literal["auto", "tcp", "ucx"] = Field("auto", description="bulk transport; auto: ucx with RDMA or CUDA")
     capacity_mb: int = Field(1024, ge=1, description="memory for parity, MiB")
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis of the stripe index")

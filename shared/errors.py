@@ -5,6 +5,7 @@ GhostError
 ├── ProtocolError          a peer sent something that is not a valid frame
 ├── PeerLost               a connection broke, or its peer did not answer in time
 │   └── DeadlineExceeded   the peer is there, but did not answer in time
+│       └── CutOff         a rank can't reach the place where all of an epoch meet
 ├── Fenced                 the sender's epoch is older than the receiver's
 ├── CommunicatorAborted    a collective ended because its epoch ended or a peer died
 ├── StoreFull              a parity store has no room
@@ -33,6 +34,10 @@ class PeerLost(GhostError):
 
 class DeadlineExceeded(PeerLost):
     """A peer did not answer within the deadline given."""
+
+
+class CutOff(DeadlineExceeded):
+    """A rank's host can't reach the place where all ranks of the epoch meet."""
 
 
 class Fenced(GhostError):

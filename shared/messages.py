@@ -132,12 +132,16 @@ class StepDone(Message):
 
 @dataclass(frozen=True, slots=True)
 class RankFailed(Message):
-    """This rank can't go on in this epoch: a collective was aborted, or its device failed (`fatal`)."""
+    """This rank can't go on in this epoch: a collective was aborted, or its device failed (`fatal`).
+
+    `cut_off`: because it can't reach rank 0's meeting point.
+    """
 
     epoch: int
     rank: int
     reason: str
     fatal: bool
+    cut_off: bool = False
 
 
 @dataclass(frozen=True, slots=True)

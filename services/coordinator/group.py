@@ -107,6 +107,7 @@ class Group:
         self._step_tokens = 0
         self._timeline = Timeline()
         self._broken_since: float | None = None
+        self._cut_off: set[int] = set()  # ranks that can't reach rank 0, in this epoch
         self._status_sent = 0.0
         self._tasks: asyncio.TaskGroup | None = None
         self._forming = False
@@ -140,7 +141,11 @@ class Group:
                 self._broken(f"step {self._step} made no progress for {self._settings.step_timeout_s:.0f} s")
             self.protection.retry(now)
         if self._broken_since is not None and now - self._broken_since > BROKEN_GRACE_S:
-            self._broken("a collective failed, and nobody is known to be lost")
+            if lost := self.membership.cut_off(self._cut_off):
+                for name in lost:
+                    self.worker_gone(name, "its host and those of other ranks can't reach each other", kind="cut off")
+            else:
+                self._broken("a collective failed, and nobody is known to be lost")
         if now - self._status_sent > STATUS_S:
             self.announce()
             if self._journal.behind:
@@ -210,9 +215,11 @@ class Group:
             case RankFailed(epoch=of) if of == epoch:
                 if message.fatal:
                     self.worker_gone(name, message.reason, kind="failed")
-                elif self.membership.state != "forming" and self._broken_since is None:
+                elif self.membership.state != "forming":
                     log.info("rank %d: %s", message.rank, message.reason)
-                    self._broken_since = now
+                    self._broken_since = self._broken_since or now
+                    if message.cut_off:
+                        self._cut_off.add(message.rank)
             case _:
                 pass
 
@@ -261,6 +268,7 @@ class Group:
     def _interrupt(self, reason: str) -> Recovery:
         """The epoch is over: nothing in flight counts any more."""
         self._broken_since = None
+        self._cut_off.clear()
         if self.scheduler is not None and self.requests is not None and self.restoration is not None:
             self.scheduler.rollback()
             self.requests.interrupted()

@@ -4,8 +4,8 @@ The group's life is the table below. A loss in any state leads back to `forming`
 the next loss, and everything that belongs to an older one has no effect.
 """
 
-from collections import deque
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -110,6 +110,15 @@ class Membership:
         self._tell(f"restart: {reason}")
         self._move("lost")
 
+    def cut_off(self, apart: Set[int]) -> list[str]:
+        """The workers to give up when the ranks `apart` can't reach rank 0: the smaller part of the two, by name.
+
+        They come back as spares behind all others, and those on the hosts of the ranks that stay go before them.
+        """
+        rest = set(range(self.size)) - apart
+        lost = apart if len(apart) <= len(rest) else rest
+        return [name for rank, name in enumerate(self.ranks) if name is not None and rank in lost]
+
     def can_form(self) -> bool:
         """Whether an epoch can begin: forming, and a worker for every rank."""
         vacant = self.ranks.count(None)
@@ -167,8 +176,10 @@ class Membership:
     # -- views -------------------------------------------------------------------------------------------------------
 
     def spares(self) -> list[Member]:
-        """Workers that can take a rank, the longest here first."""
-        return [member for member in self.members.values() if member.ready and member.rank is None]
+        """Workers that can take a rank: those on hosts of most ranks first, and of these the longest here."""
+        ranks_by_host = Counter(member.host_id for member in self._ranked())
+        free = [member for member in self.members.values() if member.ready and member.rank is None]
+        return sorted(free, key=lambda each: -ranks_by_host[each.host_id])
 
     def statuses(self) -> tuple[WorkerStatus, ...]:
         """All workers, ranks first."""

@@ -202,7 +202,7 @@ class Cluster:
         while not self.stopped:
             try:
                 async with dial(
-                    settings.coordinator_url, settings.secret, GatewayHello(name), settings.dial_deadline_s
+                    settings.coordinator_url, settings.secret, lambda _: GatewayHello(name), settings.dial_deadline_s
                 ) as (channel, _):
                     log.info("connected to the coordinator at %s", settings.coordinator_url)
                     self._channel = channel

@@ -25,14 +25,17 @@ _OPEN_PATHS = ("/health", "/live", "/openapi.json")
 
 
 class Admin:
-    """The endpoint's handlers, over a store. `connected` is kept by the app: whether the coordinator is there."""
+    """The endpoint's handlers, over a store.
+
+    Kept by the app: `connected`, whether the coordinator is there, and `info`, what the store said of itself last.
+    """
 
     def __init__(self, store: Store, arena: Arena, bulk: BulkServer, info: StoreInfo, upkeep: Upkeep):
         self._upkeep = upkeep
         self.connected = False
         self._store = store
         self._arena = arena
-        self._info = info
+        self.info = info
         self._started = time.monotonic()
         self._registry = CollectorRegistry()
         self._registry.register(_StoreCollector(store, arena, bulk))
@@ -80,9 +83,9 @@ class Admin:
     async def _status(self, _: web.Request) -> web.Response:
         table, writer = self._store.table, self._store.writer
         status = StatusView(
-            store_id=self._info.store_id,
-            incarnation=self._info.incarnation,
-            bulk_address=self._info.bulk_address,
+            store_id=self.info.store_id,
+            incarnation=self.info.incarnation,
+            bulk_address=self.info.bulk_address,
             connected=self.connected,
             index="away" if writer.is_away else "ok",
             uptime_s=round(time.monotonic() - self._started, 3),

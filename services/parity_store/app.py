@@ -52,15 +52,13 @@ async def run(
         async with serve(
             f"{scheme}://{_bracketed(settings.host)}:{settings.port}", store, token=settings.secret or ""
         ) as bulk:
-            address = f"{scheme}://{_bracketed(settings.advertise_host)}:{urlsplit(bulk.address).port}"
-            info = StoreInfo(store_id, incarnation, address, "", arena.capacity_bytes)
+            info = StoreInfo(store_id, incarnation, bulk.address, "", arena.capacity_bytes)
             upkeep = Upkeep(store, index, store_id, incarnation)
             admin = Admin(store, arena, bulk, info, upkeep)
-            async with _listening(admin.application(settings.secret), settings) as admin_port:
-                admin_url = f"http://{_bracketed(settings.advertise_host)}:{admin_port}"
-                info = replace(info, admin_url=admin_url)
+            async with _listening(admin.application(settings.secret), settings) as admin_url:
+                admin.info = info = replace(info, admin_url=admin_url)
                 log.info("transport %s: %s", scheme, why)
-                log.info("store %s: bulk %s, admin %s, %d MiB", store_id, address, admin_url, settings.capacity_mb)
+                log.info("store %s: bulk %s, admin %s, %d MiB", store_id, bulk.address, admin_url, settings.capacity_mb)
                 if on_listening is not None:
                     on_listening(admin_url)
                 async with asyncio.TaskGroup() as tasks:
@@ -101,12 +99,15 @@ async def _follow(settings: ParityStoreSettings, store: Store, admin: Admin, inf
 
     Raises GhostError if the coordinator does not want this store at all.
     """
+
+    def hello(own_address: str) -> StoreHello:
+        admin.info = _reached_by(info, settings.advertise_host or own_address)
+        return StoreHello(admin.info)
+
     pause = _FIRST_PAUSE_S
     while True:
         try:
-            dialled = channel.dial(
-                settings.coordinator_url, settings.secret, StoreHello(info), settings.dial_deadline_s
-            )
+            dialled = channel.dial(settings.coordinator_url, settings.secret, hello, settings.dial_deadline_s)
             async with dialled as (link, answer):
                 _obey(store, answer)
                 admin.connected, pause = True, _FIRST_PAUSE_S
@@ -140,9 +141,19 @@ def _obey(store: Store, message: Message) -> None:
             raise ProtocolError(f"the coordinator sent a store {type(message).__name__}")
 
 
+def _reached_by(info: StoreInfo, host: str) -> StoreInfo:
+    """The store's addresses as other hosts reach them: what it listens on may be a wildcard."""
+    bulk, admin = urlsplit(info.bulk_address), urlsplit(info.admin_url)
+    return replace(
+        info,
+        bulk_address=f"{bulk.scheme}://{_bracketed(host)}:{bulk.port}",
+        admin_url=f"{admin.scheme}://{_bracketed(host)}:{admin.port}",
+    )
+
+
 @asynccontextmanager
-async def _listening(application: web.Application, settings: ParityStoreSettings) -> AsyncIterator[int]:
-    """Serve the admin endpoint; yield its port."""
+async def _listening(application: web.Application, settings: ParityStoreSettings) -> AsyncIterator[str]:
+    """Serve the admin endpoint; yield its URL."""
     runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     try:
@@ -150,7 +161,7 @@ async def _listening(application: web.Application, settings: ParityStoreSettings
             await web.TCPSite(runner, settings.host, settings.admin_port).start()
         except OSError as error:
             raise ConfigError(f"can't listen on {settings.host}:{settings.admin_port}: {error}") from error
-        yield runner.addresses[0][1]
+        yield f"http://{_bracketed(settings.host)}:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
 

@@ -43,6 +43,7 @@ from shared.types import GroupConfig
 log = logging.getLogger(__name__)
 
 REDIAL_S = 0.5
+ALIVE_S = 1.0
 
 
 async def run(settings: WorkerSettings, name: str, device: str, stop: asyncio.Event) -> None:
@@ -52,9 +53,11 @@ async def run(settings: WorkerSettings, name: str, device: str, stop: asyncio.Ev
         faults.arm(worker, settings.fault_dir)
     try:
         serving = asyncio.create_task(worker.serve())
+        alive = asyncio.create_task(_show_life(settings.alive_dir, name))
         stopped = asyncio.create_task(stop.wait())
         done, _ = await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
+        alive.cancel()
         if serving not in done:
             serving.cancel()
         await asyncio.gather(serving, return_exceptions=serving not in done)
@@ -74,17 +77,17 @@ class Worker:
         self._runner: Runner | None = None
         self._config: GroupConfig | None = None
         self._epoch = 0
+        self._address = ""  # where other ranks reach this host
         self._stores = StoreClients(
             settings.secret, put_deadline_s=settings.put_deadline_s, fetch_deadline_s=settings.fetch_deadline_s
         )
 
     async def serve(self) -> None:
         """Dial, serve, dial again. Raises GhostError when the coordinator does not want this worker."""
-        hello = WorkerHello(self._name, socket.gethostname(), _host_id(), os.getpid(), self._device)
         while True:
             try:
                 async with dial(
-                    self._settings.coordinator_url, self._settings.secret, hello, self._settings.dial_deadline_s
+                    self._settings.coordinator_url, self._settings.secret, self._hello, self._settings.dial_deadline_s
                 ) as (channel, welcome):
                     if isinstance(welcome, Welcome):
                         await self._session(channel, welcome)
@@ -96,11 +99,16 @@ class Worker:
                     self._runner.interrupt(0)
             await asyncio.sleep(REDIAL_S)
 
+    def _hello(self, own_address: str) -> WorkerHello:
+        self._address = self._settings.advertise_host or own_address
+        return WorkerHello(self._name, socket.gethostname(), _host_id(), os.getpid(), self._device)
+
     async def _session(self, channel: Channel, welcome: Welcome) -> None:
         self._channel = channel
         beating: asyncio.Task[None] | None = None
         try:
             runner = await self._load(welcome.config)
+            runner.address = self._address
             channel.send(WorkerReady(runner.info, runner.pool.pages))
             beating = asyncio.create_task(self._beat(channel, runner, welcome.config.heartbeat_s))
             async for message in channel:
@@ -137,7 +145,6 @@ class Worker:
             Path(model_dir),
             config,
             device,
-            self._settings.advertise_host,
             shadow,
             self._report,
             hold_weights=self._settings.hold_weights,
@@ -182,6 +189,14 @@ class Worker:
             await asyncio.to_thread(self._runner.close)
             await asyncio.to_thread(self._runner.shadow.close)
         await self._stores.close()
+
+
+async def _show_life(folder: str, name: str) -> None:
+    """Touch a file as long as the event loop turns, for a container's health check. The next life has the same file."""
+    file = Path(folder, name.rsplit(".", 1)[0])
+    while folder:
+        await asyncio.to_thread(file.touch)
+        await asyncio.sleep(ALIVE_S)
 
 
 def _host_id() -> str:

@@ -20,7 +20,7 @@ from services.worker.draw import draw
 from services.worker.kv_pool import KVPool
 from services.worker.model import RankModel
 from services.worker.shadow import Shadow
-from shared.errors import CommunicatorAborted, DeadlineExceeded
+from shared.errors import CommunicatorAborted, CutOff, DeadlineExceeded
 from shared.messages import (
     Assign,
     DigestDone,
@@ -62,18 +62,17 @@ class Runner:
         model_dir: Path,
         config: GroupConfig,
         device: torch.device,
-        advertise_host: str,
         shadow: Shadow,
         report: Callable[[Message], None],
         *,
         hold_weights: bool,
     ):
         self.config = config
+        self.address = "127.0.0.1"  # where other ranks reach this one; the worker knows once it has dialled
         self.shadow = shadow
         self.step_done = 0
         self.in_flight = False
         self._report = report
-        self._advertise_host = advertise_host
         self._epoch = 0
         self._cancelled = threading.Event()  # set when the epoch that it belongs to ends
         self._jobs: queue.Queue[tuple[Job, float] | None] = queue.Queue(MAX_JOBS)
@@ -157,7 +156,7 @@ class Runner:
                     case DigestPlan():
                         self._report(self._digest(job))
             except (CommunicatorAborted, DeadlineExceeded) as error:
-                self._failed(job.epoch, f"{type(job).__name__}: {error}", fatal=False)
+                self._failed(job.epoch, f"{type(job).__name__}: {error}", cut_off=isinstance(error, CutOff))
             except Exception as error:
                 log.exception("%s failed", type(job).__name__)
                 self._failed(job.epoch, f"{type(job).__name__}: {type(error).__name__}: {error}", fatal=True)
@@ -173,9 +172,9 @@ class Runner:
             self.model.forget_prepared()
         return self._jobs.get()
 
-    def _failed(self, epoch: int, reason: str, *, fatal: bool) -> None:
+    def _failed(self, epoch: int, reason: str, *, fatal: bool = False, cut_off: bool = False) -> None:
         if epoch == self._epoch and self._place is not None:
-            self._report(RankFailed(epoch, self._place.assign.rank, reason, fatal))
+            self._report(RankFailed(epoch, self._place.assign.rank, reason, fatal, cut_off))
 
     def _assign(self, assign: Assign, received: float) -> None:
         self._leave()
@@ -188,9 +187,7 @@ class Runner:
         if assign.rank == 0:
             kind = cast(Kind, assign.communicator)
             for slot_bytes in (self._slot_bytes, self.shadow.slot_bytes):
-                self._rendezvous.append(
-                    open_rendezvous(kind, assign.size, host=self._advertise_host, slot_bytes=slot_bytes)
-                )
+                self._rendezvous.append(open_rendezvous(kind, assign.size, host=self.address, slot_bytes=slot_bytes))
             self._report(Rendezvous(assign.epoch, *(each.address for each in self._rendezvous)))
 
     def _join(self, join: Join) -> None:

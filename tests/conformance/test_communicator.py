@@ -13,7 +13,7 @@ import torch
 
 from services.worker.communicator import Communicator, Kind, create, open_rendezvous
 from services.worker.communicator.base import cut
-from shared.errors import CommunicatorAborted, DeadlineExceeded
+from shared.errors import CommunicatorAborted, CutOff
 from tests.conformance.rank_processes import Outcome, RankProcesses
 
 SIZE = 3
@@ -228,8 +228,19 @@ def test_an_address_that_is_gone_is_an_error_of_ours() -> None:
     handle.close()
     with pytest.raises(Exception, match="gone"):
         create("shm", handle.address, 1, 2, timeout=1)
-    with pytest.raises(DeadlineExceeded):
+    with pytest.raises(CutOff):
         create("gloo", "127.0.0.1:1", 1, 2, timeout=1)
+
+
+def test_a_rank_that_waits_for_others_to_come_ends_when_it_is_cancelled(kind: Kind) -> None:
+    handle = open_rendezvous(kind, 2)
+    cancelled = threading.Event()
+    threading.Timer(0.2, cancelled.set).start()
+    began = time.monotonic()
+    with pytest.raises(CommunicatorAborted):
+        create(kind, handle.address, 0, 2, timeout=60, cancelled=cancelled)
+    assert time.monotonic() - began < 10
+    handle.close()
 
 
 def test_pieces_cover_the_range_once() -> None:

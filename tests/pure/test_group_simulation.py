@@ -162,6 +162,25 @@ async def test_an_epoch_that_is_broken_though_nobody_is_lost_is_formed_again(mon
         assert world.group.membership.epoch == 2
 
 
+async def test_a_rank_that_is_cut_off_from_the_others_gives_its_place_to_a_spare(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("services.coordinator.group.BROKEN_GRACE_S", 0.01)
+    world = World(5)
+    async with running(world):
+        for _ in range(world.size + 1):
+            world.add_worker()
+        await serving(world)
+        world.submit()
+        cut = str(world.group.membership.ranks[1])
+        world.group.from_worker(cut, RankFailed(1, 1, "rank 0 can't be reached", fatal=False, cut_off=True))
+        async with asyncio.timeout(5):
+            while world.group.membership.epoch == 1:
+                await asyncio.sleep(0.005)
+        assert cut not in world.group.membership.ranks
+        await finish(world)
+
+
 async def test_parity_that_a_store_lost_or_wants_to_be_rid_of_is_encoded_anew() -> None:
     world = World(5, pages=64)
     async with running(world):

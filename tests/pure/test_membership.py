@@ -83,3 +83,22 @@ def test_an_epoch_only_grows() -> None:
     membership.restart("test")
     with pytest.raises(AssertionError, match="not newer"):
         membership.form(5, now=0.0)
+
+
+def test_spares_on_the_hosts_of_the_other_ranks_go_first() -> None:
+    membership = made(workers=2)
+    for name, host_id in (("far", "other"), ("near", "id")):
+        membership.hello(Member(name, "host", host_id, 1, "cpu", seen=0.0))
+        membership.ready(name)
+    serving(membership, 1)
+    membership.gone("w1", "killed")
+    assert membership.form(2, now=0.0).ranks == ("w0", "near")
+
+
+@pytest.mark.parametrize(
+    ("apart", "lost"), [({2}, ["w2"]), ({1, 2}, ["w0"]), (set(), [])], ids=["one", "all but rank 0", "none"]
+)
+def test_the_smaller_part_of_a_group_cut_in_two_is_given_up(apart: set[int], lost: list[str]) -> None:
+    membership = made(size=3)
+    membership.form(1, now=0.0)
+    assert membership.cut_off(apart) == lost

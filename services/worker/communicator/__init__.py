@@ -39,13 +39,14 @@ def create(
 ) -> Communicator:
     """Connect as `rank`, and return when all ranks have.
 
-    Raises DeadlineExceeded after `timeout` seconds, which is also the bound of each later wait. When `cancelled` is set
-    while it connects, shm raises CommunicatorAborted; the others, whose libraries can't be stopped, wait 10 s at most.
+    Raises CutOff when rank 0 can't be reached; DeadlineExceeded after `timeout` seconds, which is also the bound of
+    each later wait; CommunicatorAborted when `cancelled` is set while ranks are missing. Once all have come, gloo and
+    NCCL connect them within 10 s, which nothing can end sooner.
     """
     if kind == "shm":
         return ShmCommunicator(address, rank, size, timeout, cancelled)
     from services.worker.communicator import torch_dist
 
-    backend: Callable[[str, int, int, float], Communicator]
+    backend: Callable[[str, int, int, float, threading.Event | None], Communicator]
     backend = torch_dist.GlooCommunicator if kind == "gloo" else torch_dist.NcclCommunicator
-    return backend(address, rank, size, timeout)
+    return backend(address, rank, size, timeout, cancelled)

@@ -19,11 +19,13 @@ import torch
 from torch._C import _distributed_c10d as c10d
 
 from services.worker.communicator.base import Bytes, Communicator, cut
-from shared.errors import CommunicatorAborted, DeadlineExceeded, ProtocolError
+from shared.errors import CommunicatorAborted, CutOff, DeadlineExceeded, ProtocolError
 
 _ROUND_BYTES = 8 << 20  # all_to_all: how much one rank sends at a time
 _LEAVING = 0.2  # seconds between a peer's leaving and an abort: others may still be in the last operation
-_CONNECT = 10.0  # seconds for all ranks to meet; nothing can end that wait sooner
+_CONNECT = 10.0  # seconds for ranks that have met to connect; nothing can end that wait sooner
+_LOOK = 0.01  # seconds between looks for ranks that have not come yet
+_CUT = 5.0  # seconds without an acknowledgement after which a peer's host counts as cut off
 _opening = threading.Lock()  # one group at a time, so that the sockets it opens can be told
 _Start = Callable[[], c10d.Work]
 
@@ -45,17 +47,40 @@ class StoreRendezvous:
 class _GroupCommunicator(Communicator):
     """What gloo and NCCL have in common: a process group, and the translation of its errors."""
 
-    def __init__(self, address: str, rank: int, size: int, timeout: float) -> None:
+    def __init__(
+        self, address: str, rank: int, size: int, timeout: float, cancelled: threading.Event | None = None
+    ) -> None:
         super().__init__(rank, size, timeout)
         self._aborted = threading.Event()
         try:
-            host, _, port = address.rpartition(":")
-            bound = timedelta(seconds=timeout)
-            connecting = timedelta(seconds=min(timeout, _CONNECT))
-            store = c10d.TCPStore(host, int(port), size, is_master=False, wait_for_workers=False, timeout=connecting)
-            self._group = self._open(c10d.PrefixStore("ghostserve", store), host, bound)
+            store = self._reach(address)
+            self._meet(store, cancelled or threading.Event())
+            host = address.rpartition(":")[0]
+            self._group = self._open(c10d.PrefixStore("ghostserve", store), host, timedelta(seconds=timeout))
         except (RuntimeError, ValueError) as error:
             raise DeadlineExceeded(f"rank {rank} of {size} could not connect through {address}: {error}") from error
+
+    def _reach(self, address: str) -> c10d.TCPStore:
+        """Connect to rank 0's store."""
+        host, _, port = address.rpartition(":")
+        bound = timedelta(seconds=min(self.timeout, _CUT))
+        try:
+            store = c10d.TCPStore(host, int(port), self.size, is_master=False, wait_for_workers=False, timeout=bound)
+        except RuntimeError as error:
+            raise CutOff(f"rank {self.rank} can't reach rank 0 at {address}: {error}") from error
+        store.set_timeout(timedelta(seconds=min(self.timeout, _CONNECT)))
+        return store
+
+    def _meet(self, store: c10d.TCPStore, cancelled: threading.Event) -> None:
+        """Wait until all ranks are here. The library would wait too, but could not be stopped."""
+        store.set(f"here/{self.rank}", "")
+        everyone = [f"here/{rank}" for rank in range(self.size)]
+        deadline = time.monotonic() + self.timeout
+        while not store.check(everyone):
+            if cancelled.wait(_LOOK):
+                raise CommunicatorAborted("the epoch ended before all ranks had come")
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded(f"a rank did not come within {self.timeout} s")
 
     def _open(self, store: c10d.Store, host: str, timeout: timedelta) -> Any:
         raise NotImplementedError
@@ -137,11 +162,14 @@ class GlooCommunicator(_GroupCommunicator):
     def _open(self, store: c10d.Store, host: str, timeout: timedelta) -> Any:
         options: Any = c10d.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [c10d.ProcessGroupGloo.create_device(hostname=_own_address(host))]
-        options._timeout = timeout
+        options._timeout = min(timeout, timedelta(seconds=_CONNECT))
         with _opening:
             before = _open_sockets()
             group = c10d.ProcessGroupGloo(store, self.rank, self.size, options)
             self._sockets = [_duplicate(fd) for fd, inode in _open_sockets().items() if before.get(fd) != inode]
+        group.set_timeout(timeout)
+        for one in self._sockets:
+            _notice_cuts(one)
         self._closing = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="gloo-watch", daemon=True)
         self._watcher.start()
@@ -224,6 +252,14 @@ def _open_sockets() -> dict[int, str]:
             if target.startswith("socket:"):
                 found[int(name)] = target
     return found
+
+
+def _notice_cuts(one: socket.socket) -> None:
+    """Let the kernel end a connection whose other host acknowledges nothing for _CUT seconds."""
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
+    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * _CUT))
 
 
 def _duplicate(fd: int) -> socket.socket:
