@@ -167,6 +167,10 @@ class RestoreDone(Message):
     failed: tuple[PageKey, ...]
     reason: str
     bytes_restored: int
+    fetch_s: float
+    """Waited for parity that was not there yet."""
+    exchange_s: float
+    decode_s: float
     seconds: float
     damaged: int = 0
     """How many of `failed` had bytes that differ from their recorded checksum."""

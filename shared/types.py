@@ -20,6 +20,12 @@ Fault = Literal["kill"]
 GroupState = Literal["forming", "assigning", "joining", "restoring", "serving"]
 
 PAGE_KEY_BYTES = 16
+ROUND_BYTES = 8 << 20
+
+
+def round_pages(page_bytes: int) -> int:
+    """Pages that the ranks exchange in one round; memory for what arrives is (k - 1) times that at most."""
+    return max(1, ROUND_BYTES // page_bytes)
 
 
 def pack_ids(ids: Iterable[int]) -> bytes:
@@ -178,6 +184,21 @@ class WorkerStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class StreamRecovery:
+    """How one running sequence got its KV back. Times are seconds; `resumed_s` counts from the recovery's start."""
+
+    request_id: str
+    way: Literal["restore", "recompute"]
+    """restore: its sealed pages from the stores, its tail recomputed."""
+    restored_pages: int
+    recomputed_tokens: int
+    expected_restore_s: float
+    """What both ways were expected to take, by the rates measured so far."""
+    expected_recompute_s: float
+    resumed_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class RecoveryRecord:
     """The timeline of one recovery. Times are seconds; `started` is CLOCK_MONOTONIC of the coordinator's host."""
 
@@ -194,6 +215,11 @@ class RecoveryRecord:
     recomputed_tokens: int
     kv_bytes_restored: int
     sequences: int
+    fetch_s: float
+    """Of restore_s: waiting for the stores, the exchange between ranks, and decoding."""
+    exchange_s: float
+    decode_s: float
+    streams: tuple[StreamRecovery, ...]
     detect_s: float = 0.0
     """Before `started`: since the last sign of life of who was lost."""
     fence_s: float = 0.0
@@ -235,6 +261,8 @@ class ClusterStatus:
     pages_total: int
     pages_held: int
     pages_cached: int
+    pages_lost: int
+    """Pages of which a lost rank's slice is not restored yet."""
     stripes_protected: int
     stripes_pending: int
     stripes_unprotected: int

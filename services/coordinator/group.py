@@ -1,6 +1,6 @@
 """One group at work: events in, steps, protection and recovery out. The pure cores decide; this sends what they say.
 
-A failure goes down through `_broken`, `_form`, `_restore` and `_resume`, and comes back to `step`.
+A failure goes down through `_broken`, `_form` and `Restoration.plan`, and comes back through `_advance` to `step`.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from services.coordinator.membership import Member, Membership
 from services.coordinator.metrics import LossKind, Metrics
 from services.coordinator.pages import PagePool, Shadow
 from services.coordinator.protection import Protection
-from services.coordinator.recovery import Rates, valid_tokens
+from services.coordinator.recovery import Rates
 from services.coordinator.requests import Requests
 from services.coordinator.restoration import Restoration
 from services.coordinator.scheduler import Scheduler
@@ -64,6 +64,8 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.05
 STATUS_S = 1.0
+RESTORING_STEP_TOKENS = 64
+"""Tokens a step while pages are restored: nobody whose pages are back waits long behind another's prefill."""
 BROKEN_GRACE_S = 1.0
 """After a rank's collective failed: how long to wait for news of who is lost, before all ranks join anew."""
 
@@ -110,6 +112,7 @@ class Group:
         self._cut_off: set[int] = set()  # ranks that can't reach rank 0, in this epoch
         self._status_sent = 0.0
         self._tasks: asyncio.TaskGroup | None = None
+        self._spawned: set[asyncio.Task[None]] = set()
         self._forming = False
 
     @property
@@ -125,18 +128,22 @@ class Group:
             while not stop.is_set():
                 self._tick(self._clock())
                 await asyncio.sleep(TICK_S)
+            for task in self._spawned:
+                task.cancel()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         if self._tasks is None:
             work.close()
             raise PeerLost("the coordinator is stopping")
-        self._tasks.create_task(work)
+        task = self._tasks.create_task(work)
+        self._spawned.add(task)
+        task.add_done_callback(self._spawned.discard)
 
     def _tick(self, now: float) -> None:
         self.pool.now = now
         for name, kind, reason in self.membership.overdue(now):
             self.worker_gone(name, reason, kind=kind)
-        if self.membership.state == "serving" and self.scheduler is not None:
+        if self.membership.stepping and self.scheduler is not None:
             if self.scheduler.busy and now - self._step_started > self._settings.step_timeout_s:
                 self._broken(f"step {self._step} made no progress for {self._settings.step_timeout_s:.0f} s")
             self.protection.retry(now)
@@ -196,7 +203,8 @@ class Group:
                 if of == epoch and (recovery := self._timeline.current) is not None:
                     recovery.weights_s = max(recovery.weights_s, message.weights_s)
                 if self.membership.joined(of, name):
-                    self._spawn(self._restore(epoch))
+                    self._timeline.joined(now)
+                    self._advance()
             case StepDone(epoch=of, step=step) if of == epoch and step == self._step:
                 self.metrics.step_done(message)
                 self._step_done(message)
@@ -207,8 +215,8 @@ class Group:
                 self.step()
             case RestoreDone(epoch=of) if of == epoch and self.restoration is not None:
                 self.metrics.restore_done(message)
-                if self.restoration.done(message, self._timeline.current, self.rates):
-                    self._resume()
+                self.restoration.done(message)
+                self._advance()
             case DigestDone(epoch=of) if of == epoch and self.requests is not None:
                 self.requests.digest_done(message)
                 self.step()
@@ -243,7 +251,6 @@ class Group:
         self.model = model
         acks = config.size if config.protection == "replicate" else 1
         self.protection.pool = PagePool(ready.pages, protect=config.protection != "none", acks=acks)
-        self.restoration = Restoration(config, model, self.pool, self.stores, self._to_ranks)
         self.scheduler = Scheduler(
             self.pool,
             page_tokens=config.page_tokens,
@@ -255,6 +262,17 @@ class Group:
         )
         self.traces = Traces(self.tracing, self.pool, self._clock)
         self.requests = Requests(self.scheduler, model, config.size, self._to_ranks, self.traces)
+        self.restoration = Restoration(
+            config,
+            model,
+            self.membership,
+            self.scheduler,
+            self.stores,
+            self._timeline,
+            self.rates,
+            self._to_ranks,
+            always=self._settings.restore == "always",
+        )
         log.info("model %s, %d pages of %d tokens, sequences to %d", model.architecture, ready.pages,
                  config.page_tokens, limit)  # fmt: skip
 
@@ -303,12 +321,17 @@ class Group:
         formation = self.membership.form(epoch, self._clock())
         logs.epoch_is(epoch)
         self.pool.lose(formation.fresh)
+        if self.scheduler is not None:
+            self.scheduler.lose()
         self.stores.send(EpochNow(self.config.group, epoch))
         for rank, name in enumerate(formation.ranks):
             if not self._workers[name].closed:
                 self._workers[name].send(Assign(epoch, rank, self.config.size, self._communicator()))
         log.info("the epoch begins: %s", ", ".join(formation.ranks))
         self.announce()
+        if self.restoration is not None:
+            await self.restoration.plan(epoch)
+            self._advance()
 
     def _communicator(self) -> str:
         if self.config.communicator != "auto":
@@ -320,43 +343,31 @@ class Group:
             return "nccl"
         return "shm" if self.membership.one_host() else "gloo"
 
-    async def _restore(self, epoch: int) -> None:
-        """Ask the ranks to decode what they can of the running sequences' pages."""
-        assert self.scheduler is not None
-        assert self.restoration is not None
-        if self._timeline.current is not None:
-            self._timeline.current.joined = self._clock()
-        running = list(self.scheduler.running)
-        stripes = await self.restoration.look_up(running)
-        if epoch != self.membership.epoch or self.membership.state != "restoring":
+    def _advance(self) -> None:
+        """Let sequences go on whose KV is back as far as it will be; with the last one, serve as usual again."""
+        if not self.membership.stepping or self.restoration is None:
             return
-        rates = self.rates if self._settings.restore == "auto" else None
-        if not self.restoration.begin(epoch, running, stripes, rates):
-            self._resume()
-
-    def _resume(self) -> None:
-        """Serve again: what has no KV now is recomputed as an ordinary prefill of known tokens."""
-        assert self.scheduler is not None
-        running = self.scheduler.running
-        valid = [(each, valid_tokens(self.pool, each, self.config.page_tokens)) for each in running]
-        for _, tokens in (pair for pair in valid if pair[0].computed):
-            self.metrics.recovered.labels("restore" if tokens else "recompute").inc()
-        lost = {each.number: self.scheduler.truncate(each, tokens) for each, tokens in valid}
-        dropped = self.pool.drop_missing()
-        self.membership.restored()
-        self.pool.protect_again(Shadow.PENDING, Shadow.UNPROTECTED)
-        recomputed = sum(lost.values())
-        self._timeline.resumed((each for each in running if each.remaining), recomputed, self._clock())
-        log.info("serving: %d tokens to recompute, %d cached pages dropped", recomputed, dropped)
+        now = self._clock()
+        if self.restoration.settle(now) and self.membership.state == "restoring":
+            self.restoration.measured(now)
+            self.membership.restored()
+            self.pool.protect_again(Shadow.PENDING, Shadow.UNPROTECTED)
+            for way in self._timeline.restored(now):
+                self.metrics.recovered.labels(way).inc()
+            log.info("serving", extra={"cached_pages_lost": self.pool.lost})
+            if self._timeline.current is None:
+                self._spawn(self.restoration.restore_cached(self.membership.epoch))
+            self.announce()
         self.step()
         self._progressed()
-        self.announce()
 
     def _progressed(self) -> None:
-        """Close the recovery's record when every sequence has the KV it had."""
+        """Close the recovery's record when every sequence has the KV it had; then the cache's turn has come."""
         assert self.scheduler is not None
+        assert self.restoration is not None
         if self._timeline.progressed(self.scheduler.running, self.membership.epoch, self._clock()):
             self._recovered(self._timeline.records[-1])
+            self._spawn(self.restoration.restore_cached(self.membership.epoch))
             self.announce()
 
     def _recovered(self, record: RecoveryRecord) -> None:
@@ -368,12 +379,12 @@ class Group:
     # -- steps -------------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
-        """Schedule one step and send it to all ranks, if the group serves and none is in flight."""
-        if self.membership.state != "serving" or self.scheduler is None or self.scheduler.busy:
+        """Schedule one step and send it to all ranks, if the ranks are there and none is in flight."""
+        if not self.membership.stepping or self.scheduler is None or self.scheduler.busy:
             return
         assert self.requests is not None
         self.requests.ask_digests(self.membership.epoch)
-        sequences = self.scheduler.plan()
+        sequences = self.scheduler.plan(RESTORING_STEP_TOKENS if self.membership.state == "restoring" else None)
         if sequences:
             self._step += 1
             self.traces.planned(self.scheduler.running)

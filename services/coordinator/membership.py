@@ -48,7 +48,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Formation:
-    """A new epoch's ranks. `fresh` are those whose worker does not have that rank's KV."""
+    """A new epoch's ranks. `fresh` are those whose KV has been lost since the epoch before was formed."""
 
     epoch: int
     ranks: tuple[str, ...]
@@ -68,7 +68,7 @@ class Membership:
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._join_timeout_s = join_timeout_s
         self._void: set[int] = set(range(size))
-        """Ranks whose KV no current worker has, since the last epoch that served."""
+        """Ranks whose KV is gone since the last epoch was formed."""
         self._formed_at = 0.0
 
     # -- events ------------------------------------------------------------------------------------------------------
@@ -139,7 +139,8 @@ class Membership:
         self._move("formed")
         for member in self._ranked():
             member.joined, member.step, member.seen = False, 0, now
-        return Formation(epoch, tuple(member.name for member in self._ranked()), frozenset(self._void))
+        fresh, self._void = frozenset(self._void), set()
+        return Formation(epoch, tuple(member.name for member in self._ranked()), fresh)
 
     def rendezvous(self, epoch: int) -> bool:
         """Rank 0 has opened the meeting points. False: of another epoch, ignore it."""
@@ -160,9 +161,13 @@ class Membership:
         return True
 
     def restored(self) -> None:
-        """What could be restored is: the group serves, and all ranks' KV counts as there."""
-        self._void.clear()
+        """Every running sequence has what could be restored for it."""
         self._move("restored")
+
+    @property
+    def stepping(self) -> bool:
+        """Whether steps are computed. While some sequences' pages are restored, those that have theirs go on."""
+        return self.state in ("restoring", "serving")
 
     def overdue(self, now: float) -> Iterable[tuple[str, Literal["silent", "late"], str]]:
         """Workers to be given up, and why: silent for too long, or not joined in time; the kind, and in words."""

@@ -1,6 +1,6 @@
 """Which page holds what: the page tables' side of the KV pool, equal on all ranks. Pure: no clock, no socket.
 
-Every page is in exactly one of three sets: free, held (by sequences, or by the shadow while its parity is under way),
+Every page is in exactly one of three sets: free, held (by sequences, or while a transfer reads or writes its bytes),
 or cached (sealed, nobody holds it, found again by its key until the room is needed).
 """
 
@@ -8,6 +8,7 @@ from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import islice
 
 from shared.types import PageKey
 
@@ -43,6 +44,8 @@ class Page:
     """When it was sealed, or lost its protection; of use while it is not protected."""
     doubtful: bool = False
     """A store was lost while this page's parity was under way, or its slices: an acknowledgement proves nothing."""
+    pins: int = 0
+    """Transfers under way that read or write its bytes: it is held meanwhile, though no sequence may hold it."""
 
 
 class PagePool:
@@ -61,6 +64,7 @@ class PagePool:
         self._by_key: dict[PageKey, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._queued: OrderedDict[int, None] = OrderedDict()
+        self._lost: set[int] = set()
         self._by_shadow = dict.fromkeys(Shadow, 0)
         self._by_shadow[Shadow.OPEN] = count
 
@@ -85,6 +89,11 @@ class PagePool:
         """The state of the page of this key; None if there is none any more."""
         number = self._by_key.get(key)
         return None if number is None else self.pages[number].shadow
+
+    @property
+    def lost(self) -> int:
+        """Pages of which some rank's slice is missing."""
+        return len(self._lost)
 
     def count(self, shadow: Shadow) -> int:
         """How many pages are in a state of protection."""
@@ -139,7 +148,9 @@ class PagePool:
         if page.key is not None:
             raise AssertionError(f"page {number} is sealed under another key")
         other = self._by_key.get(key)
-        if other is not None:
+        if other is not None and self.pages[other].missing:
+            self.forget([other])
+        elif other is not None:
             self.pages[other].holders += 1
             self._cached.pop(other, None)
             self.release([number])
@@ -219,45 +230,65 @@ class PagePool:
         for page in self.pages:
             if page.holders or page.key is not None:
                 page.missing.update(ranks)
-                if page.missing and page.shadow in (Shadow.QUEUED, Shadow.PENDING):
+                if not page.missing:
+                    continue
+                self._lost.add(page.number)
+                if page.shadow in (Shadow.QUEUED, Shadow.PENDING):
                     self._enter(page, Shadow.UNPROTECTED)
 
-    def restored(self, key: PageKey) -> None:
-        """All slices of this page are there again, decoded from parity: so it is protected."""
-        number = self._by_key.get(key)
-        if number is not None:
-            page = self.pages[number]
-            page.missing.clear()
+    def restored(self, number: int, key: PageKey) -> None:
+        """All slices of this page are there again, decoded from parity: so it is protected, if the key is still its."""
+        page = self.pages[number]
+        if page.key == key:
+            self._whole(page)
             self._enter(page, Shadow.QUEUED if page.doubtful else Shadow.PROTECTED)
 
-    def rewrite(self, pages: Sequence[int]) -> None:
-        """A sequence will compute these pages anew on all ranks: those with a slice missing are no longer sealed.
-
-        Sequences that share a page have the same tokens in it, and each lists it here, so all agree on the content.
-        One that is whole stays sealed: it is another sequence's, or will be given the same content again.
+    def forget(self, pages: Iterable[int]) -> None:
+        """Those of these pages that have a slice missing won't be restored, and lose their key: so the same tokens can
+        be computed anew on another page. Sequences that hold one see by the key that it is not theirs any more.
         """
         for number in pages:
             page = self.pages[number]
             if page.missing:
                 self._unseal(page)
-                page.missing.clear()
+                if number in self._cached:
+                    del self._cached[number]
+                    self._let_go(page)
 
-    def drop_missing(self) -> int:
-        """Forget cached pages that have a slice missing. Returns how many."""
-        lost = [number for number in self._cached if self.pages[number].missing]
-        for number in lost:
-            self._evict(number)
-        return len(lost)
+    def lost_cached(self, limit: int) -> list[Page]:
+        """Cached pages that have a slice missing, those in line to be evicted last first."""
+        lost = (self.pages[number] for number in reversed(self._cached) if number in self._lost)
+        return list(islice(lost, limit))
+
+    # -- transfers ---------------------------------------------------------------------------------------------------
+
+    def pin(self, number: int) -> None:
+        """A transfer begins to read or write this page: it won't be given to anybody else until `unpin`."""
+        self._cached.pop(number, None)
+        self.pages[number].pins += 1
+
+    def unpin(self, number: int) -> None:
+        """The transfer has ended."""
+        page = self.pages[number]
+        page.pins -= 1
+        if not page.holders:
+            self._let_go(page)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _let_go(self, page: Page) -> None:
-        """Nobody holds it: it is cached if it can be found again, after the shadow has read it; otherwise free."""
+        """No sequence holds it: it is cached if it can be found again, otherwise free, once no transfer needs it."""
+        if page.pins or page.shadow is Shadow.PENDING:
+            return
         if page.key is None:
-            page.missing.clear()
+            self._whole(page)
             self._free.append(page.number)
-        elif page.shadow is not Shadow.PENDING:
+        else:
             self._cached[page.number] = None
+
+    def _whole(self, page: Page) -> None:
+        page.missing.clear()
+        self._lost.discard(page.number)
 
     def _evict(self, number: int) -> None:
         del self._cached[number]
@@ -300,11 +331,13 @@ class PagePool:
         assert not free & cached, f"pages both free and cached: {sorted(free & cached)}"
         for page in self.pages:
             assert page.holders == holders[page.number], f"{page}: {holders[page.number]} tables name it"
-            held = page.holders > 0 or page.shadow is Shadow.PENDING
+            held = page.holders > 0 or page.pins > 0 or page.shadow is Shadow.PENDING
             places = (page.number in free) + (page.number in cached) + held
             assert places == 1, f"{page} is in {places} sets"
             assert (page.key is None) or self._by_key.get(page.key) == page.number, f"{page} is not found by its key"
             assert page.key is not None or page.shadow is Shadow.OPEN, f"{page} is unsealed but {page.shadow}"
+            assert bool(page.missing) == (page.number in self._lost), f"{page}: the lost ones disagree"
+            assert page.number not in free or not page.missing, f"{page} is free, yet has a slice missing"
             assert (page.shadow is Shadow.QUEUED) == (page.number in self._queued), f"{page}: queue disagrees"
         for shadow, count in self._by_shadow.items():
             assert sum(page.shadow is shadow for page in self.pages) == count, f"count of {shadow} is off"

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from services.coordinator.pages import PagePool
+from services.coordinator.pages import Page, PagePool
 from services.coordinator.scheduler import Sequence
 from shared.messages import ParityShard, StripeRestore
 from shared.types import PageKey
@@ -36,10 +36,26 @@ class Rates:
         if restored_bytes >= 1_000_000 and seconds > 0:
             self.restore_bytes_s += 0.3 * (restored_bytes / seconds - self.restore_bytes_s)
 
-    def restoring_pays(self, pages: int, page_bytes: int, page_tokens: int) -> bool:
-        """Whether `pages` pages of a sequence come back sooner from parity than by prefill."""
-        restore_s = self.restore_start_s + pages * page_bytes / self.restore_bytes_s
-        return restore_s < pages * page_tokens / self.prefill_tokens_s
+    def restore_seconds(self, pages: int, page_bytes: int) -> float:
+        """What decoding `pages` pages is expected to take."""
+        return self.restore_start_s + pages * page_bytes / self.restore_bytes_s
+
+    def recompute_seconds(self, tokens: int) -> float:
+        """What a prefill of `tokens` tokens is expected to take."""
+        return tokens / self.prefill_tokens_s
+
+
+@dataclass(frozen=True, slots=True)
+class Return:
+    """How a sequence gets its KV back: these pages from the stores, what follows them as a prefill.
+
+    Both ways' expected seconds are those of the pages that can be restored, of which there may be none.
+    """
+
+    sequence: Sequence
+    stripes: tuple[StripeRestore, ...]
+    restore_s: float
+    recompute_s: float
 
 
 def wanted_keys(pool: PagePool, sequences: Iterable[Sequence]) -> list[PageKey]:
@@ -56,32 +72,53 @@ def plan_restore(
     pool: PagePool,
     sequences: Iterable[Sequence],
     stripes: Mapping[PageKey, Stripe],
-    rates: Rates | None,
+    rates: Rates,
     *,
     page_bytes: int,
     page_tokens: int,
+    always: bool = False,
     copies: bool = False,
-) -> tuple[StripeRestore, ...]:
-    """The pages to decode: for each sequence, the run from its start that is recoverable, if that pays (by `rates`).
+) -> list[Return]:
+    """How each sequence comes back, those with the least to restore first.
 
-    A page after one that can't be restored is left out: recomputing the gap goes through it anyway. `copies`: the
-    stripes' stored shards are raw copies of each rank's page, not parity.
+    Of each the run from its start that is recoverable is restored, if that pays by `rates`, or `always`. A page after
+    one that can't be is left out: recomputing the gap goes through it anyway. `copies`: see `restorable`.
     """
-    plan: dict[PageKey, StripeRestore] = {}
-    for sequence in sequences:
-        run = []
+    planned: set[PageKey] = set()
+    returns = []
+    for sequence in sorted(sequences, key=lambda each: _missing(pool, each)):
+        run: list[StripeRestore] = []
         for number, key in zip(sequence.pages, sequence.keys, strict=False):
-            page, stripe = pool.pages[number], stripes.get(key)
-            if not page.missing or key in plan:
+            if not pool.pages[number].missing or key in planned:
                 continue
-            lost = tuple(sorted(page.missing))
-            shards = _enough(stripe, lost, copies=copies) if stripe is not None else None
-            if stripe is None or shards is None:
+            stripe = restorable(pool.pages[number], stripes, copies=copies)
+            if stripe is None:
                 break
-            run.append(StripeRestore(number, key, lost, shards, stripe.data_checksums))
-        if run and (rates is None or rates.restoring_pays(len(run), page_bytes, page_tokens)):
-            plan.update((stripe.key, stripe) for stripe in run)
-    return tuple(plan.values())
+            run.append(stripe)
+        restore_s = rates.restore_seconds(len(run), page_bytes)
+        recompute_s = rates.recompute_seconds(len(run) * page_tokens)
+        if not (always or restore_s < recompute_s):
+            run = []
+        planned.update(stripe.key for stripe in run)
+        returns.append(Return(sequence, tuple(run), restore_s, recompute_s))
+    return returns
+
+
+def _missing(pool: PagePool, sequence: Sequence) -> int:
+    return sum(bool(pool.pages[page].missing) for page in sequence.pages)
+
+
+def restorable(page: Page, stripes: Mapping[PageKey, Stripe], *, copies: bool = False) -> StripeRestore | None:
+    """How to rebuild what is missing of a page; None if too little of it is stored.
+
+    `copies`: the stripes' stored shards are raw copies of each rank's page, not parity.
+    """
+    stripe = stripes.get(page.key) if page.key is not None else None
+    lost = tuple(sorted(page.missing))
+    shards = _enough(stripe, lost, copies=copies) if stripe is not None else None
+    if page.key is None or stripe is None or shards is None:
+        return None
+    return StripeRestore(page.number, page.key, lost, shards, stripe.data_checksums)
 
 
 def _enough(stripe: Stripe, lost: tuple[int, ...], *, copies: bool) -> tuple[ParityShard, ...] | None:
@@ -97,8 +134,9 @@ def _enough(stripe: Stripe, lost: tuple[int, ...], *, copies: bool) -> tuple[Par
 
 def valid_tokens(pool: PagePool, sequence: Sequence, page_tokens: int) -> int:
     """Tokens from a sequence's start whose KV is there on every rank."""
-    for index in range(len(sequence.keys)):
-        if pool.pages[sequence.pages[index]].missing:
+    for index, key in enumerate(sequence.keys):
+        page = pool.pages[sequence.pages[index]]
+        if page.missing or page.key != key:
             return index * page_tokens
     tail = sequence.pages[len(sequence.keys) :]
     if tail and pool.pages[tail[0]].missing:

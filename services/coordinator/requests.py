@@ -139,7 +139,8 @@ class Requests:
     def ask_digests(self, epoch: int) -> None:
         """Have finished sequences hashed whose requests asked for it, once their KV is whole."""
         for sequence in self._scheduler.running:
-            if sequence.finish is not None and not sequence.remaining and sequence.number not in self._digests:
+            whole = not sequence.remaining and not sequence.lost
+            if sequence.finish is not None and whole and sequence.number not in self._digests:
                 self._plans += 1
                 self._digests[sequence.number] = Digests(self._plans, sequence)
                 self._to_ranks(DigestPlan(epoch, self._plans, pack_ids(sequence.pages), sequence.computed))

@@ -1,96 +1,213 @@
-"""How lost pages come back: the index is asked, a RestorePlan goes to all ranks, and their answers are put together."""
+"""How lost pages come back: what each sequence needs is decoded in order, and it takes part in steps again when that is
+there. Cached pages follow when the group serves, a few at a time.
+"""
 
+import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from services.coordinator.membership import Membership
 from services.coordinator.pages import PagePool
-from services.coordinator.recovery import Rates, Stripe, plan_restore, wanted_keys
-from services.coordinator.scheduler import Sequence
+from services.coordinator.recovery import Rates, Stripe, plan_restore, restorable, valid_tokens, wanted_keys
+from services.coordinator.scheduler import Scheduler
 from services.coordinator.stores import Stores
-from services.coordinator.timeline import Recovery
+from services.coordinator.timeline import Timeline
 from shared.errors import GhostError
-from shared.messages import Message, RestoreDone, RestorePlan
-from shared.types import GroupConfig, ModelInfo, PageKey
+from shared.messages import Message, RestoreDone, RestorePlan, StripeRestore
+from shared.types import GroupConfig, ModelInfo, PageKey, round_pages
 
 log = logging.getLogger(__name__)
 
+PLANS_IN_FLIGHT = 3
+"""While one is decoded, the parity of the next ones is on its way."""
+CACHED_BYTES = 2 << 20
+CACHED_PAUSE_S = 0.05
+"""Cached pages come back at CACHED_BYTES every CACHED_PAUSE_S at most: the running sequences have the first call."""
+INDEX_RETRY_S = 2.0
+
 
 @dataclass(slots=True)
-class Restoring:
-    """A RestorePlan under way: the ranks that have not answered, and the stripes that none has failed to decode."""
+class Batch:
+    """A RestorePlan under way: the stripes in it, and the ranks' answers."""
 
-    plan: int
-    waiting: set[int]
-    good: set[PageKey]
-    trouble: str = ""
+    stripes: tuple[StripeRestore, ...]
+    answers: dict[int, RestoreDone] = field(default_factory=dict)
 
 
 class Restoration:
-    """Restores one plan at a time. `to_ranks` sends a message to every rank; `rates` None: always restore."""
+    """Stripes that wait to be decoded, in order, and the plans under way. `to_ranks` sends a message to every rank."""
 
     def __init__(
-        self, config: GroupConfig, model: ModelInfo, pool: PagePool, stores: Stores, to_ranks: Callable[[Message], None]
+        self,
+        config: GroupConfig,
+        model: ModelInfo,
+        membership: Membership,
+        scheduler: Scheduler,
+        stores: Stores,
+        timeline: Timeline,
+        rates: Rates,
+        to_ranks: Callable[[Message], None],
+        *,
+        always: bool,
     ):
         self._config = config
         self._page_bytes = model.page_bytes
-        self._pool = pool
+        self._membership = membership
+        self._scheduler = scheduler
+        self._pool: PagePool = scheduler.pool
         self._stores = stores
+        self._timeline = timeline
+        self._rates = rates
         self._to_ranks = to_ranks
+        self._always = always
+        self._planned = False
+        self._queue: deque[StripeRestore] = deque()
+        self._batches: dict[int, Batch] = {}
         self._plans = 0
-        self._current: Restoring | None = None
+
+    # -- events ------------------------------------------------------------------------------------------------------
 
     def interrupted(self) -> None:
-        """The epoch is over, and with it the plan under way."""
-        self._current = None
+        """The epoch is over, and with it the plans under way."""
+        self._planned = False
+        self._queue.clear()
+        for batch in self._batches.values():
+            self._unpin(batch)
+        self._batches.clear()
 
-    async def look_up(self, sequences: list[Sequence]) -> dict[PageKey, Stripe]:
-        """The stripes in the index of what these sequences lack; none if it can't be read."""
-        keys = wanted_keys(self._pool, sequences)
+    async def plan(self, epoch: int) -> None:
+        """Look up what the running sequences lack, while the ranks still connect, and begin to restore it."""
+        stripes = await self._look_up(wanted_keys(self._pool, self._scheduler.running))
+        if epoch != self._membership.epoch or self._membership.state == "forming":
+            return
+        returns = plan_restore(
+            self._pool,
+            self._scheduler.running,
+            stripes or {},
+            self._rates,
+            page_bytes=self._page_bytes,
+            page_tokens=self._config.page_tokens,
+            always=self._always,
+            copies=self._config.protection == "replicate",
+        )
+        self._timeline.chosen(returns)
+        for each in returns:
+            log.info(
+                "a request comes back",
+                extra={
+                    "request": each.sequence.request.request_id,
+                    "way": "restore" if each.stripes else "recompute",
+                    "pages": len(each.stripes),
+                    "expected_restore_s": round(each.restore_s, 4),
+                    "expected_recompute_s": round(each.recompute_s, 4),
+                },
+            )
+            self._queue.extend(each.stripes)
+        self._planned = True
+        self._send()
+
+    def done(self, message: RestoreDone) -> None:
+        """A rank's part in a plan is over; with the last one, what came back counts as there."""
+        batch = self._batches.get(message.plan)
+        if batch is None:
+            return
+        batch.answers[message.rank] = message
+        if len(batch.answers) < self._config.size:
+            return
+        del self._batches[message.plan]
+        failed = {key for answer in batch.answers.values() for key in answer.failed}
+        if trouble := next((answer.reason for answer in batch.answers.values() if answer.failed), ""):
+            log.warning("%d pages could not be restored: %s", len(failed), trouble)
+        good = [stripe for stripe in batch.stripes if stripe.key not in failed]
+        for stripe in good:
+            self._pool.restored(stripe.page, stripe.key)
+        self._unpin(batch)
+        if self._membership.state != "serving":
+            self._timeline.decoded(len(good), batch.answers.values())
+        else:
+            self._pool.forget(stripe.page for stripe in batch.stripes if stripe.key in failed)
+        self._send()
+
+    def settle(self, now: float) -> bool:
+        """Let sequences take part in steps of which nothing more will come back. True when none is left."""
+        if not self._planned:
+            return False
+        under_way = {stripe.page for stripe in self._queue}
+        under_way.update(stripe.page for batch in self._batches.values() for stripe in batch.stripes)
+        for sequence in [each for each in self._scheduler.running if each.lost]:
+            if under_way.isdisjoint(sequence.pages):
+                valid = valid_tokens(self._pool, sequence, self._config.page_tokens)
+                recomputed = self._scheduler.truncate(sequence, valid)
+                self._timeline.returned(sequence, recomputed, now)
+        return not any(each.lost for each in self._scheduler.running)
+
+    def measured(self, now: float) -> None:
+        """The running sequences' pages are all back: how fast that was counts for the next time."""
+        recovery = self._timeline.current
+        if recovery is not None:
+            self._rates.saw_restore(recovery.restored_pages * self._page_bytes, now - recovery.joined)
+
+    # -- cached pages ------------------------------------------------------------------------------------------------
+
+    async def restore_cached(self, epoch: int) -> None:
+        """While the epoch serves, bring back cached pages, a few at a time; what can't be restored is dropped."""
+        count = max(1, CACHED_BYTES // self._page_bytes)
+        began = lost = self._pool.lost
+        while self._serves(epoch) and (pages := self._pool.lost_cached(count)):
+            stripes = await self._look_up([page.key for page in pages if page.key is not None])
+            if not self._serves(epoch):
+                return
+            if stripes is None:
+                await asyncio.sleep(INDEX_RETRY_S)
+            else:
+                found = [restorable(page, stripes, copies=self._config.protection == "replicate") for page in pages]
+                self._pool.forget(page.number for page, way in zip(pages, found, strict=True) if way is None)
+                self._queue.extend(way for way in found if way is not None)
+                self._send()
+            while True:
+                await asyncio.sleep(CACHED_PAUSE_S)
+                if not self._serves(epoch) or not (self._queue or self._batches):
+                    break
+            lost = self._pool.lost
+        if began:
+            log.info("cached pages are restored or dropped", extra={"pages": began - lost})
+
+    def _serves(self, epoch: int) -> bool:
+        return epoch == self._membership.epoch and self._membership.state == "serving"
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    async def _look_up(self, keys: list[PageKey]) -> dict[PageKey, Stripe] | None:
+        """What the index has of these stripes; None if it can't be read."""
         if not keys or self._config.protection == "none":
             return {}
         try:
             return await self._stores.look_up(keys)
         except GhostError as error:
-            log.warning("the stripe index can't be read, so all is recomputed: %s", error)
-            return {}
+            log.warning("the stripe index can't be read: %s", error)
+            return None
 
-    def begin(self, epoch: int, sequences: list[Sequence], stripes: dict[PageKey, Stripe], rates: Rates | None) -> bool:
-        """Ask the ranks to decode what they can of the sequences' pages. False if there is nothing to decode."""
-        plan = plan_restore(
-            self._pool,
-            sequences,
-            stripes,
-            rates,
-            page_bytes=self._page_bytes,
-            page_tokens=self._config.page_tokens,
-            copies=self._config.protection == "replicate",
-        )
-        if not plan:
-            return False
-        self._plans += 1
-        self._current = Restoring(self._plans, set(range(self._config.size)), {stripe.key for stripe in plan})
-        self._to_ranks(RestorePlan(epoch, self._plans, plan))
-        return True
+    def _send(self) -> None:
+        """Keep PLANS_IN_FLIGHT plans at the ranks, each of one round of exchange."""
+        most = round_pages(self._page_bytes)
+        while self._queue and len(self._batches) < PLANS_IN_FLIGHT:
+            stripes = [self._queue.popleft() for _ in range(min(most, len(self._queue)))]
+            stripes = [each for each in stripes if self._current(each)]
+            if not stripes:
+                continue
+            for stripe in stripes:
+                self._pool.pin(stripe.page)
+            self._plans += 1
+            self._batches[self._plans] = Batch(tuple(stripes))
+            self._to_ranks(RestorePlan(self._membership.epoch, self._plans, tuple(stripes)))
 
-    def done(self, message: RestoreDone, recovery: Recovery | None, rates: Rates) -> bool:
-        """A rank's part in the plan is over. True when it was the last: then what came back counts as there."""
-        current = self._current
-        if current is None or current.plan != message.plan:
-            return False
-        current.waiting.discard(message.rank)
-        current.good.difference_update(message.failed)
-        current.trouble = current.trouble or message.reason
-        if recovery is not None:
-            recovery.kv_bytes += message.bytes_restored
-        if current.waiting:
-            return False
-        self._current = None
-        if current.trouble:
-            log.warning("some pages are recomputed instead of restored: %s", current.trouble)
-        for key in current.good:
-            self._pool.restored(key)
-        if recovery is not None:
-            recovery.restored_pages += len(current.good)
-            rates.saw_restore(recovery.kv_bytes, message.seconds)
-        return True
+    def _current(self, stripe: StripeRestore) -> bool:
+        """Whether that is still to be done: its request may have ended meanwhile, and the page have been given away."""
+        page = self._pool.pages[stripe.page]
+        return page.key == stripe.key and tuple(sorted(page.missing)) == stripe.lost
+
+    def _unpin(self, batch: Batch) -> None:
+        for stripe in batch.stripes:
+            self._pool.unpin(stripe.page)

@@ -26,6 +26,8 @@ class Sequence:
     finish: FinishReason | None = None
     goal: int = 0
     """Tokens whose KV is wanted: all; once finished, those that had it."""
+    lost: bool = False
+    """After a loss, until what of its KV can be restored is: it takes part in no step."""
 
     @property
     def remaining(self) -> int:
@@ -107,13 +109,16 @@ class Scheduler:
         """Whether a step is in flight."""
         return bool(self._in_flight)
 
-    def plan(self) -> tuple[SequenceStep, ...]:
-        """The next step: decoding sequences first, then prefill in chunks, then newcomers. Empty: nothing to do."""
+    def plan(self, limit: int | None = None) -> tuple[SequenceStep, ...]:
+        """The next step: decoding sequences first, then prefill in chunks, then newcomers. Empty: nothing to do.
+
+        `limit`: tokens at most, where steps are to be shorter than usual.
+        """
         if self._in_flight:
             raise AssertionError("a step is in flight")
-        budget, preemptions = self.max_step_tokens, self.preemptions
+        budget, preemptions = min(self.max_step_tokens, limit or self.max_step_tokens), self.preemptions
         for sequence in sorted(self.running, key=lambda each: each.remaining > 1):
-            if budget and sequence.remaining and sequence in self.running:
+            if budget and sequence.remaining and not sequence.lost and sequence in self.running:
                 budget -= self._schedule(sequence, min(sequence.remaining, budget))
         while self.waiting and budget and len(self.running) < self.max_batch and preemptions == self.preemptions:
             if not self._admit(self.waiting[0]):
@@ -149,13 +154,20 @@ class Scheduler:
 
     # -- recovery ----------------------------------------------------------------------------------------------------
 
+    def lose(self) -> None:
+        """Slices of pages are gone: no running sequence takes part in a step before it is truncated to what it has."""
+        for sequence in self.running:
+            sequence.lost = True
+
     def truncate(self, sequence: Sequence, tokens: int) -> int:
-        """KV is valid for `tokens` tokens only, a multiple of page_tokens. Returns how many are to be recomputed."""
-        lost = sequence.computed - tokens
-        kept = tokens // self.page_tokens
-        self.pool.rewrite(sequence.pages[kept:])
-        del sequence.keys[kept:]
-        sequence.computed = tokens
+        """KV is valid for `tokens` tokens only; the rest is recomputed. Returns how many tokens that are."""
+        lost, pages = sequence.computed - tokens, -(-tokens // self.page_tokens)
+        gone = sequence.pages[pages:]
+        self.pool.forget(gone)
+        self.pool.release(gone)
+        del sequence.pages[pages:]
+        del sequence.keys[tokens // self.page_tokens :]
+        sequence.computed, sequence.lost = tokens, False
         return lost
 
     # -- inside ------------------------------------------------------------------------------------------------------
@@ -185,17 +197,19 @@ class Scheduler:
                 sequence.pages.extend(pages)
                 break
             victim = self._youngest()
-            self._preempt(victim)
-            if victim is sequence:
+            if victim is not None:
+                self._preempt(victim)
+            if victim in (sequence, None):
                 return 0
         self._in_flight.append((sequence, count))
         return count
 
-    def _youngest(self) -> Sequence:
+    def _youngest(self) -> Sequence | None:
         scheduled = {id(sequence) for sequence, _ in self._in_flight}
         return max(
             (each for each in self.running if id(each) not in scheduled and each.finish is None),
             key=lambda each: each.number,
+            default=None,
         )
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -206,7 +220,7 @@ class Scheduler:
 
     def _give_back(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
-        sequence.pages, sequence.keys, sequence.computed = [], [], 0
+        sequence.pages, sequence.keys, sequence.computed, sequence.lost = [], [], 0, False
 
     def _step(self, sequence: Sequence, count: int) -> SequenceStep:
         request, start, end = sequence.request, sequence.computed, sequence.computed + count
@@ -274,5 +288,5 @@ class Scheduler:
         for sequence in self.sequences():
             assert len(sequence.keys) <= len(sequence.pages), f"sequence {sequence.number}: more keys than pages"
             assert sequence.computed <= len(sequence.pages) * self.page_tokens, f"sequence {sequence.number}: no page"
-            for page, key in zip(sequence.pages, sequence.keys, strict=False):
+            for page, key in zip(sequence.pages, () if sequence.lost else sequence.keys, strict=False):
                 assert self.pool.pages[page].key == key, f"sequence {sequence.number}: page {page} has another key"

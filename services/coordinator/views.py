@@ -10,7 +10,7 @@ from shared.types import ClusterStatus, GroupConfig, ModelInfo
 _DETAILS = {
     "assigning": "ranks load their slices",
     "joining": "ranks connect",
-    "restoring": "lost KV is decoded from parity",
+    "restoring": "lost KV is decoded from parity; requests go on as theirs is back",
     "serving": "all requests are served",
 }
 
@@ -28,7 +28,7 @@ def cluster_status(
     pool, stores = protection.pool, protection.stores.infos()
     pending = pool.count(Shadow.QUEUED) + pool.count(Shadow.PENDING)
     exposed = pending + pool.count(Shadow.UNPROTECTED)
-    safe = members.state == "serving" and config.protection != "none" and stores and not exposed
+    safe = members.state == "serving" and config.protection != "none" and stores and not exposed and not pool.lost
     losses = config.size if config.protection == "replicate" else config.parity
     return ClusterStatus(
         group=config.group,
@@ -49,6 +49,7 @@ def cluster_status(
         pages_total=len(pool.pages),
         pages_held=pool.held,
         pages_cached=pool.cached,
+        pages_lost=pool.lost,
         stripes_protected=pool.count(Shadow.PROTECTED),
         stripes_pending=pending,
         stripes_unprotected=pool.count(Shadow.UNPROTECTED),

@@ -34,6 +34,10 @@ class Report:
     baseline_first_token_s: float
     phases: dict[str, float]
     """Of the recovery; empty where no rank was lost."""
+    restore: dict[str, float]
+    """What restore_s went to, as far as the ranks waited for it; the rest is the way there and back."""
+    ways: list[dict[str, Any]]
+    """How each stream came back, and what both ways were expected to take."""
     restored_pages: int
     recomputed_tokens: int
     kv_bytes_restored: int
@@ -57,9 +61,10 @@ def make_report(
     events: list[str],
 ) -> Report:
     """Compare the two runs. A stall in prefill is what the first token came later."""
+    in_prefill = options.when == "prefill"
     whole = [one for one in hit if not one.error] if again is None else again
     pairs = list(zip(calm, again or hit, strict=True))
-    late = [hit.first_token_s - calm.first_token_s for calm, hit in zip(calm, hit, strict=True) if hit.times]
+    late = [b.first_token_s - a.first_token_s for a, b in zip(calm, hit, strict=True) if b.times and in_prefill]
     stall = max([*late, *(gap for each in hit for gap in each.gaps)], default=0.0)
     return Report(
         identical=all(a.tokens == b.tokens and a.text == b.text for a, b in pairs),
@@ -78,6 +83,8 @@ def make_report(
         first_token_s=statistics.median(each.first_token_s for each in whole),
         baseline_first_token_s=statistics.median(each.first_token_s for each in calm),
         phases=_phases(record, hit, lost_at) if record else {},
+        restore={name: record[name] for name in RESTORE} if record else {},
+        ways=record["streams"] if record else [],
         restored_pages=record["restored_pages"] if record else 0,
         recomputed_tokens=record["recomputed_tokens"] if record else 0,
         kv_bytes_restored=record["kv_bytes_restored"] if record else 0,
@@ -111,12 +118,24 @@ PHASES = {
 }
 
 
+RESTORE = ("fetch_s", "exchange_s", "decode_s")
+WAYS_SHOWN = 8
+
+
 def print_report(report: Report, console: Console) -> None:
     """The timeline and the verdict."""
     then = f", then kill of {', '.join(report.then)}" if report.then else ""
     title = f"{report.fault} of {', '.join(report.target)}{then} in {report.when}, protection {report.protection}"
     if report.phases:
         console.print(_table(report, title))
+        split = ", ".join(f"{name.removesuffix('_s')} {seconds:.3f} s" for name, seconds in report.restore.items())
+        console.print(f"of restore, the new rank waited for: {split}")
+        for way in report.ways[:WAYS_SHOWN]:
+            console.print(
+                f"{way['way']}, back after {way['resumed_s']:.3f} s: {way['restored_pages']} pages restored, "
+                f"{way['recomputed_tokens']} tokens recomputed (expected: {way['expected_restore_s']:.3f} s to restore "
+                f"the pages, {way['expected_recompute_s']:.3f} s to recompute them)"
+            )
     else:
         console.print(f"{title}: no rank was lost")
     for event in report.events:

@@ -158,8 +158,10 @@ class Worker:
                 runner.submit(message)
             case Join() | StepPlan() | DigestPlan():
                 runner.submit(message)
-            case ProtectPlan() | RestorePlan():
+            case ProtectPlan():
                 runner.shadow.submit(message)
+            case RestorePlan():
+                runner.restore(message)
             case InjectFault(fault="kill") if self._settings.allow_faults:
                 os.kill(os.getpid(), signal.SIGKILL)
             case Goodbye():

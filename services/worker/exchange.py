@@ -3,17 +3,18 @@
 Knows pages of bytes and a communicator, nothing of models, so that another engine's KV cache can stand there.
 """
 
-from collections.abc import Collection, Sequence
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
 
 from services.worker.communicator.base import Communicator
+from shared.errors import CommunicatorAborted
+from shared.types import round_pages
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-
-ROUND_BYTES = 8 << 20
-"""Page bytes of one rank in one round: bounds the staging memory, at (k - 1) times this at most."""
 
 
 class PageBytes(Protocol):
@@ -34,9 +35,11 @@ class Exchange:
         self.pool = pool
         self.rank = communicator.rank
         self.size = communicator.size
-        self.round_pages = max(1, ROUND_BYTES // pool.page_bytes)
+        self.round_pages = round_pages(pool.page_bytes)
         """Pages a call may name."""
         self._staging: dict[int, Bytes] = {}
+        self._writing = threading.Lock()
+        self._ended = False
 
     def gather(self, pages: Sequence[int], receivers: Sequence[Collection[int]]) -> dict[int, dict[int, Bytes]]:
         """Bring slices of pages to the ranks in `receivers`, one collection a page; what receivers have is not sent.
@@ -66,6 +69,20 @@ class Exchange:
             for row, index in enumerate(indices):
                 slices[index][source] = inbox[source][row]
         return slices
+
+    def end(self) -> None:
+        """The epoch is over, called from any thread: a wait for peers ends at once, and no page is written any more."""
+        self.communicator.abort()
+        with self._writing:
+            self._ended = True
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """While a page is written. Raises CommunicatorAborted once the epoch is over: it may be another's page then."""
+        with self._writing:
+            if self._ended:
+                raise CommunicatorAborted("the epoch is over")
+            yield
 
     def _stage(self, source: int, count: int) -> Bytes:
         """Reused memory for `count` pages from one rank: uint8 [count, page_bytes]."""

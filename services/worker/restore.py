@@ -3,17 +3,27 @@
 import asyncio
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
 
 import numpy as np
 
 from kernels.codec import Codec, checksum
 from services.worker.exchange import Bytes, Exchange
 from services.worker.stores import StoreClients
+from shared.errors import CommunicatorAborted
 from shared.messages import RestoreDone, RestorePlan, StripeRestore
 from shared.transport.base import GetShards, ShardRef
 
 DAMAGED = "differs from its recorded checksum"
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Parity [len(stripe.parity), page_bytes] by page key, as it comes in; `reasons`: stripes that can't be had."""
+
+    shards: dict[bytes, Bytes]
+    reasons: Future[dict[bytes, str]]
 
 
 class Restorer:
@@ -24,36 +34,57 @@ class Restorer:
         self._codec = codec
         self._stores = stores
         self._loop = loop
+        self._fetches: dict[tuple[int, int], Fetch] = {}
+
+    def prefetch(self, plan: RestorePlan, rank: int, length: int) -> None:
+        """Begin to read what `rank` has lost, before its turn comes or the ranks are even connected."""
+        mine = [self._share(stripe, rank) for stripe in plan.stripes if rank in stripe.lost]
+        if mine:
+            shards = {stripe.key: np.empty((len(stripe.parity), length), dtype=np.uint8) for stripe in mine}
+            reasons = asyncio.run_coroutine_threadsafe(self._get(mine, shards, length), self._loop)
+            self._fetches[plan.epoch, plan.plan] = Fetch(shards, reasons)
+
+    def forget(self) -> None:
+        """The epoch is over: give up what was begun; who waits for it is told so."""
+        while self._fetches:
+            self._fetches.popitem()[1].reasons.cancel()
 
     def restore(self, plan: RestorePlan, exchange: Exchange) -> RestoreDone:
-        """Take part in a plan; says which stripes this rank could not decode, and why the first of them."""
-        began = time.monotonic()
+        """Take part in a plan; says which stripes this rank could not decode, and why the first of them.
+
+        Raises CommunicatorAborted when the epoch ends; nothing is written to the pool any more then.
+        """
+        fetch = self._fetches.get((plan.epoch, plan.plan))
         failed: dict[bytes, str] = {}
         damaged = 0
-        step = exchange.round_pages
-        rounds = [plan.stripes[start : start + step] for start in range(0, len(plan.stripes), step)]
-        parity = self._fetch(rounds[0], exchange)
-        for number, stripes in enumerate(rounds):
-            ahead = self._fetch(rounds[number + 1], exchange) if number + 1 < len(rounds) else None
-            slices = self._gather(stripes, exchange)
-            if parity is not None:
-                shards, outcomes = parity
-                reasons = outcomes.result()
-                for index, by_rank in slices.items():
-                    stripe = stripes[index]
-                    why = reasons.get(stripe.key) or self._decode(stripe, by_rank, shards[stripe.key], exchange)
-                    if why:
-                        failed[stripe.key] = why
-                        damaged += why.endswith(DAMAGED)
-            parity = ahead
-        mine = sum(exchange.rank in stripe.lost for stripe in plan.stripes)
+        began = time.monotonic()
+        slices = self._gather(plan.stripes, exchange)
+        exchanged = time.monotonic()
+        try:
+            reasons = fetch.reasons.result() if fetch is not None else {}
+        except CancelledError:
+            raise CommunicatorAborted("the epoch ended while parity was on its way") from None
+        fetched = time.monotonic()
+        for index, by_rank in slices.items():
+            stripe = plan.stripes[index]
+            why = reasons.get(stripe.key, "") if fetch is not None else "its parity was not asked for"
+            if fetch is not None and not why:
+                with exchange.writing():
+                    why = self._decode(stripe, by_rank, fetch.shards[stripe.key], exchange)
+            if why:
+                failed[stripe.key] = why
+                damaged += why.endswith(DAMAGED)
+        self._fetches.pop((plan.epoch, plan.plan), None)
         return RestoreDone(
             epoch=plan.epoch,
             plan=plan.plan,
             rank=exchange.rank,
             failed=tuple(failed),
             reason=next(iter(failed.values()), ""),
-            bytes_restored=(mine - len(failed)) * exchange.pool.page_bytes,
+            bytes_restored=(len(slices) - len(failed)) * exchange.pool.page_bytes,
+            fetch_s=fetched - exchanged,
+            exchange_s=exchanged - began,
+            decode_s=time.monotonic() - fetched,
             seconds=time.monotonic() - began,
             damaged=damaged,
         )
@@ -65,17 +96,6 @@ class Restorer:
     def _share(self, stripe: StripeRestore, rank: int) -> StripeRestore:
         """The stripe with those of its stored shards that `rank` needs."""
         return stripe
-
-    def _fetch(
-        self, stripes: Sequence[StripeRestore], exchange: Exchange
-    ) -> tuple[dict[bytes, Bytes], "Future[dict[bytes, str]]"] | None:
-        """Begin to read the parity [len(stripe.parity), page_bytes] of the stripes that this rank has lost."""
-        mine = [self._share(stripe, exchange.rank) for stripe in stripes if exchange.rank in stripe.lost]
-        if not mine:
-            return None
-        length = exchange.pool.page_bytes
-        shards = {stripe.key: np.empty((len(stripe.parity), length), dtype=np.uint8) for stripe in mine}
-        return shards, asyncio.run_coroutine_threadsafe(self._get(mine, shards, length), self._loop)
 
     async def _get(self, stripes: Sequence[StripeRestore], shards: dict[bytes, Bytes], length: int) -> dict[bytes, str]:
         """Read parity, each store's in one request. Returns the reasons of stripes that can't be had."""

@@ -30,6 +30,7 @@ from shared.messages import (
     Message,
     RankFailed,
     Rendezvous,
+    RestorePlan,
     SequenceStep,
     StepDone,
     StepPlan,
@@ -79,6 +80,7 @@ class Runner:
         self._communicator: Communicator | None = None
         self._rendezvous: list[RendezvousHandle] = []
         self._place: Place | None = None
+        self._assigned = -1  # the rank that it has or is about to take
         self._loaded_rank: int | None = None
         self._unprepared = list(range(config.size)) if hold_weights else []
         dtype = cast(torch.dtype, getattr(torch, config.dtype))
@@ -119,7 +121,13 @@ class Runner:
         """Queue a job. An Assign ends the epoch before: its collectives abort, its jobs are skipped."""
         if isinstance(job, Assign):
             self.interrupt(job.epoch)
+            self._assigned = job.rank
         self._jobs.put_nowait((job, time.monotonic()))
+
+    def restore(self, plan: RestorePlan) -> None:
+        """Hand a plan to the shadow; its parity is read at once."""
+        self.shadow.prefetch(plan, self._assigned, self.pool.page_bytes)
+        self.shadow.submit(plan)
 
     def interrupt(self, epoch: int) -> None:
         """From now on only jobs of `epoch` count; a step that waits for peers ends at once."""

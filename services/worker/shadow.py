@@ -44,6 +44,11 @@ class Shadow:
         """Queue a plan."""
         self._jobs.put_nowait(plan)
 
+    def prefetch(self, plan: RestorePlan, rank: int, page_bytes: int) -> None:
+        """Begin to read the parity that a plan needs here."""
+        if plan.epoch == self._epoch:
+            self._restorer.prefetch(plan, rank, page_bytes)
+
     def enter(self, epoch: int, communicator: Communicator, pool: PageBytes) -> None:
         """The epoch's exchange communicator is there."""
         with self._state:
@@ -58,8 +63,9 @@ class Shadow:
         """From now on only plans of `epoch` count; an exchange that waits for peers ends at once."""
         with self._state:
             self._epoch = epoch
+            self._restorer.forget()
             if self._exchange is not None:
-                self._exchange.communicator.abort()
+                self._exchange.end()
                 self._stale.append(self._exchange.communicator)
                 self._exchange = None
             self._state.notify_all()

@@ -6,10 +6,17 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from services.coordinator.pages import Shadow
 from shared.messages import RankFailed, StoreDrains
 from tests.pure.world import World
 
 MOVES = 100_000
+
+
+@pytest.fixture(autouse=True)
+def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cached pages come back without the pause that spares a real machine."""
+    monkeypatch.setattr("services.coordinator.restoration.CACHED_PAUSE_S", 0.001)
 
 
 @asynccontextmanager
@@ -110,6 +117,106 @@ async def test_one_lost_rank_is_restored_from_parity_and_only_the_tail_recompute
         assert record.restored_pages == sealed > 0
         assert record.recomputed_tokens < world.page_tokens
         assert record.lost_ranks == (1,)
+
+
+async def test_each_stream_goes_on_when_its_own_pages_are_back() -> None:
+    world = World(7, pages=200)
+    async with running(world):
+        for _ in range(world.size + 1):
+            world.add_worker()
+        world.add_store()
+        await serving(world)
+        long = world.submit(length=160, max_tokens=60)
+        short = world.submit(length=9, max_tokens=60)
+        while not (world.received[long] and world.received[short]) or world.group.status().stripes_pending:
+            await world.move()
+        had = len(world.received[short])
+        world.kill(next(each for each in world.workers.values() if each.assign is not None and each.assign.rank == 1))
+        while world.group.membership.state != "restoring":
+            await world.move()
+        while world.group.membership.state == "restoring":
+            await world.move()
+        ahead = len(world.received[short]) - had
+        assert ahead > 3, "the short stream waited for the long one's pages"
+        await finish(world)
+        record = world.group.status().recoveries[-1]
+        streams = {stream.request_id: stream for stream in record.streams}
+        assert streams[short].resumed_s < streams[long].resumed_s
+        assert {stream.way for stream in record.streams} == {"restore"}
+        assert streams[long].restored_pages >= 160 // world.page_tokens
+
+
+@pytest.mark.parametrize("parity", [1, 2])
+async def test_the_prefix_cache_comes_back_after_a_loss(parity: int) -> None:
+    world = World(8, pages=64, parity=parity)
+    async with running(world):
+        for _ in range(world.size + parity):
+            world.add_worker()
+        world.add_store()
+        await serving(world)
+        world.submit(length=40, max_tokens=5, shared_prefix=True)
+        await finish(world)
+        cached = world.group.status().pages_cached
+        for worker in [each for each in world.workers.values() if each.assign is not None][:parity]:
+            world.kill(worker)
+        await serving(world)
+        assert world.group.status().pages_lost == cached > 0
+        assert world.group.status().can_lose == 0
+        async with asyncio.timeout(10):
+            while world.group.pool.lost:
+                if not await world.move():
+                    await asyncio.sleep(0.001)
+        assert world.group.status().pages_cached == cached
+        assert world.group.status().can_lose == parity
+        world.check_slices()
+        restored = world.restored
+        world.submit(length=30, max_tokens=5, shared_prefix=True)
+        await finish(world)
+        assert world.group.pool.count(Shadow.PROTECTED) > cached
+        assert world.restored == restored == cached * parity
+
+
+async def test_a_page_being_restored_is_nobody_elses_when_its_request_ends() -> None:
+    world = World(10, pages=12)
+    async with running(world):
+        for _ in range(world.size + 1):
+            world.add_worker()
+        world.add_store()
+        await serving(world)
+        name = world.submit(length=30, max_tokens=10)
+        while len(world.received[name]) < 3 or world.group.status().stripes_pending:
+            await world.move()
+        world.kill(next(each for each in world.workers.values() if each.assign is not None and each.assign.rank == 1))
+        while world.group.membership.state != "restoring":
+            await world.move()
+        under_way = [page.number for page in world.group.pool.pages if page.pins]
+        assert under_way
+        world.abort()
+        world.submit(length=30, max_tokens=10)  # needs all the room that there is
+        held = (
+            {page for each in world.group.scheduler.sequences() for page in each.pages} if world.group.scheduler else ()
+        )
+        assert not set(held) & set(under_way)
+        await finish(world)
+
+
+async def test_cached_pages_that_no_store_has_are_dropped() -> None:
+    world = World(9, pages=64)
+    async with running(world):
+        for _ in range(world.size + 1):
+            world.add_worker()
+        world.add_store()
+        await serving(world)
+        world.submit(length=40, max_tokens=5)
+        await finish(world)
+        world.parity_of.clear()
+        world.kill(next(each for each in world.workers.values() if each.assign is not None))
+        await serving(world)
+        async with asyncio.timeout(10):
+            while world.group.pool.lost:
+                if not await world.move():
+                    await asyncio.sleep(0.001)
+        assert world.group.status().pages_cached == 0
 
 
 async def test_without_a_spare_it_says_what_it_waits_for_and_goes_on_when_one_comes() -> None:

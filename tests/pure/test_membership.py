@@ -40,13 +40,13 @@ def test_without_a_spare_no_epoch_begins() -> None:
     assert membership.state == "forming"
 
 
-def test_ranks_lost_before_the_group_served_again_stay_void() -> None:
+def test_each_epoch_names_the_ranks_lost_since_the_one_before() -> None:
     membership = made(workers=4)
     serving(membership, 1)
     membership.gone("w0", "killed")
     membership.form(2, now=0.0)
     membership.gone("w1", "killed")
-    assert membership.form(3, now=0.0).fresh == {0, 1}
+    assert membership.form(3, now=0.0).fresh == {1}
 
 
 def test_what_an_older_epoch_says_has_no_effect() -> None:

@@ -62,7 +62,7 @@ def test_a_page_with_a_slice_missing_is_not_matched_before_it_is_restored() -> N
     page = sealed(pool, 1)
     pool.lose({2})
     assert pool.match([key(1)]) == []
-    pool.restored(key(1))
+    pool.restored(page, key(1))
     assert pool.match([key(1)]) == [page]
     assert pool.count(Shadow.PROTECTED) == 1
 
@@ -78,6 +78,46 @@ def test_failed_protection_has_a_reason_and_is_tried_again() -> None:
     assert len(pool.start_protection(1, 1)) == 1
 
 
+def test_the_same_tokens_computed_anew_take_the_name_of_a_page_that_is_not_whole() -> None:
+    pool = PagePool(2, protect=True)
+    lost = sealed(pool, 1)
+    pool.release([lost])
+    pool.lose({2})
+    pool.pin(lost)  # a restore of it is under way
+    (new,) = pool.allocate(1) or []
+    assert pool.seal(new, key(1)) == new
+    pool.restored(lost, key(1))
+    pool.check([[new]])
+    pool.unpin(lost)
+    pool.check([[new]])
+    assert pool.lost == 0
+    assert pool.match([key(1)]) == [new]
+
+
+def test_a_pinned_page_is_not_given_away() -> None:
+    pool = PagePool(1, protect=False)
+    page = sealed(pool, 1)
+    pool.release([page])
+    pool.pin(page)
+    assert pool.allocate(1) is None
+    pool.unpin(page)
+    assert pool.allocate(1) == [page]
+
+
+def test_cached_pages_come_back_in_the_order_in_which_they_will_be_missed() -> None:
+    pool = PagePool(4, protect=True)
+    older, newer = sealed(pool, 1), sealed(pool, 2)
+    pool.release([older])
+    pool.release([newer])
+    pool.lose({0})
+    assert [page.number for page in pool.lost_cached(9)] == [newer, older]
+    assert [page.number for page in pool.lost_cached(1)] == [newer]
+    pool.forget([newer])
+    assert pool.lost == 1
+    assert pool.available == 4
+    assert pool.take_released() == (key(2),)
+
+
 def test_a_page_that_is_not_held_can_not_be_released() -> None:
     with pytest.raises(AssertionError, match="not held"):
         PagePool(1, protect=False).release([0])
@@ -91,6 +131,7 @@ class Pool(RuleBasedStateMachine):
         self.pool = PagePool(6, protect=True)
         self.tables: list[list[int]] = []
         self.pending: list[bytes] = []
+        self.pinned: list[int] = []
 
     @rule(count=st.integers(1, 4))
     def allocate(self, count: int) -> None:
@@ -129,13 +170,29 @@ class Pool(RuleBasedStateMachine):
 
     @rule(ranks=st.sets(st.integers(0, 2), min_size=1))
     def lose(self, ranks: set[int]) -> None:
-        """As after a lost rank: what is held is computed anew, what is cached is dropped."""
+        """As after a lost rank: transfers end with the epoch."""
         self.pool.lose(ranks)
-        for table in self.tables:
-            self.pool.rewrite(table)
-        self.pool.drop_missing()
+        while self.pinned:
+            self.pool.unpin(self.pinned.pop())
         self.pool.protect_again(Shadow.PENDING, Shadow.UNPROTECTED)
         self.pending.clear()
+
+    @precondition(lambda self: self.pool.lost)
+    @rule(data=st.data(), way=st.sampled_from(["restored", "forget", "pin"]))
+    def bring_back(self, data: st.DataObject, way: str) -> None:
+        page = data.draw(st.sampled_from([page for page in self.pool.pages if page.missing]))
+        if way == "pin":
+            self.pool.pin(page.number)
+            self.pinned.append(page.number)
+        elif way == "forget":
+            self.pool.forget([page.number])
+        elif page.key is not None:
+            self.pool.restored(page.number, page.key)
+
+    @precondition(lambda self: self.pinned)
+    @rule()
+    def unpin(self) -> None:
+        self.pool.unpin(self.pinned.pop())
 
     @invariant()
     def whole(self) -> None:

@@ -1,7 +1,7 @@
 """What is restored and what is recomputed."""
 
 from services.coordinator.pages import PagePool
-from services.coordinator.recovery import Rates, Stripe, plan_restore, valid_tokens, wanted_keys
+from services.coordinator.recovery import Rates, Stripe, plan_restore, restorable, valid_tokens, wanted_keys
 from services.coordinator.scheduler import Sequence
 from shared.messages import ParityShard
 from shared.types import GenerationRequest, SamplingParams, next_page_key, pack_ids, root_key
@@ -30,7 +30,10 @@ def stripe(shards: int = 1) -> Stripe:
 def plan(
     pool: PagePool, sequences: list[Sequence], stripes: dict[bytes, Stripe], rates: Rates | None = None
 ) -> list[int]:
-    return [each.page for each in plan_restore(pool, sequences, stripes, rates, page_bytes=100, page_tokens=TOKENS)]
+    """The pages restored, in order; without `rates`, always."""
+    always, rates = rates is None, rates or Rates()
+    returns = plan_restore(pool, sequences, stripes, rates, page_bytes=100, page_tokens=TOKENS, always=always)
+    return [stripe.page for each in returns for stripe in each.stripes]
 
 
 def test_sealed_pages_are_restored_and_the_tail_is_not_valid() -> None:
@@ -40,8 +43,8 @@ def test_sealed_pages_are_restored_and_the_tail_is_not_valid() -> None:
     keys = wanted_keys(pool, [sequence])
     assert keys == sequence.keys
     assert plan(pool, [sequence], dict.fromkeys(keys, stripe())) == sequence.pages[:3]
-    for key in keys:
-        pool.restored(key)
+    for page, key in zip(sequence.pages, keys, strict=False):
+        pool.restored(page, key)
     assert valid_tokens(pool, sequence, TOKENS) == 12
 
 
@@ -51,7 +54,7 @@ def test_a_gap_ends_what_is_restored() -> None:
     pool.lose({1})
     stripes = {sequence.keys[0]: stripe(), sequence.keys[2]: stripe()}
     assert plan(pool, [sequence], stripes) == sequence.pages[:1]
-    pool.restored(sequence.keys[0])
+    pool.restored(sequence.pages[0], sequence.keys[0])
     assert valid_tokens(pool, sequence, TOKENS) == 4
 
 
@@ -60,9 +63,10 @@ def test_as_many_parity_shards_as_lost_ranks_are_needed() -> None:
     sequence = made(pool, 1, 4)
     pool.lose({0, 2})
     assert plan(pool, [sequence], {sequence.keys[0]: stripe(1)}) == []
-    found = plan_restore(pool, [sequence], {sequence.keys[0]: stripe(2)}, None, page_bytes=100, page_tokens=TOKENS)
-    assert found[0].lost == (0, 2)
-    assert len(found[0].parity) == 2
+    found = restorable(pool.pages[sequence.pages[0]], {sequence.keys[0]: stripe(2)})
+    assert found is not None
+    assert found.lost == (0, 2)
+    assert len(found.parity) == 2
 
 
 def test_a_shared_page_is_restored_once() -> None:
@@ -71,6 +75,35 @@ def test_a_shared_page_is_restored_once() -> None:
     assert first.pages == second.pages
     pool.lose({0})
     assert plan(pool, [first, second], dict.fromkeys(first.keys, stripe())) == first.pages
+
+
+def test_who_lacks_least_comes_first() -> None:
+    pool = PagePool(8, protect=True)
+    long, short = made(pool, 4, 16), made(pool, 1, 6, start=50)
+    pool.lose({0})
+    stripes = dict.fromkeys([*long.keys, *short.keys], stripe())
+    assert plan(pool, [long, short], stripes) == [*short.pages[:1], *long.pages]
+
+
+def test_each_sequence_comes_back_the_faster_way() -> None:
+    pool = PagePool(32, protect=True)
+    long, short = made(pool, 20, 80), made(pool, 1, 6, start=500)
+    pool.lose({0})
+    stripes = dict.fromkeys([*long.keys, *short.keys], stripe())
+    rates = Rates(prefill_tokens_s=400, restore_bytes_s=1e6, restore_start_s=0.05)
+    ways = plan_restore(pool, [long, short], stripes, rates, page_bytes=100, page_tokens=TOKENS)
+    assert [(way.sequence, len(way.stripes)) for way in ways] == [(short, 0), (long, 20)]
+    assert ways[0].restore_s > ways[0].recompute_s
+    assert ways[1].restore_s < ways[1].recompute_s
+
+
+def test_a_page_that_another_sequence_gave_up_is_not_valid() -> None:
+    pool = PagePool(8, protect=True)
+    first, second = made(pool, 2, 8), made(pool, 2, 8)
+    pool.lose({0})
+    pool.restored(first.pages[0], first.keys[0])
+    pool.forget(first.pages)
+    assert valid_tokens(pool, second, TOKENS) == 4
 
 
 def test_what_nothing_was_lost_of_stays_valid() -> None:
@@ -107,7 +140,8 @@ def test_of_raw_copies_each_lost_rank_needs_its_own() -> None:
     pool.lose({0, 2})
     copies = Stripe(tuple(ParityShard(3 + rank, "tcp://x:1", rank) for rank in range(3)), (1, 2, 3))
     keys = sequence.keys
-    (found,) = plan_restore(pool, [sequence], {keys[0]: copies}, None, page_bytes=100, page_tokens=TOKENS, copies=True)
+    page = pool.pages[sequence.pages[0]]
+    found = restorable(page, {keys[0]: copies}, copies=True)
+    assert found is not None
     assert [shard.shard for shard in found.parity] == [3, 5]
-    partial = Stripe(copies.parity[:2], (1, 2, 3))
-    assert not plan_restore(pool, [sequence], {keys[0]: partial}, None, page_bytes=100, page_tokens=TOKENS, copies=True)
+    assert restorable(page, {keys[0]: Stripe(copies.parity[:2], (1, 2, 3))}, copies=True) is None

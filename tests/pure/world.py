@@ -22,7 +22,6 @@ from shared.messages import (
     DigestDone,
     DigestPlan,
     EpochNow,
-    Goodbye,
     Join,
     Joined,
     Message,
@@ -86,8 +85,11 @@ class SimWorker:
     kv: dict[int, list[int]] = field(default_factory=dict)
     assign: Assign | None = None
     joined: bool = False
-    stalled: Message | None = None
-    """A collective that waits for the other ranks."""
+    step: int = 0
+    lanes: dict[str, deque[Any]] = field(default_factory=lambda: {"compute": deque(), "shadow": deque()})
+    """Plans not begun, of its two threads."""
+    stalled: dict[str, Any] = field(default_factory=dict)
+    """By thread, the plan whose collective waits for the other ranks."""
 
 
 class SimIndex:
@@ -205,19 +207,20 @@ class World:
         """Let one message through, somewhere. False: none is under way."""
         moves: list[tuple[str, Any]] = []
         for worker in self.workers.values():
-            if any(isinstance(message, Assign) for message in worker.wire.sent):
-                worker.stalled = None  # a new epoch ends the collectives of the one before
-            if worker.wire.sent and worker.stalled is None:
+            if worker.wire.sent:
                 moves.append(("in", worker))
             if worker.out:
                 moves.append(("out", worker))
+            moves += [(lane, worker) for lane in worker.lanes if self._can_run(worker, lane)]
         if not moves:
             return False
         kind, worker = self.dice.choice(moves)
         if kind == "out":
             self.group.from_worker(worker.name, worker.out.popleft())
-        else:
+        elif kind == "in":
             self._receive(worker, worker.wire.sent.popleft())
+        else:
+            self._enter(worker, kind, worker.lanes[kind].popleft())
         await self.settle()
         return True
 
@@ -233,6 +236,14 @@ class World:
         for page in self.group.pool.pages:
             if page.shadow is Shadow.PROTECTED and self.store_wire is not None and not page.missing:
                 assert page.key in self.parity_of, f"{page} is protected by nothing"
+
+    def check_slices(self) -> None:
+        """Assert that all ranks have the same in every sealed page of which nothing is missing."""
+        ranks = [self.workers[name] for name in self.group.membership.ranks if name is not None]
+        for page in self.group.pool.pages:
+            if page.key is not None and not page.missing:
+                slices = [worker.kv.get(page.number) for worker in ranks]
+                assert slices.count(slices[0]) == self.size, f"{page}: the ranks disagree"
 
     async def settle(self) -> None:
         for _ in range(6):
@@ -270,40 +281,47 @@ class World:
     def _receive(self, worker: SimWorker, message: Message) -> None:
         match message:
             case Assign():
-                worker.assign, worker.joined = message, False
+                worker.assign, worker.joined, worker.step = message, False, 0
+                worker.stalled.clear()  # a new epoch ends the collectives of the one before
+                for lane in worker.lanes.values():
+                    lane.clear()
                 if message.rank == 0:
                     worker.out.append(Rendezvous(message.epoch, "model", "exchange"))
             case Join() if worker.assign is not None and message.epoch == worker.assign.epoch:
                 worker.joined = True
                 worker.out.append(Joined(message.epoch, worker.assign.rank, 0.0, 0.0))
-            case StepPlan() | ProtectPlan() | RestorePlan() if self._current(worker, message.epoch):
-                self._enter(worker, message)
-            case DigestPlan() if self._current(worker, message.epoch):
-                assert worker.assign is not None
-                tokens = self._read(worker, unpack_ids(message.pages), message.tokens)
-                worker.out.append(DigestDone(message.epoch, message.digest, worker.assign.rank, str(tuple(tokens))))
-            case Goodbye():
-                pass
+            case StepPlan() | DigestPlan() if self._of_epoch(worker, message.epoch):
+                worker.lanes["compute"].append(message)
+            case ProtectPlan() | RestorePlan() if self._of_epoch(worker, message.epoch):
+                worker.lanes["shadow"].append(message)
             case _:
                 pass
 
-    def _current(self, worker: SimWorker, epoch: int) -> bool:
-        return worker.assign is not None and worker.joined and worker.assign.epoch == epoch
+    def _of_epoch(self, worker: SimWorker, epoch: int) -> bool:
+        return worker.assign is not None and worker.assign.epoch == epoch
 
-    def _enter(self, worker: SimWorker, plan: StepPlan | ProtectPlan | RestorePlan) -> None:
+    def _can_run(self, worker: SimWorker, lane: str) -> bool:
+        """Whether a thread can begin its next plan: connected, not inside another, and after the step it waits for."""
+        if not worker.joined or lane in worker.stalled or not worker.lanes[lane]:
+            return False
+        plan = worker.lanes[lane][0]
+        return not isinstance(plan, ProtectPlan) or worker.step >= plan.after_step
+
+    def _enter(self, worker: SimWorker, lane: str, plan: StepPlan | DigestPlan | ProtectPlan | RestorePlan) -> None:
         """Do this rank's part; what follows the barrier happens when the last rank of the epoch is in."""
+        if isinstance(plan, DigestPlan):
+            assert worker.assign is not None
+            tokens = self._read(worker, unpack_ids(plan.pages), plan.tokens)
+            worker.out.append(DigestDone(plan.epoch, plan.digest, worker.assign.rank, str(tuple(tokens))))
+            return
         if isinstance(plan, StepPlan):
             for part in plan.sequences:
                 self._write(worker, unpack_ids(part.pages), part.start, unpack_ids(part.tokens))
-        worker.stalled = plan
-        peers = [
-            each
-            for each in self.workers.values()
-            if each.assign is not None and each.assign.epoch == plan.epoch and each.stalled == plan
-        ]
+        worker.stalled[lane] = plan
+        peers = [each for each in self.workers.values() if each.stalled.get(lane) == plan]
         if len(peers) == self.size:
             for peer in peers:
-                peer.stalled = None
+                del peer.stalled[lane]
             by_rank = {peer.assign.rank: peer for peer in peers if peer.assign is not None}
             assert sorted(by_rank) == list(range(self.size))
             match plan:
@@ -328,6 +346,7 @@ class World:
 
     def _sample(self, plan: StepPlan, by_rank: dict[int, SimWorker]) -> None:
         for rank, worker in by_rank.items():
+            worker.step = plan.step
             samples = []
             for part in plan.sequences:
                 count = part.start + len(unpack_ids(part.tokens))
@@ -375,13 +394,13 @@ class World:
                         assert peer.kv[stripe.page] == encoded[other], "a survivor's sealed page has changed"
                 worker.kv[stripe.page] = list(encoded[rank])
                 self.restored += 1
-            worker.out.append(RestoreDone(plan.epoch, plan.plan, rank, tuple(failed), "gone", 1, 0.0))
+            worker.out.append(
+                RestoreDone(plan.epoch, plan.plan, rank, tuple(failed), "gone" if failed else "", 1, 0.0, 0.0, 0.0, 0.0)
+            )
 
     def abort_collective(self) -> None:
         """A stalled rank reports that its collective was aborted, as it does when a peer dies."""
-        stalled = [
-            worker for worker in self.workers.values() if worker.stalled is not None and worker.assign is not None
-        ]
+        stalled = [worker for worker in self.workers.values() if worker.stalled and worker.assign is not None]
         if stalled:
             worker = self.dice.choice(stalled)
             assert worker.assign is not None
