@@ -215,15 +215,15 @@ class RecoveryRecord:
     recomputed_tokens: int
     kv_bytes_restored: int
     sequences: int
-    fetch_s: float
-    """Of restore_s: waiting for the stores, the exchange between ranks, and decoding."""
-    exchange_s: float
-    decode_s: float
-    streams: tuple[StreamRecovery, ...]
     detect_s: float = 0.0
     """Before `started`: since the last sign of life of who was lost."""
     fence_s: float = 0.0
     """The part of `regroup_s` that the new epoch took to be in Redis."""
+    fetch_s: float = 0.0
+    """Of `restore_s`: waiting for the stores, the exchange between ranks, and decoding."""
+    exchange_s: float = 0.0
+    decode_s: float = 0.0
+    streams: tuple[StreamRecovery, ...] = ()
 
     def phases(self) -> tuple[tuple[str, float], ...]:
         """Names and seconds of its phases, in order, none counted twice."""
