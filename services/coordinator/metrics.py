@@ -5,7 +5,7 @@ no worker. What can be read from the status is read when Prometheus asks; the re
 """
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -70,6 +70,13 @@ class Metrics:
             "ghostserve:rank_restore_seconds", "A rank's part in a restore", ["rank"], buckets=_PHASES_S,
             registry=registry,
         )  # fmt: skip
+
+        for kind in get_args(LossKind):
+            self.rank_failures.labels(kind)
+        for method in ("restore", "recompute"):
+            self.recovered.labels(method)
+        for where in ("restore", "store"):
+            self.checksum_failures.labels(where)
 
     def step_done(self, done: StepDone) -> None:
         """A rank finished a step."""

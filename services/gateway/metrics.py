@@ -25,6 +25,8 @@ class Metrics:
             "ghostserve:request_errors", "Requests refused or ended unfinished, by error code", ["code"],
             registry=self._registry,
         )  # fmt: skip
+        for code in ("queue_full", "stream_lost", "unavailable"):
+            self.errors.labels(code)  # so that their rise from nothing is seen
         self.first_token = self._histogram("time_to_first_token_seconds", "From the request to its first token")
         self.token_gap = self._histogram("inter_token_latency_seconds", "Between token events of one choice", _GAPS)
         self.latency = self._histogram("e2e_request_latency_seconds", "From the request to the end of its answer")

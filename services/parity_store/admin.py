@@ -159,7 +159,7 @@ class _StoreCollector(Collector):
     def collect(self) -> list[Metric]:
         """Return all metrics of the store."""
         table, writer, totals = self._store.table, self._store.writer, self._store.totals
-        shards = CounterMetricFamily("ghost_store_shards", "Shards by what was done with them", labels=["outcome"])
+        shards = CounterMetricFamily("ghostserve:store_shards", "Shards by what was done with them", labels=["outcome"])
         for outcome, count in (
             ("stored", totals.puts),
             ("refused", totals.refused_puts),
@@ -168,21 +168,25 @@ class _StoreCollector(Collector):
             ("released", totals.released),
         ):
             shards.add_metric([outcome], count)
-        transferred = CounterMetricFamily("ghost_store_bytes", "Shard bytes moved", labels=["direction"])
+        transferred = CounterMetricFamily("ghostserve:store_bytes", "Shard bytes moved", labels=["direction"])
         transferred.add_metric(["in"], totals.bytes_in)
         transferred.add_metric(["out"], totals.bytes_out)
-        refused = CounterMetricFamily("ghost_store_refused_connections", "Bulk connections closed for what they sent")
+        refused = CounterMetricFamily(
+            "ghostserve:store_refused_connections", "Bulk connections closed for what they sent"
+        )
         refused.add_metric([], self._bulk.refused)
         return [
             shards,
             transferred,
             refused,
-            GaugeMetricFamily("ghost_store_capacity_bytes", "Size of the arena", self._arena.capacity_bytes),
-            GaugeMetricFamily("ghost_store_used_bytes", "Bytes of the arena in use", self._arena.used_bytes),
-            GaugeMetricFamily("ghost_store_stripes", "Stripes with a shard here", table.stripe_count),
-            GaugeMetricFamily("ghost_store_shards_held", "Shards here", table.count),
-            GaugeMetricFamily("ghost_store_index_queue", "Shards whose index write is pending", writer.queued),
-            GaugeMetricFamily("ghost_store_index_away", "1 while the stripe index can't be reached", writer.is_away),
+            GaugeMetricFamily("ghostserve:store_capacity_bytes", "Size of the arena", self._arena.capacity_bytes),
+            GaugeMetricFamily("ghostserve:store_used_bytes", "Bytes of the arena in use", self._arena.used_bytes),
+            GaugeMetricFamily("ghostserve:store_stripes", "Stripes with a shard here", table.stripe_count),
+            GaugeMetricFamily("ghostserve:store_shards_held", "Shards here", table.count),
+            GaugeMetricFamily("ghostserve:store_index_queue", "Shards whose index write is pending", writer.queued),
+            GaugeMetricFamily(
+                "ghostserve:store_index_away", "1 while the stripe index can't be reached", writer.is_away
+            ),
         ]
 
 

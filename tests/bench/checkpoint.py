@@ -54,7 +54,7 @@ GROUP = "bench"
 
 Mode = Literal["parity", "gather", "replicate"]
 
-METRIC_BYTES_IN = 'ghost_store_bytes_total{direction="in"}'
+METRIC_BYTES_IN = 'ghostserve:store_bytes_total{direction="in"}'
 
 
 @dataclass(frozen=True, slots=True)

@@ -234,7 +234,7 @@ async def test_garbage_on_every_port_leaves_the_store_working(
     put, payloads = stripes(group, 3)
     assert await client.put(put, payloads, timeout=DEADLINE_S) == (None, None, None)
     assert (await store.admin("GET", "/health"))[0] == 200
-    refused = f"ghost_store_refused_connections_total {len(attacks)}.0"
+    refused = f"ghostserve:store_refused_connections_total {len(attacks)}.0"
     assert refused in (await store.admin("GET", "/metrics"))[1]
 
 
@@ -272,8 +272,8 @@ async def test_the_admin_endpoint_shows_and_deletes_stripes(
     await until(is_forgotten)
     status, metrics = await store.admin("GET", "/metrics")
     assert status == 200
-    assert 'ghost_store_shards_total{outcome="stored"} 7.0' in metrics
-    assert "ghost_store_stripes 6.0" in metrics
+    assert 'ghostserve:store_shards_total{outcome="stored"} 7.0' in metrics
+    assert "ghostserve:store_stripes 6.0" in metrics
 
 
 async def test_a_bad_admin_request_is_named_as_such(store: StoreProcess) -> None:

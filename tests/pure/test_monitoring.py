@@ -1,0 +1,20 @@
+"""Alert rules and dashboard are valid, and each alarm is explained. That their metrics exist is tested on a cluster."""
+
+import re
+
+import promql_parser
+import pytest
+
+from tests.pure.monitoring import DOCUMENT, metrics_named, rules
+
+
+def test_every_expression_parses() -> None:
+    assert len(metrics_named()) > 25
+    with pytest.raises(ValueError, match=r".+"):
+        promql_parser.parse("sum(rate(ghostserve:serving[5m])")
+
+
+def test_every_alarm_is_explained_and_no_other() -> None:
+    explained = re.findall(r"^## (GhostServe\w+)$", DOCUMENT.read_text(), re.MULTILINE)
+    assert explained == [rule["alert"] for rule in rules()]
+    assert all(rule["labels"]["severity"] in ("critical", "warning") for rule in rules())
