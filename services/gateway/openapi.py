@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
+from services.gateway.operate import FaultRequest
 from services.gateway.schemas import ChatRequest, CompletionRequest
 
 Json = dict[str, Any]
@@ -12,10 +13,12 @@ _GETS = {
     "/v1/models": "The model that is served, as a list",
     "/v1/models/{model}": "One model",
     "/v1/fault_tolerance/status": "Ranks, spares, stores, protection and recoveries",
+    "/v1/fault_tolerance/events": "The same at each change, as server-sent events `status` and `absent`",
     "/health": "200 while requests are served; 503 with the reason otherwise",
     "/live": "200 while the process runs",
     "/version": "GhostServe's version",
     "/metrics": "Prometheus metrics",
+    "/": "The status page",
 }
 _ERROR = {
     "type": "object",
@@ -36,11 +39,13 @@ _ERROR = {
 def describe(version: str, *, keys: bool) -> Json:
     """The OpenAPI document. `keys`: whether clients need an API key."""
     _, schemas = models_json_schema(
-        [(CompletionRequest, "validation"), (ChatRequest, "validation")], ref_template="#/components/schemas/{model}"
+        [(CompletionRequest, "validation"), (ChatRequest, "validation"), (FaultRequest, "validation")],
+        ref_template="#/components/schemas/{model}",
     )
     paths: dict[str, Json] = {
         "/v1/completions": {"post": _post("Continue a prompt", "CompletionRequest")},
         "/v1/chat/completions": {"post": _post("Answer a conversation", "ChatRequest")},
+        "/v1/fault_tolerance/faults": {"post": _fault()},
     }
     for path, summary in _GETS.items():
         paths[path] = {"get": {"summary": summary, "responses": {"200": {"description": summary}}}}
@@ -57,6 +62,12 @@ def describe(version: str, *, keys: bool) -> Json:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]
     return document
+
+
+def _fault() -> Json:
+    operation = _post("Break a worker; there only with --allow-faults", "FaultRequest")
+    del operation["responses"]["200"]
+    return operation | {"responses": {"202": {"description": "It is being done"}} | operation["responses"]}
 
 
 def _post(summary: str, schema: str) -> Json:

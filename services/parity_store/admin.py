@@ -172,7 +172,7 @@ class _StoreCollector(Collector):
         transferred.add_metric(["in"], totals.bytes_in)
         transferred.add_metric(["out"], totals.bytes_out)
         refused = CounterMetricFamily(
-            "ghostserve:store_refused_connections", "Bulk connections closed for what they sent"
+            "ghostserve:store_refused_connections", "Bulk connections closed for what they said"
         )
         refused.add_metric([], self._bulk.refused)
         return [
@@ -184,9 +184,7 @@ class _StoreCollector(Collector):
             GaugeMetricFamily("ghostserve:store_stripes", "Stripes with a shard here", table.stripe_count),
             GaugeMetricFamily("ghostserve:store_shards_held", "Shards here", table.count),
             GaugeMetricFamily("ghostserve:store_index_queue", "Shards whose index write is pending", writer.queued),
-            GaugeMetricFamily(
-                "ghostserve:store_index_away", "1 while the stripe index can't be reached", writer.is_away
-            ),
+            GaugeMetricFamily("ghostserve:store_index_away", "1 while the index can't be reached", writer.is_away),
         ]
 
 

@@ -38,14 +38,16 @@ async def test_a_kill_shows_in_the_metrics_and_all_that_alarms_need_is_there(clu
     before = await scrape(cluster)
     victim = next(worker for worker in status["workers"] if worker["rank"] == 2)
     body = {"prompt": [9] * 200, "max_tokens": 200, "ignore_eos": True, "stream": True}
-    async with aiohttp.ClientSession(raise_for_status=True) as session:
-        async with session.post(cluster.base_url + "/v1/completions", json=body) as stream:
-            events = 0
-            async for line in stream.content:
-                events += line.startswith(b"data: ")
-                if events == 60 and victim["pid"]:
+    events = 0
+    async with (
+        aiohttp.ClientSession(raise_for_status=True) as session,
+        session.post(cluster.base_url + "/v1/completions", json=body) as stream,
+    ):
+        async for line in stream.content:
+            if line.startswith(b"data: "):
+                events += 1
+                if events == 60:
                     os.kill(victim["pid"], signal.SIGKILL)
-                    victim = victim | {"pid": 0}
     await whole(cluster, without=victim["name"])
     await quiet(cluster)
     after = await scrape(cluster)
@@ -59,7 +61,6 @@ async def test_a_kill_shows_in_the_metrics_and_all_that_alarms_need_is_there(clu
     assert grew["ghostserve:kv_reconstructed_bytes_total"] > 0
     assert grew["ghostserve:parity_bytes_total"] > 0
     assert grew["ghostserve:generation_tokens_total"] == grew["ghostserve:sampled_tokens_total"] == 200
-    assert grew["ghostserve:requests_total{endpoint=/v1/completions,outcome=stop}"] == 0
     assert grew["ghostserve:requests_total{endpoint=/v1/completions,outcome=length}"] == 1
     assert after["ghostserve:spares"] == after["ghostserve:can_lose"] == after["ghostserve:stores"] == 1
     assert after["ghostserve:kv_unprotected_tokens"] == after["ghostserve:protection_lag_seconds"] == 0
