@@ -24,6 +24,7 @@ from shared.config import GatewaySettings
 from shared.errors import ConfigError
 from shared.types import unpack_ids
 from tests.cluster.fake_coordinator import FakeCoordinator, Script, a_status
+from tests.otlp import receiving
 from tests.tiny_tokenizer import make_tokenizer_dir
 
 DEADLINE_S = 15.0
@@ -579,3 +580,26 @@ async def test_garbage_is_answered_4xx_and_service_goes_on(
     answer = await bench.client.completions.create(model="tiny", prompt="x", max_tokens=60)
     assert answer.choices[0].text == TEXT
     assert not any(record.exc_info or record.levelno > logging.INFO for record in caplog.records)
+
+
+async def test_a_request_is_one_trace_from_the_caller_through_the_gateway(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    with receiving() as receiver:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
+        async with FakeCoordinator(a_status(str(model_dir), 400, (2,))) as coordinator:
+            coordinator.script = lambda request: Script((5, 6))
+            async with a_gateway(coordinator) as bench:
+                await bench.until_health(200)
+                for body, header in (({"prompt": "the end"}, parent), ({"prompt": ""}, "nonsense")):
+                    await bench.post("/v1/completions", body, traceparent=header)
+                (submitted,) = coordinator.submitted
+        served, refused = receiver.spans["ghostserve-gateway"]
+    assert submitted.traceparent == f"00-{served.trace_id.hex()}-{served.span_id.hex()}-01"
+    assert (served.trace_id.hex(), served.parent_span_id.hex()) == tuple(parent.split("-")[1:3])
+    told = {each.key: each.value.string_value for each in served.attributes}
+    assert told["ghostserve.outcome"] == "stop"
+    assert submitted.request_id.startswith(told["ghostserve.request"])
+    assert refused.parent_span_id == b""
+    assert refused.status.code == 2

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import os
+import re
+import shlex
 import signal
 import sys
 import time
@@ -14,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from services.local import LocalCluster
 from tests.cluster.conftest import SERVING_S, quiet, whole
 from tests.pure.monitoring import metrics_named
+from tests.pure.test_readme import ROOT
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
 
@@ -102,11 +105,25 @@ async def test_one_line_a_request_with_its_id_and_epoch_and_no_text_of_it(cluste
         body = {"prompt": "the secret fox", "max_tokens": 2}
         async with session.post(cluster.base_url + "/v1/completions", json=body) as response:
             name = response.headers["X-Request-Id"]
+    log = cluster.processes["gateway"].command.log
     end = time.monotonic() + SERVING_S
-    while not (lines := [each for each in cluster.processes["gateway"].log.read_text().splitlines() if name in each]):
+    while not (lines := [line for line in log.read_text().splitlines() if name in line]):
         assert time.monotonic() < end, "the request is not in the log"
         await asyncio.sleep(0.02)
     assert len(lines) == 1
     assert " INFO gateway services.gateway.account: request ended epoch=" in lines[0]
     assert f"request={name} path=/v1/completions outcome=" in lines[0]
-    assert "secret" not in cluster.processes["gateway"].log.read_text()
+    assert "secret" not in log.read_text()
+
+
+async def test_the_readmes_request_works_as_it_stands(cluster: LocalCluster) -> None:
+    status = await whole(cluster)
+    command = re.search(r"^curl .*?\]}'$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert command is not None
+    text = command[0].replace("http://127.0.0.1:8000", cluster.base_url).replace("\\\n", " ")
+    _, url, _, header, _, body = shlex.split(text.replace("SmolLM2-135M-Instruct", status["served_name"]))
+    async with (
+        aiohttp.ClientSession(raise_for_status=True) as session,
+        session.post(url, data=body, headers=dict([header.split(": ")])) as response,
+    ):
+        assert (await response.text()).endswith("data: [DONE]\n\n")

@@ -1,12 +1,19 @@
-"""The README's configuration table is that of the settings. `python -m tests.pure.test_readme` writes it anew."""
+"""The documents' configuration table is that of the settings, and what they link to is there.
+
+`python -m tests.pure.test_readme` writes the table anew.
+"""
 
 import re
 from pathlib import Path
 
+import pytest
+
 from services.local import ServeSettings
 from shared.config import CommonSettings, CoordinatorSettings, GatewaySettings, ParityStoreSettings, WorkerSettings
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+CONFIGURATION = ROOT / "docs" / "configuration.md"
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TABLE = re.compile(r"(?<=<!-- configuration -->\n).*?(?=<!-- /configuration -->)", re.DOTALL)
 CLASSES = {
     "serve": ServeSettings,
@@ -36,17 +43,18 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def test_the_readme_names_every_setting_with_its_default() -> None:
-    found = TABLE.search(README.read_text())
+def test_the_configuration_names_every_setting_with_its_default() -> None:
+    found = TABLE.search(CONFIGURATION.read_text())
     assert found is not None
     assert found[0] == table()
 
 
-def test_every_file_that_the_readme_links_to_is_there() -> None:
-    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", README.read_text())
-    assert links
-    assert [link for link in links if not (README.parent / link).exists()] == []
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_file_that_a_document_links_to_is_there(document: Path) -> None:
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text())
+    assert links or document.name == "api.md"
+    assert [link for link in links if not (document.parent / link).exists()] == []
 
 
 if __name__ == "__main__":
-    README.write_text(TABLE.sub(lambda _: table(), README.read_text()))
+    CONFIGURATION.write_text(TABLE.sub(lambda _: table(), CONFIGURATION.read_text()))

@@ -1,66 +1,19 @@
 """Traces reach a real OTLP receiver, below the caller's span; without an endpoint nothing is told."""
 
+import asyncio
 import itertools
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from services.coordinator.traces import tell_recovery
 from shared.tracing import NoTracing, traceparent_of, tracing
 from shared.types import RecoveryRecord
+from tests.otlp import receiving
+from tests.pure.test_group_simulation import finish, running, serving
+from tests.pure.world import World
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-
-
-class Receiver:
-    """An OTLP/HTTP endpoint. `spans` by service, in the order in which they came."""
-
-    def __init__(self) -> None:
-        self.spans: dict[str, list[Span]] = {}
-        receiver = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                if self.headers.get("Content-Encoding") == "gzip":
-                    import gzip
-
-                    body = gzip.decompress(body)
-                receiver.take(ExportTraceServiceRequest.FromString(body))
-                self.send_response(200)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def take(self, request: ExportTraceServiceRequest) -> None:
-        for resource in request.resource_spans:
-            names = {each.key: each.value.string_value for each in resource.resource.attributes}
-            for scope in resource.scope_spans:
-                self.spans.setdefault(names["service.name"], []).extend(scope.spans)
-
-
-@contextmanager
-def receiving() -> Iterator[Receiver]:
-    receiver = Receiver()
-    thread = Thread(target=receiver.server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield receiver
-    finally:
-        receiver.server.shutdown()
-        thread.join()
-        receiver.server.server_close()
 
 
 def test_a_span_is_below_the_callers_and_its_children_below_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,3 +73,29 @@ def test_off_tells_nobody_and_hands_the_context_on(monkeypatch: pytest.MonkeyPat
 def test_a_traceparent_that_is_none_is_dropped(header: str) -> None:
     assert traceparent_of(header) == ""
     assert traceparent_of(PARENT) == PARENT
+
+
+async def test_requests_and_a_recovery_of_a_group_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with receiving() as receiver:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
+        with tracing("coordinator") as traces:
+            world = World(3)
+            world.group.tracing = traces
+            async with running(world), asyncio.timeout(20):
+                for _ in range(world.size + 1):
+                    world.add_worker()
+                world.add_store()
+                await serving(world)
+                world.submit(length=30, max_tokens=20)
+                while not any(page.shadow.value == "protected" for page in world.group.pool.pages):
+                    await world.move()
+                world.kill(next(each for each in world.workers.values() if each.assign is not None))
+                await finish(world)
+                while not (told := world.group.status().recoveries):
+                    await asyncio.sleep(0.001)
+        spans = await asyncio.to_thread(lambda: receiver.spans["ghostserve-coordinator"])
+    by_name = {span.name: span for span in spans}
+    assert by_name.keys() >= {"queue", "prefill", "decode", "protect", "recovery", "fence", "recompute", "resume"}
+    assert by_name["prefill"].end_time_unix_nano == by_name["decode"].start_time_unix_nano
+    lost = {each.key: each.value for each in by_name["recovery"].attributes}
+    assert lost["ghostserve.lost_ranks"].string_value == ",".join(map(str, told[0].lost_ranks))

@@ -3,6 +3,7 @@
 import { call, events } from "./api.js";
 import { byId, make, plural, seconds, setText } from "./dom.js";
 
+const SAMPLING = { temperature: 0.3, top_p: 0.9 }; // small models ramble at 1
 const turns = [];
 let controller = null;
 let model = "";
@@ -44,7 +45,7 @@ async function ask(text, maxTokens) {
   turns.push(answer);
   busy(true);
   controller = new AbortController();
-  const body = { model, messages: turns.slice(0, -1), max_tokens: maxTokens, stream: true };
+  const body = { model, messages: turns.slice(0, -1), max_tokens: maxTokens, stream: true, ...SAMPLING };
   const pace = { pieces: 0, longest: 0, started: performance.now(), last: null };
   try {
     const response = await call("v1/chat/completions", { body, signal: controller.signal });

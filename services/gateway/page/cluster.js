@@ -27,7 +27,10 @@ export function showProtection(status) {
   card.dataset.level = level;
   setText(byId("can-lose"), safe ? `Can lose ${plural(status.parity, "rank")} now` : "Can lose no rank now");
   setText(byId("can-lose-why"), why(status, safe));
-  const { stripes_protected: done, stripes_pending: pending, stripes_unprotected: bare } = status;
+  const stores = status.stores.length > 0; // without one, nothing is on its way
+  const done = status.stripes_protected;
+  const pending = stores ? status.stripes_pending : 0;
+  const bare = status.stripes_unprotected + status.stripes_pending - pending;
   setBar(byId("stripes"), [["protected", done], ["pending", pending], ["unprotected", bare]],
     `pages of KV: ${done} protected, ${pending} on their way, ${bare} unprotected`);
   setFacts(byId("protection-facts"), [
@@ -39,7 +42,7 @@ export function showProtection(status) {
 function why(status, safe) {
   if (status.state !== "serving") return "Requests wait and go on by themselves. " + sentence(status.detail);
   if (status.protection === "none") return "Protection is off: after a loss everything is recomputed.";
-  if (!safe) return "After a loss, what is unprotected is recomputed: " + sentence(status.unprotected_reason || "no parity");
+  if (!safe) return `After a loss what has no parity is recomputed: ${status.unprotected_reason || "no parity store"}.`;
   return `No request is lost; ${plural(status.unprotected_tokens, "token")} without parity would be recomputed.`;
 }
 
@@ -57,7 +60,7 @@ export function showLoad(status) {
   ]);
   const { pages_held: held, pages_cached: cached, pages_total: total } = status;
   const free = total - held - cached;
-  const share = (pages) => (total ? `${Math.round((100 * pages) / total)}%` : "0%");
+  const share = (pages) => `${((100 * pages) / Math.max(1, total)).toFixed(pages * 10 < total ? 1 : 0)}%`;
   setText(byId("kv-text"), `KV pool: ${share(held)} in use, ${share(cached)} cached for reuse`);
   setBar(byId("kv"), [["held", held], ["cached", cached], ["free", free]],
     `KV pool of ${total} pages: ${held} in use, ${cached} cached, ${free} free`);
@@ -72,12 +75,14 @@ export function showTopology(status, kill) {
   const others = status.workers.filter((each) => each.rank === null);
   keyed(byId("spares"), others, (each) => each.name, tile, (element, worker) =>
     fill(element, worker.state === "spare" ? "good" : "busy", worker.name,
-      worker.state === "spare" ? `ready · ${worker.device}` : "loading", `${worker.host} · pid ${worker.pid}`));
+      worker.state === "spare" ? `ready · ${worker.device}` : "loading", `${worker.host} · ${pid(worker)}`));
   byId("no-spares").hidden = others.length > 0;
   keyed(byId("stores"), status.stores, (each) => each.store_id, tile, (element, store) =>
     fill(element, "good", store.store_id, `connected · ${bytes(store.capacity_bytes)}`, store.bulk_address));
   byId("no-stores").hidden = status.stores.length > 0;
 }
+
+const pid = (worker) => `pid\u00a0${worker.pid}`;
 
 function tile() {
   const head = make("span", "name", make("span", "dot"), make("span"));
@@ -104,7 +109,7 @@ function fillRank(element, { rank, worker }, status, kill) {
   const serving = status.state === "serving";
   const level = worker === null ? "bad" : serving ? "good" : "busy";
   const doing = worker === null ? "lost, vacant" : serving ? `serving · ${worker.device}` : status.state;
-  fill(element, level, `Rank ${rank}`, doing, worker === null ? "waiting for a spare" : `${worker.name} · pid ${worker.pid}`);
+  fill(element, level, `Rank ${rank}`, doing, worker === null ? "waiting for a spare" : `${worker.name} · ${pid(worker)}`);
   element.classList.toggle("vacant", worker === null);
   const button = element.lastChild;
   button.hidden = kill === null;
