@@ -96,6 +96,8 @@ def status_view(status: Json) -> RenderableType:
         f" now; pages {status['stripes_protected']} protected, {status['stripes_pending']} on their way, "
         f"{status['stripes_unprotected']} unprotected; lag {status['protection_lag_s']:.2f} s",
     )
+    if status["reduced_protection"]:
+        protection.append(f"\n{status['reduced_protection']}", "yellow")
     if status["unprotected_reason"]:
         protection.append(f"\n{status['unprotected_reason']}", "yellow")
     load = f"{status['running']} running, {status['waiting']} waiting; KV pool {_share(status):.0%} in use"

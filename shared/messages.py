@@ -146,7 +146,10 @@ class RankFailed(Message):
 
 @dataclass(frozen=True, slots=True)
 class ProtectDone(Message):
-    """Outcome of the stripes that this rank encoded: acknowledged by the stores, or not, and why."""
+    """Outcome of the stripes that this rank encoded: acknowledged by the stores, or not, and why.
+
+    `full`: some of those that failed did so for want of room.
+    """
 
     epoch: int
     rank: int
@@ -155,6 +158,7 @@ class ProtectDone(Message):
     reason: str
     parity_bytes: int
     seconds: float
+    full: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +269,10 @@ class ParityShard(Message):
 
 @dataclass(frozen=True, slots=True)
 class StripeRestore(Message):
-    """How to rebuild one page on the ranks `lost`: survivors' slices and these parity shards."""
+    """How to rebuild one page on the ranks `lost`: survivors' slices, and as many of these parity shards as are lost.
+
+    The others are there to be read where one is damaged.
+    """
 
     page: int
     key: PageKey

@@ -253,7 +253,9 @@ class ClusterStatus:
     parity: int
     protection: Protection
     can_lose: int
-    """How many ranks can be lost now without recomputing sealed pages."""
+    """How many ranks can be lost now, while the stores live, without recomputing sealed pages of requests."""
+    reduced_protection: str
+    """Why the loss of one store would cost a stripe more than one parity shard; empty where it would not."""
     workers: tuple[WorkerStatus, ...]
     stores: tuple[StoreInfo, ...]
     running: int

@@ -90,9 +90,7 @@ class Group:
         self.stores = Stores(index, config.group)
         self.gateways: set[Channel] = set()
         self.model: ModelInfo | None = None
-        self.protection = Protection(
-            config.group, self.membership, PagePool(0, protect=False), self.stores, self._to_ranks
-        )
+        self.protection = Protection(config, self.membership, PagePool(0, protect=False), self.stores, self._to_ranks)
         self.scheduler: Scheduler | None = None
         self.requests: Requests | None = None
         self.restoration: Restoration | None = None

@@ -192,11 +192,29 @@ class PagePool:
         if not protected:
             self.unprotected_reason = reason
 
-    def protect_again(self, *states: Shadow) -> None:
-        """Queue what is in these states: its attempt ended with its epoch, or failed and may now succeed."""
-        for page in self.pages:
-            if page.shadow in states and not page.missing:
-                self._enter(page, Shadow.QUEUED)
+    def protect_again(self, *states: Shadow, cached: int | None = None) -> None:
+        """Queue what is in these states: its attempt ended with its epoch, or failed and may now succeed.
+
+        Pages in use come first; of those that are only cached at most `cached` are queued.
+        """
+        found = [page for page in self.pages if page.shadow in states and not page.missing]
+        idle = [page for page in found if not page.holders]
+        for page in (*(page for page in found if page.holders), *idle[:cached]):
+            self._enter(page, Shadow.QUEUED)
+
+    def make_room(self, keys: Iterable[PageKey]) -> tuple[PageKey, ...]:
+        """The stores had no room for these stripes: choose others, of pages that are only cached, to be forgotten.
+
+        As many as of `keys` are in use, the oldest first. Parity of cached pages is worth the least: it is only needed
+        if a request finds them again.
+        """
+        numbers = [self._by_key[key] for key in keys if key in self._by_key]
+        wanted = sum(self.pages[number].holders > 0 for number in numbers)
+        oldest = (self.pages[number] for number in self._cached)
+        given = list(islice((page for page in oldest if page.shadow is Shadow.PROTECTED), wanted))
+        for page in given:
+            self._enter(page, Shadow.UNPROTECTED)
+        return tuple(page.key for page in given if page.key is not None)
 
     def protection_lost(self) -> None:
         """The stores no longer have what they acknowledged: queue all of it."""

@@ -122,14 +122,17 @@ def restorable(page: Page, stripes: Mapping[PageKey, Stripe], *, copies: bool = 
 
 
 def _enough(stripe: Stripe, lost: tuple[int, ...], *, copies: bool) -> tuple[ParityShard, ...] | None:
-    """The stored shards from which the lost slices come back: any as many, or each one's own copy. None: too few."""
+    """The stored shards from which the lost slices come back: each one's own copy, or all parity. None: too few.
+
+    All, since a row that is found damaged is made up for by another.
+    """
     if copies:
         size = len(stripe.data_checksums)
         wanted = {size + rank for rank in lost}
         shards = tuple(shard for shard in stripe.parity if shard.shard in wanted)
     else:
-        shards = stripe.parity[: len(lost)]
-    return shards if len(shards) == len(lost) else None
+        shards = stripe.parity
+    return shards if len(shards) >= len(lost) else None
 
 
 def valid_tokens(pool: PagePool, sequence: Sequence, page_tokens: int) -> int:

@@ -28,8 +28,6 @@ def cluster_status(
     pool, stores = protection.pool, protection.stores.infos()
     pending = pool.count(Shadow.QUEUED) + pool.count(Shadow.PENDING)
     exposed = pending + pool.count(Shadow.UNPROTECTED)
-    safe = members.state == "serving" and config.protection != "none" and stores and not exposed and not pool.lost
-    losses = config.size if config.protection == "replicate" else config.parity
     return ClusterStatus(
         group=config.group,
         state=members.state,
@@ -41,7 +39,8 @@ def cluster_status(
         size=config.size,
         parity=config.parity,
         protection=config.protection,
-        can_lose=losses if safe else 0,
+        can_lose=can_lose(config, members, protection, scheduler),
+        reduced_protection=reduced_protection(config, protection),
         workers=members.statuses(),
         stores=stores,
         running=len(scheduler.running) if scheduler else 0,
@@ -63,6 +62,30 @@ def cluster_status(
         prompt_tokens=scheduler.prompt_tokens if scheduler else 0,
         generated_tokens=scheduler.generated_tokens if scheduler else 0,
         preemptions=scheduler.preemptions if scheduler else 0,
+    )
+
+
+def can_lose(config: GroupConfig, members: Membership, protection: Protection, scheduler: Scheduler | None) -> int:
+    """Ranks that may be lost now: none while pages are still lost, or those of running requests have no parity."""
+    if members.state != "serving" or config.protection == "none" or not protection.stores.infos():
+        return 0
+    if protection.pool.lost:
+        return 0
+    pages = protection.pool.pages
+    running = scheduler.running if scheduler is not None else ()
+    held = (pages[number] for each in running for number in each.pages[: len(each.keys)])
+    if any(page.shadow is not Shadow.PROTECTED for page in held):
+        return 0
+    return config.size if config.protection == "replicate" else config.parity
+
+
+def reduced_protection(config: GroupConfig, protection: Protection) -> str:
+    """Why the loss of one store would cost a stripe several shards; empty where it would not."""
+    stores = len(protection.stores.open())
+    if config.protection != "parity" or not 0 < stores < config.parity:
+        return ""
+    return (
+        f"{config.parity} parity shards of each stripe lie in {stores} store(s): a store's loss costs several at once"
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from kernels.codec import Codec, checksum
 from services.worker.exchange import Bytes, Exchange
 from services.worker.stores import StoreClients
+from shared.errors import GhostError, StoreFull
 from shared.messages import ProtectDone, ProtectPlan
 from shared.transport.base import PutShards, ShardLabel
 from shared.types import encoding_rank, place_shards, unpack_ids
@@ -85,7 +86,7 @@ class Protector:
                 for number, label in enumerate(shards):
                     store = places[label.number - label.k]
                     batches.setdefault(addresses[store], []).append((label, parity[row][number]))
-            reasons: dict[bytes, str] = {}
+            reasons: dict[bytes, GhostError] = {}
             await asyncio.gather(*(self._put_batch(plan, where, batch, reasons) for where, batch in batches.items()))
             keys = [shards[0].page_key for shards in labels]
             failed = tuple(key for key in keys if key in reasons)
@@ -95,22 +96,27 @@ class Protector:
                     rank=rank,
                     protected=tuple(key for key in keys if key not in reasons),
                     failed=failed,
-                    reason=reasons[failed[0]] if failed else "",
+                    reason=_in_words(reasons[failed[0]]) if failed else "",
                     parity_bytes=(len(keys) - len(failed)) * parity.shape[1] * parity.shape[2],
                     seconds=time.monotonic() - began,
+                    full=any(isinstance(reason, StoreFull) for reason in reasons.values()),
                 )
             )
         finally:
             self._give_room(parity.nbytes)
 
     async def _put_batch(
-        self, plan: ProtectPlan, address: str, batch: Sequence[tuple[ShardLabel, Bytes]], reasons: dict[bytes, str]
+        self,
+        plan: ProtectPlan,
+        address: str,
+        batch: Sequence[tuple[ShardLabel, Bytes]],
+        reasons: dict[bytes, GhostError],
     ) -> None:
         request = PutShards(self._group, plan.epoch, plan.serial, tuple(label for label, _ in batch))
         outcomes = await self._stores.put(address, request, [shard.data for _, shard in batch])
         for (label, _), outcome in zip(batch, outcomes, strict=True):
             if outcome is not None:
-                reasons[label.page_key] = f"{address}: {type(outcome).__name__}: {outcome}"
+                reasons[label.page_key] = outcome
 
     def _take_room(self, size: int) -> None:
         with self._room:
@@ -121,3 +127,8 @@ class Protector:
         with self._room:
             self._in_flight -= size
             self._room.notify_all()
+
+
+def _in_words(reason: GhostError) -> str:
+    """Why stripes are unprotected, as the cluster's status shows it."""
+    return f"store full: {reason}" if isinstance(reason, StoreFull) else f"{type(reason).__name__}: {reason}"

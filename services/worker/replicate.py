@@ -6,15 +6,15 @@ difference.
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from kernels.codec import checksum
 from services.worker.exchange import Bytes, Exchange
 from services.worker.protect import Protector
-from services.worker.restore import Restorer
+from services.worker.restore import Restorer, Stored
 from shared.messages import ProtectPlan, StripeRestore
 from shared.transport.base import ShardLabel
 
@@ -43,10 +43,10 @@ class CopyRestorer(Restorer):
     def _gather(self, stripes: Sequence[StripeRestore], exchange: Exchange) -> dict[int, dict[int, Bytes]]:
         return {index: {} for index, stripe in enumerate(stripes) if exchange.rank in stripe.lost}
 
-    def _share(self, stripe: StripeRestore, rank: int) -> StripeRestore:
+    def _share(self, stripe: StripeRestore, rank: int) -> Stored:
         size = len(stripe.data_checksums)
-        return replace(stripe, parity=tuple(shard for shard in stripe.parity if shard.shard == size + rank))
+        return Stored(deque(shard for shard in stripe.parity if shard.shard == size + rank), 1)
 
-    def _decode(self, stripe: StripeRestore, by_rank: dict[int, Bytes], parity: Bytes, exchange: Exchange) -> str:
-        exchange.pool.page(stripe.page)[:] = parity[0]
+    def _decode(self, stripe: StripeRestore, by_rank: dict[int, Bytes], stored: Stored, exchange: Exchange) -> str:
+        exchange.pool.page(stripe.page)[:] = next(iter(stored.rows.values()))
         return ""

@@ -2,9 +2,10 @@
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -12,18 +13,42 @@ from kernels.codec import Codec, checksum
 from services.worker.exchange import Bytes, Exchange
 from services.worker.stores import StoreClients
 from shared.errors import CommunicatorAborted
-from shared.messages import RestoreDone, RestorePlan, StripeRestore
+from shared.messages import ParityShard, RestoreDone, RestorePlan, StripeRestore
 from shared.transport.base import GetShards, ShardRef
 
 DAMAGED = "differs from its recorded checksum"
 
 
-@dataclass(frozen=True, slots=True)
-class Fetch:
-    """Parity [len(stripe.parity), page_bytes] by page key, as it comes in; `reasons`: stripes that can't be had."""
+@dataclass(slots=True)
+class Stored:
+    """What is read of one stripe's stored shards."""
 
-    shards: dict[bytes, Bytes]
-    reasons: Future[dict[bytes, str]]
+    untried: deque[ParityShard]
+    wanted: int  # rows
+    rows: dict[int, Bytes] = field(default_factory=dict)  # shard number -> its bytes [page_bytes]
+    trouble: str = "no shard is left to try"  # with the row that was read last
+    damaged: int = 0  # rows
+
+    @property
+    def missing(self) -> int:
+        """Rows that are wanted and not there."""
+        return self.wanted - len(self.rows)
+
+    def next(self) -> list[ParityShard]:
+        """The rows to read now: none if there are enough, or can't be."""
+        if len(self.untried) < self.missing:
+            return []
+        return [self.untried.popleft() for _ in range(self.missing)]
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One row on its way from a store."""
+
+    stripe: Stored
+    shard: ParityShard
+    ref: ShardRef
+    into: Bytes
 
 
 class Restorer:
@@ -34,20 +59,19 @@ class Restorer:
         self._codec = codec
         self._stores = stores
         self._loop = loop
-        self._fetches: dict[tuple[int, int], Fetch] = {}
+        self._fetches: dict[tuple[int, int], Future[dict[bytes, Stored]]] = {}
 
     def prefetch(self, plan: RestorePlan, rank: int, length: int) -> None:
         """Begin to read what `rank` has lost, before its turn comes or the ranks are even connected."""
-        mine = [self._share(stripe, rank) for stripe in plan.stripes if rank in stripe.lost]
+        mine = {stripe.key: self._share(stripe, rank) for stripe in plan.stripes if rank in stripe.lost}
         if mine:
-            shards = {stripe.key: np.empty((len(stripe.parity), length), dtype=np.uint8) for stripe in mine}
-            reasons = asyncio.run_coroutine_threadsafe(self._get(mine, shards, length), self._loop)
-            self._fetches[plan.epoch, plan.plan] = Fetch(shards, reasons)
+            fetch = asyncio.run_coroutine_threadsafe(self._get(mine, length), self._loop)
+            self._fetches[plan.epoch, plan.plan] = fetch
 
     def forget(self) -> None:
         """The epoch is over: give up what was begun; who waits for it is told so."""
         while self._fetches:
-            self._fetches.popitem()[1].reasons.cancel()
+            self._fetches.popitem()[1].cancel()
 
     def restore(self, plan: RestorePlan, exchange: Exchange) -> RestoreDone:
         """Take part in a plan; says which stripes this rank could not decode, and why the first of them.
@@ -56,24 +80,28 @@ class Restorer:
         """
         fetch = self._fetches.get((plan.epoch, plan.plan))
         failed: dict[bytes, str] = {}
-        damaged = 0
         began = time.monotonic()
         slices = self._gather(plan.stripes, exchange)
         exchanged = time.monotonic()
         try:
-            reasons = fetch.reasons.result() if fetch is not None else {}
+            stored = fetch.result() if fetch is not None else {}
         except CancelledError:
             raise CommunicatorAborted("the epoch ended while parity was on its way") from None
         fetched = time.monotonic()
+        damaged = sum(each.damaged for each in stored.values())
         for index, by_rank in slices.items():
             stripe = plan.stripes[index]
-            why = reasons.get(stripe.key, "") if fetch is not None else "its parity was not asked for"
-            if fetch is not None and not why:
+            rows = stored.get(stripe.key)
+            if rows is None:
+                failed[stripe.key] = "its parity was not asked for"
+            elif rows.missing:
+                failed[stripe.key] = rows.trouble
+            else:
                 with exchange.writing():
-                    why = self._decode(stripe, by_rank, fetch.shards[stripe.key], exchange)
-            if why:
-                failed[stripe.key] = why
-                damaged += why.endswith(DAMAGED)
+                    why = self._decode(stripe, by_rank, rows, exchange)
+                if why:
+                    failed[stripe.key] = why
+                    damaged += 1
         self._fetches.pop((plan.epoch, plan.plan), None)
         return RestoreDone(
             epoch=plan.epoch,
@@ -93,37 +121,40 @@ class Restorer:
         """Bring the survivors' slices to the ranks that decode; see Exchange.gather."""
         return exchange.gather([stripe.page for stripe in stripes], [stripe.lost for stripe in stripes])
 
-    def _share(self, stripe: StripeRestore, rank: int) -> StripeRestore:
-        """The stripe with those of its stored shards that `rank` needs."""
-        return stripe
+    def _share(self, stripe: StripeRestore, rank: int) -> Stored:
+        """What `rank` reads of a stripe."""
+        return Stored(deque(stripe.parity), len(stripe.lost))
 
-    async def _get(self, stripes: Sequence[StripeRestore], shards: dict[bytes, Bytes], length: int) -> dict[bytes, str]:
-        """Read parity, each store's in one request. Returns the reasons of stripes that can't be had."""
-        batches: dict[str, list[tuple[ShardRef, Bytes, int]]] = {}
-        for stripe in stripes:
-            for row, shard in enumerate(stripe.parity):
-                entry = (ShardRef(stripe.key, shard.shard, length), shards[stripe.key][row], shard.checksum)
-                batches.setdefault(shard.bulk_address, []).append(entry)
-        reasons: dict[bytes, str] = {}
+    async def _get(self, stripes: dict[bytes, Stored], length: int) -> dict[bytes, Stored]:
+        """Read as many rows of each stripe as are wanted; another one for each that is damaged or can't be had."""
+        while True:
+            batches: dict[str, list[Read]] = {}
+            for key, stored in stripes.items():
+                for shard in stored.next():
+                    read = Read(stored, shard, ShardRef(key, shard.shard, length), np.empty(length, dtype=np.uint8))
+                    batches.setdefault(shard.bulk_address, []).append(read)
+            if not batches:
+                return stripes
+            await asyncio.gather(*(self._get_batch(address, batch) for address, batch in batches.items()))
 
-        async def get(address: str, batch: list[tuple[ShardRef, Bytes, int]]) -> None:
-            request = GetShards(self._group, tuple(ref for ref, _, _ in batch))
-            outcomes = await self._stores.get(address, request, [into.data for _, into, _ in batch])
-            for (ref, into, recorded), outcome in zip(batch, outcomes, strict=True):
-                if outcome is not None:
-                    reasons[ref.page_key] = f"{address}: {type(outcome).__name__}: {outcome}"
-                elif checksum(into) != recorded:
-                    reasons[ref.page_key] = f"{address}: a parity shard {DAMAGED}"
+    async def _get_batch(self, address: str, batch: Sequence[Read]) -> None:
+        """Read rows from one store, in one request, and enter each with its stripe: the bytes, or what was wrong."""
+        request = GetShards(self._group, tuple(read.ref for read in batch))
+        outcomes = await self._stores.get(address, request, [read.into.data for read in batch])
+        for read, outcome in zip(batch, outcomes, strict=True):
+            if outcome is not None:
+                read.stripe.trouble = f"{address}: {type(outcome).__name__}: {outcome}"
+            elif checksum(read.into) != read.shard.checksum:
+                read.stripe.trouble = f"{address}: a parity shard {DAMAGED}"
+                read.stripe.damaged += 1
+            else:
+                read.stripe.rows[read.shard.shard] = read.into
 
-        await asyncio.gather(*(get(address, batch) for address, batch in batches.items()))
-        return reasons
-
-    def _decode(self, stripe: StripeRestore, by_rank: dict[int, Bytes], parity: Bytes, exchange: Exchange) -> str:
+    def _decode(self, stripe: StripeRestore, by_rank: dict[int, Bytes], stored: Stored, exchange: Exchange) -> str:
         """Decode this rank's slice straight into its pool. Returns what was wrong, or nothing."""
         target = exchange.pool.page(stripe.page)
         data = {rank: shard for rank, shard in by_rank.items() if rank not in stripe.lost}
-        rows = {shard.shard: parity[row] for row, shard in enumerate(stripe.parity)}
-        present = {**data, **rows}
+        present = {**data, **stored.rows}
         plan = self._codec.plan(present.keys(), [exchange.rank])
         self._codec.reconstruct(plan, [present[source] for source in plan.sources], [target])
         if checksum(target) != stripe.data_checksums[exchange.rank]:

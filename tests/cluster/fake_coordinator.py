@@ -81,6 +81,7 @@ def a_status(model_dir: str, vocab_size: int, eos: tuple[int, ...], max_model_le
         parity=1,
         protection="parity",
         can_lose=1,
+        reduced_protection="",
         workers=(),
         stores=(),
         running=0,

@@ -1,6 +1,7 @@
 """The whole coordinator under random faults at random moments: no token is wrong, lost or sent twice, no page leaks."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -8,7 +9,8 @@ import pytest
 
 from services.coordinator.pages import Shadow
 from shared.messages import RankFailed, StoreDrains
-from tests.pure.world import World
+from shared.types import StoreInfo
+from tests.pure.world import Wire, World
 
 MOVES = 100_000
 
@@ -62,6 +64,7 @@ async def finish(world: World) -> None:
 async def test_streams_are_right_whatever_dies_when(seed: int, parity: int) -> None:
     silent_loss = seed % 4 == 3
     world = World(seed, parity=parity)
+    world.room = 5 if seed % 5 == 2 else world.room
     dice = world.dice
     async with running(world):
         for _ in range(world.size + 1):
@@ -309,6 +312,50 @@ async def test_parity_that_a_store_lost_or_wants_to_be_rid_of_is_encoded_anew() 
         world.group.from_store("store", StoreDrains(world.group.config.group, tuple(world.parity_of)))
         assert world.group.stores.open() == ()
         assert world.group.status().stripes_pending == protected  # and they stay so until there is another store
+
+
+async def test_in_a_full_store_pages_in_use_take_the_room_of_cached_ones() -> None:
+    world = World(7, pages=64)
+    world.room = 12
+    async with running(world):
+        for _ in range(world.size):
+            world.add_worker()
+        world.add_store()
+        await serving(world)
+        world.submit(length=44, max_tokens=2)
+        await finish(world)
+        assert world.group.status().stripes_protected == 11
+        name = world.submit(length=23, max_tokens=200)
+        clock = time.monotonic()
+        while len(world.received[name]) < 20 or world.group.status().can_lose == 0:
+            assert name not in world.finished, "pages in use stay without parity"
+            if world.dice.random() < 0.1:
+                clock += 0.5
+                world.group._tick(clock)
+            await world.move()
+        status = world.group.status()
+        assert status.stripes_protected == 12
+        assert status.unprotected_reason == "no room"
+        world.check_parity()
+
+
+@pytest.mark.parametrize(("stores", "reduced"), [(1, True), (2, False)])
+async def test_fewer_stores_than_parity_shards_are_reported(stores: int, reduced: bool) -> None:
+    world = World(8, parity=2)
+    async with running(world):
+        for _ in range(world.size):
+            world.add_worker()
+        world.add_store()
+        await serving(world)
+        world.submit(length=23, max_tokens=4)
+        await finish(world)
+        protected = world.group.status().stripes_protected
+        if stores == 2:
+            other = StoreInfo("other", "first", "tcp://nowhere:2", "http://nowhere:2", 1)
+            world.group.store_joins(other, Wire())  # type: ignore[arg-type]
+            assert world.group.status().stripes_pending == protected  # encoded anew, now to different stores
+        assert bool(world.group.status().reduced_protection) is reduced
+        assert world.group.status().can_lose == 2
 
 
 async def test_a_store_is_told_to_forget_what_it_holds_for_an_earlier_coordinator() -> None:

@@ -67,6 +67,24 @@ def test_a_page_with_a_slice_missing_is_not_matched_before_it_is_restored() -> N
     assert pool.count(Shadow.PROTECTED) == 1
 
 
+def test_pages_in_use_take_the_parity_of_cached_ones_the_oldest_first() -> None:
+    pool = PagePool(6, protect=True)
+    old, older, busy, idle = sealed(pool, 1), sealed(pool, 0), sealed(pool, 2), sealed(pool, 3)
+    pool.start_protection(8, 8)
+    pool.end_protection([key(0), key(1)], 0, protected=True)
+    pool.end_protection([key(2), key(3)], 0, protected=False, reason="store full")
+    pool.release([older])
+    pool.release([old])
+    pool.release([idle])
+    assert pool.make_room([key(2), key(3)]) == (key(0),)  # one for the busy one; the idle one has no claim
+    assert pool.make_room([key(3), key(9)]) == ()
+    assert pool.count(Shadow.PROTECTED) == 1
+    pool.protect_again(Shadow.UNPROTECTED, cached=1)
+    assert pool.start_protection(8, 8)[0].number == busy
+    assert pool.count(Shadow.PENDING) == 2
+    pool.check([[busy]])
+
+
 def test_failed_protection_has_a_reason_and_is_tried_again() -> None:
     pool = PagePool(1, protect=True)
     sealed(pool, 1)

@@ -149,6 +149,7 @@ class World:
         self.received: dict[str, list[int]] = {}
         self.finished: dict[str, str] = {}
         self.restored = 0
+        self.room = 1 << 30  # stripes that the store has room for
         self._names = itertools.count()
         self._collectives: dict[tuple[Any, ...], set[str]] = {}
 
@@ -363,19 +364,20 @@ class World:
                 for page, key in zip(unpack_ids(plan.pages), plan.keys, strict=True)
                 if encoding_rank(key, self.size) == rank
             ]
+            stored, refused = [], []
             for page, key in mine:
                 slices = [list(by_rank[each].kv[page]) for each in range(self.size)]
                 assert slices.count(slices[0]) == self.size, "ranks disagree on a sealed page"
                 assert GARBAGE not in slices[0]
-                if self.store_wire is not None:
+                if self.store_wire is not None and (key in self.parity_of or len(self.parity_of) < self.room):
                     self.parity_of[key] = slices
                     self.written[key] = (plan.epoch, plan.serial)
+                    stored.append(key)
+                else:
+                    refused.append(key)
             if mine:
-                keys = tuple(key for _, key in mine)
-                stored = self.store_wire is not None
-                worker.out.append(
-                    ProtectDone(plan.epoch, rank, keys if stored else (), () if stored else keys, "no store", 1, 0.0)
-                )
+                full = bool(refused) and self.store_wire is not None
+                worker.out.append(ProtectDone(plan.epoch, rank, tuple(stored), tuple(refused), "no room", 1, 0.0, full))
 
     def _decode(self, plan: RestorePlan, by_rank: dict[int, SimWorker]) -> None:
         for rank, worker in by_rank.items():
