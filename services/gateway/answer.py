@@ -1,6 +1,5 @@
 """Answers one generation request over HTTP, as a stream of server-sent events or as one JSON body."""
 
-import asyncio
 import json
 import logging
 import time
@@ -9,6 +8,7 @@ from contextlib import aclosing
 
 from aiohttp import web
 
+from services.gateway import sse
 from services.gateway.cluster import Call, StreamLost
 from services.gateway.intake import Job
 from services.gateway.metrics import Metrics
@@ -21,10 +21,6 @@ KEEP_ALIVE_S = 10.0
 """A stream that has nothing to say says so this often, for proxies that end silent connections."""
 STALL_DEADLINE_S = 900.0
 """Silence of the coordinator about a request after which it is given up. Longer than any queue or recovery."""
-WRITE_DEADLINE_S = 60.0
-"""How long a client may leave a full socket unread."""
-
-_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class Answer:
@@ -61,26 +57,26 @@ class Answer:
 
         Raises ConnectionError when the client is gone, or does not read.
         """
-        response = web.StreamResponse(headers=_HEADERS | {"X-Request-Id": self._job.reply_id})
+        response = web.StreamResponse(headers=sse.HEADERS | {"X-Request-Id": self._job.reply_id})
         await response.prepare(request)
         try:
             for chunk in self._reply.opening():
-                await _write(request, response, _event(chunk))
+                await sse.write(request, response, _event(chunk))
             async with aclosing(self._deltas()) as events:
                 async for event in events:
                     if event is None:
-                        await _write(request, response, b": still working\n\n")
+                        await sse.write(request, response, b": still working\n\n")
                     elif (body := self._reply.chunk(*event)) is not None:
-                        await _write(request, response, _event(body))
+                        await sse.write(request, response, _event(body))
             counts = self._usage()
             if self._job.request.include_usage:
-                await _write(request, response, _event(self._reply.usage_chunk(counts)))
-            await _write(request, response, b"data: [DONE]\n\n")
+                await sse.write(request, response, _event(self._reply.usage_chunk(counts)))
+            await sse.write(request, response, b"data: [DONE]\n\n")
         except StreamLost as error:
             log.warning("the stream ended unfinished: %s", error)
             self._metrics.errors.labels("stream_lost").inc()
             body = error_body(str(error), kind="server_error", code="stream_lost")
-            await _write(request, response, _event(body))
+            await sse.write(request, response, _event(body))
         await response.write_eof()
         return response
 
@@ -118,13 +114,3 @@ class Answer:
 
 def _event(body: Json) -> bytes:
     return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-
-
-async def _write(request: web.Request, response: web.StreamResponse, data: bytes) -> None:
-    try:
-        async with asyncio.timeout(WRITE_DEADLINE_S):
-            await response.write(data)
-    except TimeoutError:
-        if request.transport is not None:
-            request.transport.abort()
-        raise ConnectionResetError(f"the client read nothing for {WRITE_DEADLINE_S:.0f} s") from None

@@ -6,8 +6,9 @@ import json
 from typing import Any
 
 from aiohttp import web
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from services.gateway import sse
 from services.gateway.cluster import Cluster
 from services.gateway.guard import read_body
 from shared.errors import RequestRejected
@@ -16,8 +17,6 @@ from shared.types import ClusterStatus, Fault
 
 LEAST_PAUSE_S = 0.1
 """Between two events of one stream: a burst of changes is told as the last of them."""
-WRITE_DEADLINE_S = 20.0
-_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 Json = dict[str, Any]
 
@@ -27,8 +26,8 @@ class FaultRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    fault: Fault
-    worker: str
+    fault: Fault = Field(description="kill: the worker kills itself")
+    worker: str = Field(description="its name, as in the status")
 
 
 class Operate:
@@ -52,7 +51,7 @@ class Operate:
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
         """The state now and at each change, at least once a second, as events `status` or `absent`."""
-        response = web.StreamResponse(headers=_HEADERS)
+        response = web.StreamResponse(headers=sse.HEADERS)
         await response.prepare(request)
         while not self._cluster.stopped:
             changed = self._cluster.changed
@@ -61,8 +60,7 @@ class Operate:
                 event = _event("status", self._view(status))
             else:
                 event = _event("absent", {"detail": self._cluster.absence or "no status"})
-            async with asyncio.timeout(WRITE_DEADLINE_S):
-                await response.write(event)
+            await sse.write(request, response, event)
             await asyncio.sleep(LEAST_PAUSE_S)
             await changed.wait()
         return response

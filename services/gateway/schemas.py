@@ -31,7 +31,7 @@ class Part(BaseModel):
 class StreamOptions(Part):
     """What a stream carries besides the text."""
 
-    include_usage: bool = False
+    include_usage: bool = Field(False, description="end the stream with the counts of tokens")
 
 
 class GenerateRequest(Part):
@@ -40,25 +40,37 @@ class GenerateRequest(Part):
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
     """Fields that are refused, with the values that mean the same as leaving them out."""
 
-    model: str | None = Field(None, max_length=1024)
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
+    model: str | None = Field(None, max_length=1024, description="name of the model served; may be left out")
+    stream: bool | None = Field(False, description="answer with server-sent events, as tokens come")
+    stream_options: StreamOptions | None = Field(None, description="only together with stream")
     n: int | None = Field(None, ge=1, le=MAX_CHOICES, description="choices for each prompt; default 1")
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, description="most likely tokens drawn from; 0 or -1: all")
-    min_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, ge=-_SEED, lt=_SEED)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)] | None = (
-        None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = Field(
+        None, description="texts that end the answer, and are not part of it"
     )
-    user: str | None = None
-    ignore_eos: bool = False
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = Field(
+        None, description="tokens that end the answer"
+    )
+    temperature: float | None = Field(None, ge=0, le=2, description="0: always the most likely token; default 1")
+    top_p: float | None = Field(None, gt=0, le=1, description="least probability of the tokens drawn from, together")
+    top_k: int | None = Field(None, ge=-1, description="most likely tokens drawn from; 0 or -1: all")
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="least probability of a token drawn, as a share of the most likely one's"
+    )
+    seed: int | None = Field(None, ge=-_SEED, lt=_SEED, description="the same seed draws the same tokens")
+    repetition_penalty: float | None = Field(
+        None, gt=0, le=10, description="above 1: tokens of prompt and answer become less likely"
+    )
+    presence_penalty: float | None = Field(
+        None, ge=-2, le=2, description="taken from the logit of every token that the answer has"
+    )
+    frequency_penalty: float | None = Field(
+        None, ge=-2, le=2, description="the same, times how often the answer has it"
+    )
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)] | None = (
+        Field(None, description="token id to what is added to its logit, -100 to 100")
+    )
+    user: str | None = Field(None, description="taken, and of no effect")
+    ignore_eos: bool = Field(False, description="go on to max_tokens, whatever the model says")
     cache_salt: str = Field("", max_length=256, description="prompts share cached KV only within one salt")
     return_kv_digest: bool = Field(False, description="return each rank's hash of the KV as kv_digests")
     return_token_ids: bool = Field(False, description="return the ids of the tokens as token_ids")
@@ -94,10 +106,14 @@ class CompletionRequest(GenerateRequest):
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {"best_of": (1,), "suffix": ("",), "prompt_embeds": ()}
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]] = Field(
+        description="one text, or several; or token ids"
+    )
     max_tokens: int | None = Field(None, ge=0, lt=2**31, description="default 16; 0 only together with echo")
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    echo: bool | None = False
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="logprobs of each token and of so many most likely ones"
+    )
+    echo: bool | None = Field(False, description="begin the answer with the prompt")
 
     @model_validator(mode="after")
     def _has_output(self) -> Self:
@@ -122,7 +138,7 @@ class ChatMessage(Part):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
-    name: str | None = None
+    name: str | None = Field(None, description="of who speaks, for the chat template")
 
     @property
     def text(self) -> str:
@@ -146,10 +162,10 @@ class ChatRequest(GenerateRequest):
     }
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_tokens: int | None = Field(None, ge=1, lt=2**31, description="older name of max_completion_tokens")
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="default: what the context leaves")
-    logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    logprobs: bool | None = Field(False, description="return the logprob of each token")
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS, description="and of so many most likely ones")
 
     @model_validator(mode="after")
     def _logprobs_asked(self) -> Self:

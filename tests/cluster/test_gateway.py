@@ -603,3 +603,24 @@ async def test_a_request_is_one_trace_from_the_caller_through_the_gateway(
     assert submitted.request_id.startswith(told["ghostserve.request"])
     assert refused.parent_span_id == b""
     assert refused.status.code == 2
+
+
+async def test_the_clusters_events_are_told_as_they_come_and_end_with_the_gateway(bench: Bench) -> None:
+    async def next_event(lines: aiohttp.StreamReader) -> tuple[str, dict[str, Any]]:
+        name = (await lines.readline()).decode().removeprefix("event: ").strip()
+        content = json.loads((await lines.readline()).decode().removeprefix("data: "))
+        await lines.readline()
+        return name, content
+
+    async with bench.http.get(bench.url + "/v1/fault_tolerance/events") as response:
+        name, status = await next_event(response.content)
+        assert (name, status["state"], status["gateway"]["allow_faults"]) == ("status", "serving", False)
+        await bench.coordinator.push_status(state="joining", epoch=2)
+        assert (await next_event(response.content))[1]["epoch"] == 2
+        await bench.coordinator.stop()
+        name, content = await next_event(response.content)
+        assert name == "absent"
+        assert content["detail"]
+        bench.stop.set()
+        async with asyncio.timeout(DEADLINE_S):
+            await response.content.read()
