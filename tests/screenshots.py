@@ -45,7 +45,7 @@ async def take(page: Page, cluster: LocalCluster) -> None:
     await expect(state).to_have_text("Serving")
     await ask(page, "Why is the sky blue?", 160)
     await page.get_by_role("button", name="Kill rank 1").click()
-    await expect(page.locator("#timeline > li")).to_have_count(1)
+    await expect(page.locator("#timeline > li").first).to_be_visible()
     await expect(page.locator(".turn.streaming")).to_have_count(0)
     await expect(state).to_have_text("Serving")
     await ask(page, "And why is it red in the evening?", 400)

@@ -89,6 +89,7 @@ def a_status(model_dir: str, vocab_size: int, eos: tuple[int, ...], max_model_le
         pages_total=64,
         pages_held=0,
         pages_cached=0,
+        pages_lost=0,
         stripes_protected=0,
         stripes_pending=0,
         stripes_unprotected=0,

@@ -84,15 +84,15 @@ async def ghostserve(*arguments: str) -> tuple[int | None, str]:
 async def test_status_and_top_show_the_cluster_in_the_terminal(cluster: LocalCluster) -> None:
     status = await whole(cluster)
     code, printed = await ghostserve("status", "--url", cluster.base_url)
-    assert code == 0
+    assert code == 0, printed
     assert {"rank 0", "rank 2", "spare", "store-0", "can lose 1 rank(s) now"} <= {
         wanted for wanted in ("rank 0", "rank 2", "spare", "store-0", "can lose 1 rank(s) now") if wanted in printed
     }
     code, printed = await ghostserve("status", "--json", "--url", cluster.base_url)
-    assert code == 0
+    assert code == 0, printed
     assert json.loads(printed)["epoch"] == status["epoch"]
     code, printed = await ghostserve("top", "--count", "1", "--interval", "0.1", "--url", cluster.base_url)
-    assert code == 0
+    assert code == 0, printed
     assert "time to first token" in printed
     code, printed = await ghostserve("status", "--url", "http://127.0.0.1:9")
     assert code == 1
