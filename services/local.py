@@ -20,6 +20,7 @@ from services.child import LISTEN_DEADLINE_S, Child, Command, start
 from shared.config import CommonSettings, CoordinatorSettings, DType, Port
 from shared.errors import DeadlineExceeded, GhostError
 from shared.service import EXIT_CONFIG, check_bind
+from shared.tls import pinned_context
 from shared.types import Protection
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -120,7 +121,7 @@ class LocalCluster:
                 [*dial, "--name", "worker", "--count", str(settings.tp + settings.spares), "--threads", str(threads)],
                 ("device",),
             ),
-            self._start_service("gateway", dial, ("host", "port")),
+            self._start_service("gateway", dial, ("host", "port", "tls_cert_file", "tls_key_file")),
         ]
         capacity = str(settings.store_memory_mb)
         for number in range(settings.stores):
@@ -200,7 +201,7 @@ class LocalCluster:
         """Wait until the group serves. Returns the cluster's status. Raises GhostError when a child dies."""
         end = time.monotonic() + deadline_s
         told = ""
-        async with aiohttp.ClientSession() as session:
+        async with aiohttp.ClientSession(connector=self._connector()) as session:
             while True:
                 await self.check_alive()
                 status, body = await self._health(session)
@@ -229,12 +230,17 @@ class LocalCluster:
         if self.settings.api_keys:
             headers["Authorization"] = f"Bearer {self.settings.api_keys.get_secret_value().split(',')[0]}"
         async with (
-            aiohttp.ClientSession(headers=headers) as session,
+            aiohttp.ClientSession(headers=headers, connector=self._connector()) as session,
             session.get(self.base_url + "/v1/fault_tolerance/status", timeout=aiohttp.ClientTimeout(5.0)) as response,
         ):
             response.raise_for_status()
             body: dict[str, Any] = await response.json()
             return body
+
+    def _connector(self) -> aiohttp.TCPConnector:
+        """Takes the gateway for what it is by its certificate, whatever names that is made out for."""
+        own = self.settings.tls_cert_file
+        return aiohttp.TCPConnector(ssl=pinned_context(own) if own else True)
 
     async def check_alive(self) -> None:
         """Raise GhostError if a child has died, with the end of its log; of a kept cluster, if it was given up."""

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shared.errors import GhostError, PeerLost
+from shared.tls import client_context
 
 _DEADLINE_S = 10.0
 _PHASES = ("detect_s", "regroup_s", "weights_s", "restore_s", "recompute_s")
@@ -190,8 +191,9 @@ def _get(url: str, path: str) -> bytes:
     request = urllib.request.Request(url.rstrip("/") + path)
     if key := os.environ.get("GHOST_API_KEYS", "").split(",")[0].strip():
         request.add_header("Authorization", f"Bearer {key}")
+    tls = client_context(os.environ.get("GHOST_TLS_CA_FILE", ""))
     try:
-        with urllib.request.urlopen(request, timeout=_DEADLINE_S) as response:
+        with urllib.request.urlopen(request, timeout=_DEADLINE_S, context=tls) as response:
             body: bytes = response.read()
             return body
     except urllib.error.HTTPError as error:

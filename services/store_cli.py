@@ -14,6 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from shared.errors import GhostError, PeerLost
+from shared.tls import client_context
 
 _DEADLINE_S = 10.0
 _POLL_S = 0.2
@@ -31,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     stripes.add_argument("--key", default="", help="only this page key")
     actions.add_parser("scrub", parents=[common], help="check all checksums; exit code 1 if one was wrong")
     actions.add_parser("drain", parents=[common], help="have it emptied; it leaves when all is elsewhere")
-    parser.epilog = "The cluster's token is read from GHOST_TOKEN."
+    parser.epilog = (
+        "The cluster's token is read from GHOST_TOKEN, the authorities of an https URL from GHOST_TLS_CA_FILE."
+    )
 
 
 def store(arguments: argparse.Namespace) -> int:
@@ -96,8 +99,9 @@ def _call(url: str, method: str, path: str) -> dict[str, Any]:
     request = urllib.request.Request(url.rstrip("/") + path, method=method)
     if token := os.environ.get("GHOST_TOKEN"):
         request.add_header("Authorization", f"Bearer {token}")
+    tls = client_context(os.environ.get("GHOST_TLS_CA_FILE", ""))
     try:
-        with urllib.request.urlopen(request, timeout=_DEADLINE_S) as response:
+        with urllib.request.urlopen(request, timeout=_DEADLINE_S, context=tls) as response:
             answer: dict[str, Any] = json.load(response)
             return answer
     except urllib.error.HTTPError as error:

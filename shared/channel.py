@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
@@ -142,10 +143,11 @@ async def accept(request: web.Request, token: str | None) -> tuple[web.WebSocket
 
 @contextlib.asynccontextmanager
 async def dial(
-    url: str, token: str | None, hello: Callable[[str], Message], deadline_s: float
+    url: str, token: str | None, hello: Callable[[str], Message], deadline_s: float, tls: ssl.SSLContext | None = None
 ) -> AsyncIterator[tuple[Channel, Message]]:
     """Client side: connect, say hello, and yield the channel with the coordinator's answer.
 
+    `tls` verifies the other end of a wss:// URL; None: by the system's authorities.
     `hello` is given this end's address on the way to the coordinator: the one by which others can reach this host.
     Raises PeerLost when the coordinator can't be reached, refuses the token, or says Goodbye.
     """
@@ -159,6 +161,7 @@ async def dial(
                     max_msg_size=wire.MAX_FRAME_BYTES,
                     heartbeat=PING_S,
                     compress=0,
+                    ssl=tls if tls is not None else True,
                 )
         except TimeoutError as error:
             raise DeadlineExceeded(f"no answer from the coordinator at {url} for {deadline_s} s") from error

@@ -52,6 +52,9 @@ class CommonSettings(BaseSettings):
 
     coordinator_url: str = Field("ws://127.0.0.1:8100", description="where workers, stores and gateways dial")
     token: SecretStr | None = Field(None, description="shared secret of the cluster; needed to bind beyond loopback")
+    tls_cert_file: str = Field("", description="certificate (chain) of this service's HTTP port, PEM; empty: no TLS")
+    tls_key_file: str = Field("", description="its private key, PEM; empty: in the certificate's file")
+    tls_ca_file: str = Field("", description="authorities by whom others are verified, PEM; empty: the system's")
     log_level: LogLevels = Field(
         "info", description="least severe log level shown; also by module: info,services.coordinator=debug"
     )

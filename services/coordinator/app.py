@@ -20,6 +20,7 @@ from shared.errors import ConfigError, GhostError
 from shared.messages import GatewayHello, Goodbye, StoreHello, Welcome, WorkerHello
 from shared.service import check_bind
 from shared.stripe_index import StripeIndex
+from shared.tls import server_context
 from shared.tracing import tracing
 from shared.types import GroupConfig
 
@@ -37,6 +38,7 @@ async def run(
 ) -> None:
     """Serve until `stop` is set. Raises ConfigError for settings that can't be, PeerLost without a Redis."""
     check_bind(settings.host, settings.secret)
+    tls = server_context(settings)
     config = group_config(settings)
     async with AsyncExitStack() as stack:
         index = await stack.enter_async_context(StripeIndex(settings.redis_url, timeout=2.0))
@@ -48,12 +50,12 @@ async def run(
         )
         await runner.setup()
         try:
-            site = web.TCPSite(runner, settings.host, settings.port)
+            site = web.TCPSite(runner, settings.host, settings.port, ssl_context=tls)
             try:
                 await site.start()
             except OSError as error:
                 raise ConfigError(f"can't listen on {settings.host}:{settings.port}: {error.strerror}") from error
-            url = f"ws://{settings.host}:{runner.addresses[0][1]}"
+            url = f"{'ws' if tls is None else 'wss'}://{settings.host}:{runner.addresses[0][1]}"
             log.info("coordinator of group %s listens on %s, epoch %d", config.group, url, epoch)
             if on_listening:
                 on_listening(url)

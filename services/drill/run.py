@@ -46,6 +46,8 @@ async def _in_own_cluster(arguments: argparse.Namespace, options: Options, conso
     with console.status("starting") as shown, tempfile.TemporaryDirectory(prefix="ghostserve-faults-") as orders:
         settings = ServeSettings(
             port=0,
+            tls_cert_file="",
+            tls_key_file="",
             tp=arguments.tp,
             spares=arguments.spares or max(1, options.loses_ranks),
             stores=arguments.stores or arguments.parity,

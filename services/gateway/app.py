@@ -24,6 +24,7 @@ from services.gateway.schemas import ChatRequest, CompletionRequest, parse
 from services.gateway.tokenizer import Tokenizer
 from shared.config import GatewaySettings
 from shared.errors import ConfigError, ModelError, RequestRejected
+from shared.tls import server_context
 from shared.tracing import Tracing, tracing
 from shared.types import ClusterStatus
 
@@ -60,13 +61,14 @@ async def _run(
     await runner.setup()
     gateway.connections = lambda: len(runner.server.connections) if runner.server is not None else 0
     try:
-        site = web.TCPSite(runner, settings.host, settings.port)
+        tls = server_context(settings)
+        site = web.TCPSite(runner, settings.host, settings.port, ssl_context=tls)
         try:
             await site.start()
         except OSError as error:
             raise ConfigError(f"can't listen on {settings.host}:{settings.port}: {error.strerror}") from error
         host, port = runner.addresses[0][:2]
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        url = f"{'http' if tls is None else 'https'}://{f'[{host}]' if ':' in host else host}:{port}"
         log.info("gateway listening on %s", url)
         if on_listening is not None:
             on_listening(url)

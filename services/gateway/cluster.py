@@ -14,6 +14,7 @@ from shared.errors import GhostError, PeerLost, RequestRejected
 from shared.logs import epoch_is
 from shared.messages import Abort, Accepted, Failed, GatewayHello, Goodbye, Message, Refused, StatusChanged, Submit
 from shared.messages import Tokens as TokensMessage
+from shared.tls import client_context
 from shared.types import ClusterStatus, GenerationRequest
 
 log = logging.getLogger(__name__)
@@ -199,10 +200,15 @@ class Cluster:
         pause = FIRST_REDIAL_S
         name = default_name("gateway")
         settings = self._settings
+        tls = client_context(settings.tls_ca_file)
         while not self.stopped:
             try:
                 async with dial(
-                    settings.coordinator_url, settings.secret, lambda _: GatewayHello(name), settings.dial_deadline_s
+                    settings.coordinator_url,
+                    settings.secret,
+                    lambda _: GatewayHello(name),
+                    settings.dial_deadline_s,
+                    tls,
                 ) as (channel, _):
                     log.info("connected to the coordinator at %s", settings.coordinator_url)
                     self._channel = channel

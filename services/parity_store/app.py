@@ -23,6 +23,7 @@ from shared.errors import ConfigError, GhostError, PeerLost, ProtocolError
 from shared.messages import EpochNow, Goodbye, Message, ReleaseStripes, StoreHello, Welcome
 from shared.service import check_bind
 from shared.stripe_index import StripeIndex
+from shared.tls import client_context, server_context
 from shared.transport.backends import choose
 from shared.transport.server import serve
 from shared.types import StoreInfo
@@ -104,10 +105,11 @@ async def _follow(settings: ParityStoreSettings, store: Store, admin: Admin, inf
         admin.info = _reached_by(info, settings.advertise_host or own_address)
         return StoreHello(admin.info)
 
+    tls = client_context(settings.tls_ca_file)
     pause = _FIRST_PAUSE_S
     while True:
         try:
-            dialled = channel.dial(settings.coordinator_url, settings.secret, hello, settings.dial_deadline_s)
+            dialled = channel.dial(settings.coordinator_url, settings.secret, hello, settings.dial_deadline_s, tls)
             async with dialled as (link, answer):
                 _obey(store, answer)
                 admin.connected, pause = True, _FIRST_PAUSE_S
@@ -154,14 +156,15 @@ def _reached_by(info: StoreInfo, host: str) -> StoreInfo:
 @asynccontextmanager
 async def _listening(application: web.Application, settings: ParityStoreSettings) -> AsyncIterator[str]:
     """Serve the admin endpoint; yield its URL."""
+    tls = server_context(settings)
     runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     try:
         try:
-            await web.TCPSite(runner, settings.host, settings.admin_port).start()
+            await web.TCPSite(runner, settings.host, settings.admin_port, ssl_context=tls).start()
         except OSError as error:
             raise ConfigError(f"can't listen on {settings.host}:{settings.admin_port}: {error}") from error
-        yield f"http://{_bracketed(settings.host)}:{runner.addresses[0][1]}"
+        yield f"{'http' if tls is None else 'https'}://{_bracketed(settings.host)}:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
 

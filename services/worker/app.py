@@ -38,6 +38,7 @@ from shared.messages import (
     WorkerHello,
     WorkerReady,
 )
+from shared.tls import client_context
 from shared.types import GroupConfig
 
 log = logging.getLogger(__name__)
@@ -84,10 +85,15 @@ class Worker:
 
     async def serve(self) -> None:
         """Dial, serve, dial again. Raises GhostError when the coordinator does not want this worker."""
+        tls = client_context(self._settings.tls_ca_file)
         while True:
             try:
                 async with dial(
-                    self._settings.coordinator_url, self._settings.secret, self._hello, self._settings.dial_deadline_s
+                    self._settings.coordinator_url,
+                    self._settings.secret,
+                    self._hello,
+                    self._settings.dial_deadline_s,
+                    tls,
                 ) as (channel, welcome):
                     if isinstance(welcome, Welcome):
                         await self._session(channel, welcome)

@@ -4,6 +4,9 @@ One request names many shards, then their bytes follow; many requests are in fli
 matched by id. What travels (this file, frames.py) and how it is asked and served (client.py, server.py) is the same for
 every backend; a backend is a Stream and a Listener (tcp.py, ucx.py) and passes
 tests/conformance/test_transport.py.
+
+A connection begins with the cluster's token. There is no TLS: it would copy and encrypt every byte once more on both
+sides, on the processors that the model runs on. The network between ranks and stores must be a private one.
 """
 
 from abc import ABC, abstractmethod
