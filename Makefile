@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test bench-kernels check format clean
+.PHONY: help setup serve test bench bench-kernels check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -26,6 +26,9 @@ serve: $(STAMP) ## serve the default model on http://127.0.0.1:8000 until Ctrl-C
 
 test: $(STAMP) ## run all tests
 	$(BIN)/pytest
+
+bench: $(STAMP) ## measure everything side by side; QUICK=1: under 5 minutes. Writes bench/results
+	$(BIN)/python -m tests.bench $(if $(QUICK),--quick)
 
 bench-kernels: $(STAMP) ## measure the erasure code beside its peers; writes bench/results/kernels.json and .png
 	$(BIN)/python -m tests.bench.kernels

@@ -10,7 +10,7 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.table import Table
 
 from services.worker.batch import Chunk
 from services.worker.communicator import create, open_rendezvous
@@ -48,6 +49,7 @@ CASES = (
     Case("decode at 512, 1 stream", 512, 1, 24, {3: 0.75, 1: 1.3}),
     Case("decode at 512, 4 streams", 512, 4, 16, {3: 1.1, 1: 1.3}),
     Case("decode at 512, 8 streams", 512, 8, 16, {3: 0.9, 1: 1.3}),
+    Case("decode at 512, 16 streams", 512, 16, 16, {3: 0.9, 1: 1.3}),
     Case("decode at 4000, 4 streams", 4000, 4, 8, {3: 1.8, 1: 2.0}),
     Case("decode at 4000, 8 streams", 4000, 8, 6, {3: 2.2, 1: 2.0}),
 )
@@ -200,6 +202,29 @@ def rank_processes(model_dir: Path, dtype: torch.dtype, size: int) -> Iterator[C
             handle.close()
 
 
+def measure(dtype_name: str, sizes: Sequence[int], *, quick: bool, generate: bool = True) -> list[dict[str, Any]]:
+    """All rows; the peers take turns at each case. `quick`: one turn, and no contexts of 4,000 tokens."""
+    model_dir, dtype = resolve_model(None), getattr(torch, dtype_name)
+    cases = [case for case in CASES if not quick or (case.context <= 2000 and case.streams <= 8)]
+    rows: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        peers: dict[str, Callable[[Case, int], float]] = {}
+        if generate:
+            peers["generate"] = Generate(model_dir, dtype).measure
+        for size in sizes:
+            peers[f"TP={size}"] = stack.enter_context(rank_processes(model_dir, dtype, size))
+        for measure_peer in peers.values():
+            measure_peer(cases[0], 0)
+        for case in cases:
+            turns = [
+                {name: measure_peer(case, turn) for name, measure_peer in peers.items()}
+                for turn in range(1 if quick else 3)
+            ]
+            rows.append(_row(case, turns))
+            print(_line(rows[-1]), flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one repeat, and no contexts of 4,000 tokens")
@@ -208,24 +233,8 @@ def main() -> None:
     parser.add_argument("--sizes", default="3,1", help="TP sizes to measure")
     parser.add_argument("--no-generate", action="store_true", help="ours alone")
     options = parser.parse_args()
-    model_dir, dtype = resolve_model(None), getattr(torch, options.dtype)
-    cases = [case for case in CASES if not options.quick or case.context <= 2000]
-    rows: list[dict[str, Any]] = []
-    with ExitStack() as stack:
-        peers: dict[str, Callable[[Case, int], float]] = {}
-        if not options.no_generate:
-            peers["generate"] = Generate(model_dir, dtype).measure
-        for size in map(int, options.sizes.split(",")):
-            peers[f"TP={size}"] = stack.enter_context(rank_processes(model_dir, dtype, size))
-        for measure in peers.values():
-            measure(cases[0], 0)
-        for case in cases:
-            turns = [
-                {name: measure(case, turn) for name, measure in peers.items()}
-                for turn in range(1 if options.quick else 3)
-            ]
-            rows.append(_row(case, turns))
-            print(_line(rows[-1]), flush=True)
+    sizes = [int(size) for size in options.sizes.split(",")]
+    rows = measure(options.dtype, sizes, quick=options.quick, generate=not options.no_generate)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2))
 
@@ -238,6 +247,21 @@ def _row(case: Case, turns: list[dict[str, float]]) -> dict[str, Any]:
         if "generate" in figures and name != "generate"
     }
     return asdict(case) | {"tokens_per_s": figures, "ratio": ratios}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The rows, for a person."""
+    names = list(rows[0]["tokens_per_s"])
+    shown = Table(title="Tokens/s of the engine, bfloat16, beside transformers' generate() in turns (ratio)")
+    for column in ("case", *names):
+        shown.add_column(column, justify="right")
+    for row in rows:
+        cells = [
+            f"{row['tokens_per_s'][name]:.1f}" + (f" ({row['ratio'][name]:.2f})" if name in row["ratio"] else "")
+            for name in names
+        ]
+        shown.add_row(row["name"], *cells)
+    return shown
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What protection costs when nothing fails: a cluster with parity beside one without, in turns on the same machine.
+"""What protection costs when nothing fails: throughput of every mode beside `none`, in turns on the same machine.
 
 python -m tests.bench.protection [--quick] [--json FILE]
 """
@@ -6,85 +6,77 @@ python -m tests.bench.protection [--quick] [--json FILE]
 import argparse
 import asyncio
 import json
-import random
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from services.drill import Options, Stream, stream_all
-from services.local import LocalCluster, ServeSettings
-from services.serve import fetch_model
+from services.local import LocalCluster
+from tests.bench.clusters import MODES, peers, stream
 
-SERVING_S = 300.0
 PROMPT_TOKENS = 2000
 DECODE_TOKENS = 64
 DECODE_PROMPT_TOKENS = 512
+CASES = (("prefill", 1), ("decode", 1), ("decode", 4), ("decode", 8))
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Tokens per second in both clusters, medians; `ratio` is the median of the ratios of neighbouring runs."""
+    """Tokens per second of a mode, median; `ratio` is the median of its ratios to `none` in the same turn."""
 
     what: str
     streams: int
-    parity: float
-    none: float
+    mode: str
+    tokens_s: float
     ratio: float
 
 
-async def prefill_rate(cluster: LocalCluster, seed: int) -> float:
-    """Prompt tokens per second of one long prompt."""
-    streams = await _run(cluster, seed, 1, PROMPT_TOKENS, 2)
-    return PROMPT_TOKENS / streams[0].first_token_s
-
-
-async def decode_rate(cluster: LocalCluster, seed: int, streams: int) -> float:
-    """Tokens per second over all streams, once all of them decode."""
-    seen = await _run(cluster, seed, streams, DECODE_PROMPT_TOKENS, DECODE_TOKENS)
-    start = max(each.times[0] for each in seen)
-    end = min(each.times[-1] for each in seen)
-    tokens = sum(sum(start < at <= end for at in each.times) for each in seen)
+async def _rate(cluster: LocalCluster, what: str, streams: int, seed: int) -> float:
+    """Prompt tokens per second of one long prompt, or tokens per second over all streams once all of them decode."""
+    if what == "prefill":
+        (seen,) = await stream(cluster, seed, streams=1, prompt=PROMPT_TOKENS, tokens=2)
+        return PROMPT_TOKENS / seen.first_token_s
+    all_seen = await stream(cluster, seed, streams=streams, prompt=DECODE_PROMPT_TOKENS, tokens=DECODE_TOKENS)
+    start = max(each.times[0] for each in all_seen)
+    end = min(each.times[-1] for each in all_seen)
+    tokens = sum(sum(start < at <= end for at in each.times) for each in all_seen)
     return tokens / (end - start)
 
 
-async def _run(cluster: LocalCluster, seed: int, streams: int, prompt: int, tokens: int) -> list[Stream]:
-    dice = random.Random(seed)
-    prompts = [[dice.randrange(100, 40_000) for _ in range(prompt)] for _ in range(streams)]
-    return await stream_all(cluster, prompts, Options(max_tokens=tokens), f"bench-{seed}", digest=False)
-
-
-async def measure(dtype: str, rounds: int, console: Console) -> list[Row]:
-    """All rows. The clusters take turns, and the order of a turn alternates."""
-    model_dir = await asyncio.to_thread(fetch_model, "default")
-    protected = ServeSettings(port=0, dtype=dtype, protection="parity")  # type: ignore[arg-type]
-    bare = ServeSettings(port=0, dtype=dtype, protection="none", stores=0)  # type: ignore[arg-type]
-    async with LocalCluster(protected, model_dir) as first, LocalCluster(bare, model_dir) as second:
-        for cluster in (first, second):
-            await cluster.wait_serving(SERVING_S)
-            await prefill_rate(cluster, 0)
-        rows = []
-        for what, streams in (("prefill", 1), ("decode", 1), ("decode", 4), ("decode", 8)):
-            rates: dict[LocalCluster, list[float]] = {first: [], second: []}
-            for turn in range(rounds):
-                for cluster in (first, second) if turn % 2 else (second, first):
-                    seed = hash((what, streams, turn)) & 0xFFFFFF
-                    rate = prefill_rate(cluster, seed) if what == "prefill" else decode_rate(cluster, seed, streams)
-                    rates[cluster].append(await rate)
-            ratios = [a / b for a, b in zip(rates[first], rates[second], strict=True)]
-            rows.append(
-                Row(
-                    what,
-                    streams,
-                    statistics.median(rates[first]),
-                    statistics.median(rates[second]),
-                    statistics.median(ratios),
-                )
-            )
-            console.print(rows[-1])
+async def measure(clusters: Mapping[str, LocalCluster], rounds: int, console: Console) -> list[Row]:
+    """All rows. The clusters take turns, in an order that rotates; `none` must be among them."""
+    rows = []
+    names = list(clusters)
+    for case, (what, streams) in enumerate(CASES):
+        rates: dict[str, list[float]] = {name: [] for name in names}
+        for turn in range(rounds):
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                seed = 1 + case * 1000 + turn
+                rates[name].append(await _rate(clusters[name], what, streams, seed))
+        for name in names:
+            ratios = [ours / none for ours, none in zip(rates[name], rates["none"], strict=True)]
+            rows.append(Row(what, streams, name, statistics.median(rates[name]), statistics.median(ratios)))
+        console.print(f"{what}, {streams} stream(s): done")
     return rows
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """The rows, for a person."""
+    shown = Table(title="Tokens/s by mode when nothing fails, TP = 3")
+    for column in ("what", "streams", "mode", "tokens/s", "of none"):
+        shown.add_column(column, justify="right")
+    for row in rows:
+        shown.add_row(row.what, str(row.streams), row.mode, f"{row.tokens_s:.1f}", f"{row.ratio:.3f}")
+    return shown
+
+
+async def _main(dtype: str, rounds: int, console: Console) -> list[Row]:
+    async with peers(list(MODES), dtype) as clusters:
+        return await measure(clusters, rounds, console)
 
 
 def main() -> None:
@@ -94,14 +86,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--json", default="", metavar="FILE")
     arguments = parser.parse_args()
-    console = Console()
-    rows = asyncio.run(measure(arguments.dtype, 3 if arguments.quick else 9, console))
-    table = Table(title=f"Tokens/s with parity and without, {arguments.dtype}, TP = 3")
-    for column in ("what", "streams", "parity", "none", "parity / none"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(row.what, str(row.streams), f"{row.parity:.1f}", f"{row.none:.1f}", f"{row.ratio:.3f}")
-    console.print(table)
+    console = Console(width=120)
+    rows = asyncio.run(_main(arguments.dtype, 3 if arguments.quick else 9, console))
+    console.print(table(rows))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
 

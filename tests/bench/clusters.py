@@ -1,0 +1,71 @@
+"""The peers: clusters on this machine that differ in how KV is protected and in nothing else."""
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+from services.drill import Options, Stream, stream_all
+from services.local import LocalCluster, ServeSettings
+from services.serve import fetch_model
+
+SERVING_S = 300.0
+QUIET_S = 120.0
+TOKEN_IDS = (100, 40_000)
+"""Random prompts draw from these; the default model has 49,152."""
+
+MODES: dict[str, dict[str, Any]] = {
+    "none": {"protection": "none", "stores": 0},
+    "replicate": {"protection": "replicate", "stores": 2},
+    "parity": {"protection": "parity", "parity": 1, "stores": 1},
+    "parity m=2": {"protection": "parity", "parity": 2, "stores": 2},
+}
+"""`none`: recompute after a loss. `replicate`: raw copies at host stores, the usual checkpoint."""
+
+
+@asynccontextmanager
+async def peers(
+    modes: Sequence[str], dtype: str = "bfloat16", **changes: Any
+) -> AsyncIterator[dict[str, LocalCluster]]:
+    """A cluster for each mode, all of them serving; they take turns, and those at rest cost nearly nothing."""
+    model_dir = await asyncio.to_thread(fetch_model, "default")
+    shape: dict[str, Any] = {"port": 0, "dtype": dtype, "spares": 2, "kv_memory_mb": 160}
+    async with AsyncExitStack() as stack:
+        running = {}
+        for mode in modes:
+            settings = ServeSettings(**(shape | MODES[mode] | changes))
+            running[mode] = await stack.enter_async_context(LocalCluster(settings, model_dir))
+        for cluster in running.values():
+            await cluster.wait_serving(SERVING_S)
+            await stream(cluster, 0, streams=1, prompt=600, tokens=8)
+        yield running
+
+
+def random_prompts(seed: int, streams: int, tokens: int) -> list[list[int]]:
+    """The same prompts for the same seed."""
+    dice = random.Random(seed)
+    return [[dice.randrange(*TOKEN_IDS) for _ in range(tokens)] for _ in range(streams)]
+
+
+async def stream(
+    cluster: LocalCluster, seed: int, *, streams: int, prompt: int, tokens: int, **more: Any
+) -> list[Stream]:
+    """Complete random prompts, all at once."""
+    prompts = random_prompts(seed, streams, prompt)
+    return await stream_all(cluster, prompts, Options(max_tokens=tokens), f"bench-{seed}", digest=False, **more)
+
+
+async def whole(cluster: LocalCluster) -> dict[str, Any]:
+    """Wait until all workers are ready again and nothing runs or waits for protection. Returns the status."""
+    end = time.monotonic() + QUIET_S
+    wanted = cluster.settings.tp + cluster.settings.spares
+    while True:
+        status = await cluster.wait_serving(SERVING_S)
+        ready = sum(worker["state"] != "loading" for worker in status["workers"])
+        if ready == wanted and not (status["running"] or status["waiting"] or status["stripes_pending"]):
+            return status
+        if time.monotonic() > end:
+            raise AssertionError(f"not whole after {QUIET_S:.0f} s: {status}\n{cluster.logs()}")
+        await asyncio.sleep(0.1)

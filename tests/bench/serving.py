@@ -1,0 +1,194 @@
+"""Serving while ranks fail: Poisson arrivals of mixed prompts, a share of them hit by a lost rank, by mode.
+
+python -m tests.bench.serving [--quick] [--json FILE]
+
+The trace is seeded, so every mode sees the same requests at the same times. A request counts as hit when it is in
+flight while a rank is killed (SIGKILL, a random one); kills come at even distances until the wanted share is hit.
+Response latency is from a request's arrival time in the trace to its last token.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import signal
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from services.drill import Stream
+from services.local import LocalCluster
+from tests.bench.clusters import peers, stream, whole
+
+PROMPTS = (256, 512, 1024, 3000)
+"""Tokens of the prompts, as likely as each other: chats and agents with long contexts."""
+TOKENS = 40
+RATE_S = 0.3
+"""Arrivals a second: some two thirds of what this machine can serve."""
+SHARES = (0.0, 0.05, 0.10, 0.15)
+MODES = ("none", "replicate", "parity")
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request of the trace."""
+
+    at: float
+    prompt: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One mode at one share of requests hit. Seconds; `goodput` is generated tokens a second from first to last."""
+
+    mode: str
+    wanted_share: float
+    share: float
+    kills: int
+    requests: int
+    latency: dict[str, float]
+    first_token: dict[str, float]
+    goodput: float
+
+
+def trace(count: int, seed: int) -> list[Arrival]:
+    """The same arrivals for the same seed."""
+    dice, at, arrivals = random.Random(seed), 0.0, list[Arrival]()
+    for number in range(count):
+        arrivals.append(Arrival(at, dice.choice(PROMPTS), seed * 10_000 + number))
+        at += dice.expovariate(RATE_S)
+    return arrivals
+
+
+class _Run:
+    """One pass of the trace over one cluster."""
+
+    def __init__(self, cluster: LocalCluster, arrivals: Sequence[Arrival], share: float, seed: int):
+        self._cluster = cluster
+        self._arrivals = arrivals
+        self._share = share
+        self._dice = random.Random(seed)
+        self._pids: dict[int, int] = {}
+        self._in_flight: set[int] = set()
+        self._hit: set[int] = set()
+        self._due = 0  # tokens until the next kill
+        self.kills = 0
+        self.latencies: list[float] = []
+        self.first_tokens: list[float] = []
+        self._tokens = 0
+
+    async def run(self) -> float:
+        """Returns goodput."""
+        self._due = self._pause()
+        began = time.monotonic()
+        async with asyncio.TaskGroup() as tasks:
+            watcher = tasks.create_task(self._know_ranks())
+            await asyncio.gather(
+                *(self._request(number, arrival, began + arrival.at) for number, arrival in enumerate(self._arrivals))
+            )
+            watcher.cancel()
+        return self._tokens / (time.monotonic() - began)
+
+    @property
+    def share(self) -> float:
+        return len(self._hit) / len(self._arrivals)
+
+    async def _know_ranks(self) -> None:
+        """Keep up with who holds which rank, while the group serves."""
+        while True:
+            status = await self._cluster.status()
+            whole = status["state"] == "serving" and any(each["state"] == "spare" for each in status["workers"])
+            self._pids = {each["rank"]: each["pid"] for each in status["workers"] if each["rank"] is not None}
+            if not whole:
+                self._pids = {}
+            await asyncio.sleep(0.25)
+
+    async def _request(self, number: int, arrival: Arrival, at: float) -> None:
+        await asyncio.sleep(max(0.0, at - time.monotonic()))
+        self._in_flight.add(number)
+        (seen,) = await stream(
+            self._cluster, arrival.seed, streams=1, prompt=arrival.prompt, tokens=TOKENS, watch=self._saw
+        )
+        self._in_flight.discard(number)
+        self.latencies.append(seen.times[-1] - at)
+        self.first_tokens.append(seen.times[0] - at)
+        self._tokens += len(seen.tokens)
+
+    def _pause(self) -> int:
+        """Tokens between kills, if some two requests are hit by each."""
+        wanted = self._share * len(self._arrivals) / 2
+        return int(len(self._arrivals) * TOKENS / (wanted + 1)) if wanted else 1 << 60
+
+    def _saw(self, index: int, seen: Stream) -> None:
+        self._due -= 1
+        if self._due <= 0 and self._pids and self.share < self._share:
+            os.kill(self._pids[self._dice.choice(list(self._pids))], signal.SIGKILL)
+            self._pids = {}
+            self._hit |= self._in_flight
+            self.kills += 1
+            self._due = self._pause()
+
+
+async def measure(
+    clusters: Mapping[str, LocalCluster], shares: Sequence[float], count: int, console: Console
+) -> list[Row]:
+    """All rows: at each share the modes take turns with the same trace."""
+    rows = []
+    for number, share in enumerate(shares):
+        for mode in (mode for mode in MODES if mode in clusters):
+            await whole(clusters[mode])
+            run = _Run(clusters[mode], trace(count, 20_000 + number), share, number)
+            goodput = await run.run()
+            rows.append(
+                Row(mode, share, run.share, run.kills, count, _centiles(run.latencies), _centiles(run.first_tokens),
+                    goodput)
+            )  # fmt: skip
+            console.print(f"{share:.0%} of requests hit, {mode}: done")
+    return rows
+
+
+def _centiles(values: Sequence[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return {"p50": cuts[49], "p90": cuts[89], "p99": cuts[98]}
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """The rows, for a person."""
+    shown = Table(title=f"Poisson arrivals, {RATE_S:g} a second, prompts of {PROMPTS} tokens (bfloat16, TP = 3)")
+    for column in ("hit", "mode", "kills", "response p50", "p90", "p99", "first token p50", "p90", "p99", "tokens/s"):
+        shown.add_column(column, justify="right")
+    for row in rows:
+        shown.add_row(
+            f"{row.share:.0%}", row.mode, str(row.kills), *(f"{value:.2f}" for value in row.latency.values()),
+            *(f"{value:.2f}" for value in row.first_token.values()), f"{row.goodput:.1f}",
+        )  # fmt: skip
+    return shown
+
+
+async def _main(quick: bool, console: Console) -> list[Row]:
+    async with peers(("none", "parity") if quick else MODES) as clusters:
+        return await measure(clusters, (0.15,) if quick else SHARES, 10 if quick else 20, console)
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="10 requests, none and parity, 15% hit")
+    parser.add_argument("--json", default="", metavar="FILE")
+    arguments = parser.parse_args()
+    console = Console(width=120)
+    rows = asyncio.run(_main(arguments.quick, console))
+    console.print(table(rows))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
