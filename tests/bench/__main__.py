@@ -1,7 +1,7 @@
 """Everything side by side in one run on this machine: `python -m tests.bench [--quick] [--out DIR]`, `make bench`.
 
-Writes results.json, results.md and results.png, prints the tables as they come, and a summary as the last line. The exit
-code is 1 where a goal is missed.
+Writes results.json, results.md and results.png, prints the tables as they come, and a summary as the last line. The
+exit code is 1 where a goal is missed.
 """
 
 import argparse
