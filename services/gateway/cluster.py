@@ -184,7 +184,10 @@ class Cluster:
         """Send an operator's message to the coordinator. Raises StreamLost if it is away."""
         if self._channel is None or self.absence is not None:
             raise StreamLost(self.absence or self._reason)
-        self._channel.send(message)
+        try:
+            self._channel.send(message)
+        except PeerLost as error:
+            raise StreamLost("the coordinator is away") from error
 
     def forget(self, request_id: str, *, abort: bool) -> None:
         """Nobody waits for this sequence any more; tell the coordinator if it still works on it."""

@@ -3,6 +3,7 @@
 import { byId, bytes, keyed, make, plural, seconds, setBar, setFacts, setText } from "./dom.js";
 
 const LAG_LIMIT_S = 5;
+const SPARE_LEVELS = { spare: "good", loading: "busy" };
 
 /** How the cluster is: a level for the colour, and the same in words. */
 export function judge(status) {
@@ -74,8 +75,8 @@ export function showTopology(status, kill) {
   keyed(byId("ranks"), ranks, (each) => each.rank, rankTile, (tile, each) => fillRank(tile, each, status, kill));
   const others = status.workers.filter((each) => each.rank === null);
   keyed(byId("spares"), others, (each) => each.name, tile, (element, worker) =>
-    fill(element, worker.state === "spare" ? "good" : "busy", worker.name,
-      worker.state === "spare" ? `ready · ${worker.device}` : "loading", `${worker.host} · ${pid(worker)}`));
+    fill(element, SPARE_LEVELS[worker.state] ?? "warn", worker.name,
+      `${worker.state === "spare" ? "ready" : worker.state} · ${worker.device}`, `${worker.host} · ${pid(worker)}`));
   byId("no-spares").hidden = others.length > 0;
   keyed(byId("stores"), status.stores, (each) => each.store_id, tile, (element, store) =>
     fill(element, "good", store.store_id, `connected · ${bytes(store.capacity_bytes)}`, store.bulk_address));
@@ -107,8 +108,10 @@ function fill(element, level, name, first, second) {
 
 function fillRank(element, { rank, worker }, status, kill) {
   const serving = status.state === "serving";
-  const level = worker === null ? "bad" : serving ? "good" : "busy";
-  const doing = worker === null ? "lost, vacant" : serving ? `serving · ${worker.device}` : status.state;
+  const usual = worker?.state === "member"; // otherwise it is being moved, and its state says so
+  const level = worker === null ? "bad" : serving && usual ? "good" : "busy";
+  const doing = worker === null ? "lost, vacant"
+    : !usual ? worker.state : serving ? `serving · ${worker.device}` : status.state;
   fill(element, level, `Rank ${rank}`, doing, worker === null ? "waiting for a spare" : `${worker.name} · ${pid(worker)}`);
   element.classList.toggle("vacant", worker === null);
   const button = element.lastChild;
