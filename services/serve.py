@@ -71,7 +71,8 @@ def _greet(cluster: LocalCluster, console: Console, model: str) -> None:
     )
     for child in cluster.processes.values():
         console.print(f"  {child.name:12} pid {child.pid:<8} {child.address}", style="dim")
-    console.print(f"\nBase URL   [bold]{url}/v1[/bold]   (logs in {cluster.settings.log_dir or cluster.folder})\n")
+    console.print(f"\nBase URL   [bold]{url}/v1[/bold]   (logs in {cluster.settings.log_dir or cluster.folder})")
+    console.print(f"Status     [bold]{url}/[/bold]\n")
     body = json.dumps(
         {"model": model, "max_tokens": 48, "messages": [{"role": "user", "content": "Why is the sky blue?"}]}
     )
