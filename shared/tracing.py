@@ -5,8 +5,10 @@ headers, sampler, limits) are read by the library itself. Spans may be told afte
 Only this module knows the library, which is an optional dependency.
 """
 
+import logging
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span as OtelSpan
+
+log = logging.getLogger(__name__)
 
 Attributes = Mapping[str, str | int | float | bool]
 
@@ -117,8 +121,11 @@ def _started(service: str) -> "Iterator[Tracing]":
     try:
         yield _Otel(provider)
     finally:
-        provider.force_flush(int(1000 * _CLOSE_DEADLINE_S))
-        provider.shutdown()
+        closing = threading.Thread(target=provider.shutdown, daemon=True)  # the library's own deadline does not hold
+        closing.start()
+        closing.join(_CLOSE_DEADLINE_S)
+        if closing.is_alive():
+            log.warning("the last spans could not be sent within %.0f s", _CLOSE_DEADLINE_S)
 
 
 class _Otel:

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import socket
 import time
 
 import pytest
@@ -99,3 +100,14 @@ async def test_requests_and_a_recovery_of_a_group_are_told(monkeypatch: pytest.M
     assert by_name["prefill"].end_time_unix_nano == by_name["decode"].start_time_unix_nano
     lost = {each.key: each.value for each in by_name["recovery"].attributes}
     assert lost["ghostserve.lost_ranks"].string_value == ",".join(map(str, told[0].lost_ranks))
+
+
+def test_a_receiver_that_never_answers_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.tracing._CLOSE_DEADLINE_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
+        began = time.monotonic()
+        with tracing("gateway") as traces:
+            traces.span("x").end()
+        assert time.monotonic() - began < 5

@@ -112,7 +112,7 @@ function fillRank(element, { rank, worker }, status, kill) {
   const level = worker === null ? "bad" : serving && usual ? "good" : "busy";
   const doing = worker === null ? "lost, vacant"
     : !usual ? worker.state : serving ? `serving · ${worker.device}` : status.state;
-  fill(element, level, `Rank ${rank}`, doing, worker === null ? "waiting for a spare" : `${worker.name} · ${pid(worker)}`);
+  fill(element, level, `Rank ${rank}`, doing, worker === null ? "waiting for a spare" : `${worker.name} (${pid(worker)})`);
   element.classList.toggle("vacant", worker === null);
   const button = element.lastChild;
   button.hidden = kill === null;
