@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test bench bench-kernels check format clean
+.PHONY: help setup serve test chaos bench bench-kernels check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -29,6 +29,9 @@ test: $(STAMP) ## run all tests
 
 bench: $(STAMP) ## measure everything side by side; QUICK=1: under 5 minutes. Writes bench/results
 	$(BIN)/python -m tests.bench $(if $(QUICK),--quick)
+
+chaos: $(STAMP) ## random faults under load for MINUTES [5], drawn by SEED [1]; the last line sums up
+	@$(BIN)/python -m tests.chaos --minutes $(or $(MINUTES),5) --seed $(or $(SEED),1)
 
 bench-kernels: $(STAMP) ## measure the erasure code beside its peers; writes bench/results/kernels.json and .png
 	$(BIN)/python -m tests.bench.kernels

@@ -59,6 +59,7 @@ class ServeSettings(CommonSettings):
     max_batch: int = Field(32, ge=1, le=1024, description="sequences a step")
     max_waiting: int = Field(256, ge=0, description="requests that may wait; more are refused with 429")
     communicator: Literal["auto", "shm", "gloo", "nccl"] = Field("auto", description="backend between ranks")
+    replace_stragglers: bool = Field(False, description="give up a rank that is far slower than the others")
     api_keys: SecretStr | None = Field(None, description="API keys that clients may use, comma-separated")
     redis_url: str = Field("", description="an existing Redis; empty: an embedded server")
     log_dir: str = Field(
@@ -111,7 +112,7 @@ class LocalCluster:
             ["--host", "127.0.0.1", "--port", "0", "--redis-url", redis_url, "--model", str(self.model_dir),
              "--served-name", settings.served_name or self._model_name()],
             ("dtype", "tp", "parity", "protection", "restore", "page_tokens", "kv_memory_mb", "max_model_len",
-             "max_step_tokens", "max_batch", "max_waiting", "communicator"),
+             "max_step_tokens", "max_batch", "max_waiting", "communicator", "replace_stragglers"),
         )  # fmt: skip
         dial = ["--coordinator-url", coordinator.address]
         threads = settings.threads or max(1, (os.cpu_count() or 1) // settings.tp)

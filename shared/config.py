@@ -104,6 +104,10 @@ class CoordinatorSettings(CommonSettings):
     step_timeout_s: Seconds = Field(
         60.0, description="time without progress of a step after which its laggards are lost"
     )
+    hang_timeout_s: Seconds = Field(
+        5.0, description="a rank that beats, but stands still for so long while the others wait for it, is lost"
+    )
+    replace_stragglers: bool = Field(False, description="give up a rank that is far slower than the others")
     collective_timeout_s: Seconds = Field(60.0, description="bound of every wait inside a collective")
     join_timeout_s: Seconds = Field(60.0, description="time for a rank to load its slice and join, before it is lost")
 
@@ -126,8 +130,13 @@ class WorkerSettings(CommonSettings):
     hold_weights: bool = Field(
         True, description="a spare holds all ranks' slices ready, for the memory of a whole model"
     )
+    stop_grace_s: float = Field(
+        0.5, ge=0, description="a worker that stays stopped (SIGSTOP) for so long is killed; 0: it may stay"
+    )
     put_deadline_s: Seconds = Field(10.0, description="time for a store to acknowledge a parity shard")
-    fetch_deadline_s: Seconds = Field(10.0, description="time for a store to return a parity shard")
+    fetch_deadline_s: Seconds = Field(
+        2.0, description="time for a store to return parity, and a second more for each 50 MB; then it is recomputed"
+    )
     alive_dir: str = Field("", description="folder where each worker touches a file every second; empty: none")
 
 

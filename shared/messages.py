@@ -83,11 +83,16 @@ class WorkerReady(Message):
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat(Message):
-    """Sent every heartbeat_s whatever the compute thread does; `step` is the last one finished."""
+    """Sent every heartbeat_s whatever the compute thread does; `step` is the last one finished.
+
+    `progress` grows in an epoch with each thing that the compute thread begins, above all each collective that it
+    enters: of two ranks that stand still, the one with less is waited for by the other.
+    """
 
     epoch: int
     step: int
     in_flight: bool
+    progress: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +126,17 @@ class Sample(Message):
 
 @dataclass(frozen=True, slots=True)
 class StepDone(Message):
-    """A step's KV is written on this rank (and so its part in every collective done); what was drawn."""
+    """A step's KV is written on this rank (and so its part in every collective done); what was drawn.
+
+    Of its `seconds`, it spent `waited_s` waiting for others in collectives.
+    """
 
     epoch: int
     step: int
     rank: int
     samples: tuple[Sample, ...]
     seconds: float
+    waited_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

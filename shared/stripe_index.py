@@ -6,6 +6,8 @@ Kept in Redis (or Valkey). Whoever writes an entry has the bytes in place first,
     ghost:{<group>}:s:<page key>    hash, one stripe: parity shard number -> MessagePack array [store id, incarnation,
                                     epoch, k, m, length, checksum, data checksums]; page key is 16 raw bytes
 
+    ghost:store:<store id>          the incarnation whose entries are all in the index; gone when Redis lost its memory
+
 The braces make a group's keys one slot of a Redis cluster, so that a script can compare the epoch and write stripes at
 once; groups spread over the slots. A store that restarts has another incarnation, so that what the index says of its
 former life is void: readers keep only entries whose store is alive under the same incarnation (Stripe.alive), and the
@@ -29,6 +31,8 @@ from shared.types import PAGE_KEY_BYTES, PageKey
 
 _SCRIPT = files("shared").joinpath("stripe_index.lua").read_text()
 _BATCH = 512  # entries in one script call: bounds how long Redis serves nobody else
+_KNOWN_S = 24 * 3600
+"""After so long a store writes its entries again, so that the marks of stores that are gone go too."""
 _T = TypeVar("_T")
 
 
@@ -154,6 +158,14 @@ class StripeIndex:
             if not cursor:
                 return touched
 
+    async def knows(self, store_id: str, incarnation: str) -> bool:
+        """Whether `know` was called for this life of the store, and Redis has not lost its memory since."""
+        return bool(await self._call(self._redis.get(_store_key(store_id))) == incarnation.encode())
+
+    async def know(self, store_id: str, incarnation: str) -> None:
+        """Remember that all entries of this life of the store have been written."""
+        await self._call(self._redis.set(_store_key(store_id), incarnation, ex=_KNOWN_S))
+
     async def _run(self, operation: str, group: str, epoch: int, items: Sequence[tuple[bytes, bytes, bytes]]) -> int:
         """Run the script over (page key, shard number, value) in batches."""
         touched = 0
@@ -180,6 +192,10 @@ class StripeIndex:
 
 def _epoch_key(group: str) -> bytes:
     return b"ghost:{%s}:epoch" % group.encode()
+
+
+def _store_key(store_id: str) -> bytes:
+    return b"ghost:store:" + store_id.encode()
 
 
 def _stripe_key(group: str, page_key: PageKey) -> bytes:

@@ -181,6 +181,10 @@ class WorkerStatus:
     device: str
     rank: int | None
     state: Literal["loading", "spare", "member"]
+    compute_s: float = 0.0
+    """Seconds that it computes in a step, without its waiting for others, averaged over the last ones; ranks only."""
+    straggler: bool = False
+    """It computes far longer than the other ranks, and has for some time."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from services.coordinator.detector import Detector
 from services.coordinator.journal import Journal
 from services.coordinator.membership import Member, Membership
 from services.coordinator.metrics import LossKind, Metrics
@@ -88,6 +89,11 @@ class Group:
         )
         self.membership.epoch = epoch
         self.stores = Stores(index, config.group)
+        self.detector = Detector(
+            heartbeat_s=config.heartbeat_s,
+            hang_timeout_s=settings.hang_timeout_s,
+            replace_stragglers=settings.replace_stragglers,
+        )
         self.gateways: set[Channel] = set()
         self.model: ModelInfo | None = None
         self.protection = Protection(config, self.membership, PagePool(0, protect=False), self.stores, self._to_ranks)
@@ -139,22 +145,22 @@ class Group:
 
     def _tick(self, now: float) -> None:
         self.pool.now = now
-        for name, kind, reason in self.membership.overdue(now):
+        if away_s := self.detector.looked(now):
+            log.warning("this process was away for %.1f s: nobody is blamed for it", away_s)
+            self.membership.excuse(away_s)
+            self._step_started += away_s
+        busy = self.membership.stepping and self.scheduler is not None and self.scheduler.busy
+        for name, kind, reason in list(self.detector.lost(self.membership, self._step_started if busy else None, now)):
             self.worker_gone(name, reason, kind=kind)
         if self.membership.stepping and self.scheduler is not None:
             if self.scheduler.busy and now - self._step_started > self._settings.step_timeout_s:
                 self._broken(f"step {self._step} made no progress for {self._settings.step_timeout_s:.0f} s")
             self.protection.retry(now)
         if self._broken_since is not None and now - self._broken_since > BROKEN_GRACE_S:
-            if lost := self.membership.cut_off(self._cut_off):
-                for name in lost:
-                    self.worker_gone(name, "its host and those of other ranks can't reach each other", kind="cut off")
-            else:
-                self._broken("a collective failed, and nobody is known to be lost")
+            self._collective_failed(now)
         if now - self._status_sent > STATUS_S:
             self.announce()
-            if self._journal.behind:
-                self._spawn(self._journal.catch_up(self.membership.epoch))
+            self._spawn(self._journal.keep(self.membership.epoch))
 
     # -- workers -----------------------------------------------------------------------------------------------------
 
@@ -171,6 +177,7 @@ class Group:
         if known is None or (channel is not None and known is not channel):
             return
         del self._workers[name]
+        self.detector.gone(name)
         if not known.closed:
             known.send(Goodbye(reason))
         silent_s = self._clock() - self.membership.members[name].seen
@@ -191,6 +198,10 @@ class Group:
         if name not in self.membership.members:
             return
         self.membership.heard(name, now, message.step if isinstance(message, Heartbeat) else None)
+        if isinstance(message, Heartbeat):
+            self.detector.beat(name, message, now)
+        elif isinstance(message, StepDone) and message.epoch == self.membership.epoch:
+            self.detector.step_done(name, message)
         epoch = self.membership.epoch
         match message:
             case WorkerReady():
@@ -223,7 +234,8 @@ class Group:
                     self.worker_gone(name, message.reason, kind="failed")
                 elif self.membership.state != "forming":
                     log.info("rank %d: %s", message.rank, message.reason)
-                    self._broken_since = self._broken_since or now
+                    self.detector.failed(name)
+                    self._broken_since = now if self._broken_since is None else self._broken_since
                     if message.cut_off:
                         self._cut_off.add(message.rank)
             case _:
@@ -292,6 +304,17 @@ class Group:
         self.protection.interrupted()
         return self._timeline.interrupted(reason, self.membership.epoch, self._clock())
 
+    def _collective_failed(self, now: float) -> None:
+        """Ranks could not go on, and nobody is known to be lost: one is cut off from the others, or all try again."""
+        joining = self.membership.state in ("assigning", "joining")
+        if lost := self.membership.cut_off(self._cut_off):
+            for name in lost:
+                self.worker_gone(name, "its host and those of other ranks can't reach each other", kind="cut off")
+        elif (failing := self.detector.cut_off(now, joining=joining)) is not None:
+            self.worker_gone(failing, "it can't work with its peers, though it beats", kind="cut off")
+        else:
+            self._broken("a collective failed, and nobody is known to be lost")
+
     def _broken(self, reason: str) -> None:
         """The epoch can't go on, though nobody is known to be lost: form again."""
         log.warning("the epoch is broken: %s", reason)
@@ -318,6 +341,7 @@ class Group:
             return
         formation = self.membership.form(epoch, self._clock())
         logs.epoch_is(epoch)
+        self.detector.epoch_begins()
         self.pool.lose(formation.fresh)
         if self.scheduler is not None:
             self.scheduler.lose()
@@ -465,6 +489,7 @@ class Group:
 
     def status(self) -> ClusterStatus:
         """The group's state now."""
+        now = self._clock()
         return cluster_status(
             self.config,
             self.membership,
@@ -472,7 +497,8 @@ class Group:
             self.scheduler,
             self.model,
             self._timeline,
-            self._clock(),
+            self.detector.paces(now),
+            now,
         )
 
     def check(self) -> None:

@@ -18,8 +18,6 @@ class Journal:
     def __init__(self, index: StripeIndex, group: str):
         self._index = index
         self._group = group
-        self.behind = False
-        """Whether Redis has not heard of the current epoch yet."""
 
     async def open(self, deadline_s: float) -> int:
         """The last epoch known. Raises PeerLost if Redis can't be reached by the deadline."""
@@ -39,16 +37,13 @@ class Journal:
                 epoch = await self._index.advance_epoch(self._group, at_least=current)
         except (PeerLost, TimeoutError) as error:
             log.warning("epoch %d is not in Redis yet: %s", current + 1, error)
-            self.behind = True
             return current + 1
-        self.behind = False
         return epoch
 
-    async def catch_up(self, current: int) -> None:
-        """Tell Redis an epoch that it missed; stays behind if Redis is still away."""
+    async def keep(self, current: int) -> None:
+        """See that Redis knows the current epoch, also a Redis that was away, or has lost its memory."""
         try:
             if await self._index.epoch(self._group) < current:
                 await self._index.advance_epoch(self._group, at_least=current - 1)
-            self.behind = False
         except PeerLost as error:
             log.debug("Redis is still away: %s", error)

@@ -5,7 +5,7 @@ the next loss, and everything that belongs to an older one has no effect.
 """
 
 from collections import Counter, deque
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,12 +47,23 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
+class Pace:
+    """Seconds that a rank computes in a step, without its waiting for others; and whether it is far behind them."""
+
+    compute_s: float = 0.0
+    straggler: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Formation:
     """A new epoch's ranks. `fresh` are those whose KV has been lost since the epoch before was formed."""
 
     epoch: int
     ranks: tuple[str, ...]
     fresh: frozenset[int]
+
+
+_UNKNOWN = Pace()
 
 
 class Membership:
@@ -178,6 +189,12 @@ class Membership:
             elif late_join and member.rank is not None and not member.joined:
                 yield member.name, "late", f"did not join epoch {self.epoch} within {self._join_timeout_s:.0f} s"
 
+    def excuse(self, pause_s: float) -> None:
+        """This process was away for so long: nobody was silent or late meanwhile."""
+        self._formed_at += pause_s
+        for member in self.members.values():
+            member.seen += pause_s
+
     # -- views -------------------------------------------------------------------------------------------------------
 
     def spares(self) -> list[Member]:
@@ -186,7 +203,7 @@ class Membership:
         free = [member for member in self.members.values() if member.ready and member.rank is None]
         return sorted(free, key=lambda each: -ranks_by_host[each.host_id])
 
-    def statuses(self) -> tuple[WorkerStatus, ...]:
+    def statuses(self, paces: Mapping[str, Pace]) -> tuple[WorkerStatus, ...]:
         """All workers, ranks first."""
         ordered = sorted(self.members.values(), key=lambda each: (each.rank is None, each.rank or 0, each.name))
         return tuple(
@@ -197,6 +214,8 @@ class Membership:
                 each.device,
                 each.rank,
                 "member" if each.rank is not None else "spare" if each.ready else "loading",
+                paces.get(each.name, _UNKNOWN).compute_s,
+                paces.get(each.name, _UNKNOWN).straggler,
             )
             for each in ordered
         )

@@ -1,6 +1,8 @@
 """What the coordinator shows of a group: its status, and in words what it waits for. Pure."""
 
-from services.coordinator.membership import Membership
+from collections.abc import Mapping
+
+from services.coordinator.membership import Membership, Pace
 from services.coordinator.pages import Shadow
 from services.coordinator.protection import Protection
 from services.coordinator.scheduler import Scheduler
@@ -22,6 +24,7 @@ def cluster_status(
     scheduler: Scheduler | None,
     model: ModelInfo | None,
     timeline: Timeline,
+    paces: Mapping[str, Pace],
     now: float,
 ) -> ClusterStatus:
     """The group's state now."""
@@ -41,7 +44,7 @@ def cluster_status(
         protection=config.protection,
         can_lose=can_lose(config, members, protection, scheduler),
         reduced_protection=reduced_protection(config, protection),
-        workers=members.statuses(),
+        workers=members.statuses(paces),
         stores=stores,
         running=len(scheduler.running) if scheduler else 0,
         waiting=len(scheduler.waiting) if scheduler else 0,

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
-import aiohttp
 from redis.asyncio import Redis
 
 from services.local import LocalCluster
@@ -17,7 +16,6 @@ from shared.faults import folder, tell
 
 SLICE_S = 0.1
 """`slow`: a target runs for a tenth of each of these."""
-FULL_MB = 1
 
 
 async def inflict(
@@ -36,8 +34,8 @@ async def inflict(
                 await asyncio.sleep(for_s)
         case "slow":
             await _throttle(pids, for_s)
-        case "full":
-            await asyncio.gather(*(_fill(cluster, target, for_s) for target in targets))
+        case "full" if "redis" in targets:
+            await _fill_redis(cluster, for_s)
         case "empty":
             async with Redis.from_url(cluster.redis_url) as redis:
                 await redis.flushall()
@@ -83,20 +81,12 @@ async def _throttle(pids: Iterable[int], for_s: float) -> None:
         await asyncio.sleep(0.1 * SLICE_S)
 
 
-async def _fill(cluster: LocalCluster, target: str, for_s: float) -> None:
-    """No room in a store, or in Redis, for some seconds."""
-    if target == "redis":
-        async with Redis.from_url(cluster.redis_url) as redis:
-            await redis.config_set("maxmemory", "1")
-            await asyncio.sleep(for_s)
-            await redis.config_set("maxmemory", "0")
-        return
-    url = cluster.processes[f"store-{target.partition(':')[2]}"].address + "/admin/capacity"
-    headers = {"Authorization": f"Bearer {cluster.settings.secret}"} if cluster.settings.secret else {}
-    async with aiohttp.ClientSession(headers=headers, raise_for_status=True) as session:
-        await session.put(url, json={"capacity_mb": FULL_MB})
+async def _fill_redis(cluster: LocalCluster, for_s: float) -> None:
+    """No room in Redis for some seconds."""
+    async with Redis.from_url(cluster.redis_url) as redis:
+        await redis.config_set("maxmemory", "1")
         await asyncio.sleep(for_s)
-        await session.put(url, json={"capacity_mb": cluster.settings.store_memory_mb})
+        await redis.config_set("maxmemory", "0")
 
 
 async def _by_hook(cluster: LocalCluster, pid: int, fault: str, for_s: float) -> None:

@@ -28,7 +28,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a drill does. `targets` as on the command line, `then`: ranks killed half a second after the fault."""
+    """What a drill does. `targets` as on the command line, `then`: ranks killed `then_s` seconds after the fault."""
 
     fault: str = "kill"
     targets: tuple[str, ...] = ("rank:1",)
@@ -39,12 +39,13 @@ class Options:
     seed: int = 0
     for_s: float = 2.0
     then: tuple[str, ...] = ()
+    then_s: float = 0.5
 
     @property
     def loses_ranks(self) -> int:
         """Ranks that the group is sure to lose, for good or for a while."""
         lossy = self.fault in ("kill", "stop", "hang", "cut:peers", "cut:coordinator")
-        lost = [target for target in self.targets if lossy and target.startswith(("rank", "all"))]
+        lost = [target for target in self.targets if lossy and target.startswith("rank")]
         return len({*lost, *self.then})
 
     @property

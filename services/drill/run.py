@@ -27,7 +27,6 @@ SERVING_DEADLINE_S = 300.0
 RECORD_DEADLINE_S = 30.0
 PREFILL_FRACTION = 0.5
 """Where in the fault-free time to first token a fault `--when prefill` comes."""
-THEN_S = 0.5
 
 
 def drill(arguments: argparse.Namespace) -> int:
@@ -152,7 +151,7 @@ class Strike:
             options = self.options
             tasks.create_task(inflict(self.cluster, options.fault, options.targets, self.status, options.for_s))
             if options.then:
-                await asyncio.sleep(THEN_S)
+                await asyncio.sleep(options.then_s)
                 self.lost_at = time.monotonic()
                 tasks.create_task(inflict(self.cluster, "kill", options.then, self.status, 0.0))
 

@@ -14,6 +14,7 @@ from services.parity_store import faults
 from services.parity_store.admin import Admin
 from services.parity_store.arena import Arena
 from services.parity_store.index_writer import IndexWriter
+from services.parity_store.rebuild import keep_index
 from services.parity_store.shards import ShardTable
 from services.parity_store.store import Store
 from services.parity_store.upkeep import Upkeep
@@ -68,6 +69,9 @@ async def run(
                         tasks.create_task(_follow(settings, store, admin, info, upkeep), name="coordinator"),
                         tasks.create_task(upkeep.run_scrubs(), name="scrub"),
                         tasks.create_task(_forget_former_lives(index, store_id, incarnation), name="former lives"),
+                        tasks.create_task(
+                            keep_index(index, store.table, writer, store_id, incarnation), name="keep index"
+                        ),
                     ]
                     ends: list[asyncio.Task[object]] = [
                         tasks.create_task(stop.wait()),

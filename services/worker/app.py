@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 
 REDIAL_S = 0.5
 ALIVE_S = 1.0
+SETTLE_S = 5.0
+"""A compute thread that is busy for longer after its epoch has ended is stuck."""
 
 
 async def run(settings: WorkerSettings, name: str, device: str, stop: asyncio.Event) -> None:
@@ -103,11 +105,18 @@ class Worker:
                 self._channel = None
                 if self._runner is not None:
                     self._runner.interrupt(0)
+            await self._settle()
             await asyncio.sleep(REDIAL_S)
 
     def _hello(self, own_address: str) -> WorkerHello:
         self._address = self._settings.advertise_host or own_address
         return WorkerHello(self._name, socket.gethostname(), _host_id(), os.getpid(), self._device)
+
+    async def _settle(self) -> None:
+        """Wait until nothing of the epoch before is computed any more. Raises GhostError if that does not end."""
+        runner = self._runner
+        if runner is not None and not await asyncio.to_thread(runner.at_rest.wait, SETTLE_S):
+            raise GhostError(f"the compute thread did not come back within {SETTLE_S:.0f} s: this worker starts anew")
 
     async def _session(self, channel: Channel, welcome: Welcome) -> None:
         self._channel = channel
@@ -179,7 +188,7 @@ class Worker:
 
     async def _beat(self, channel: Channel, runner: Runner, interval_s: float) -> None:
         while not channel.closed:
-            channel.send(Heartbeat(self._epoch, runner.step_done, runner.in_flight))
+            channel.send(Heartbeat(self._epoch, runner.step_done, runner.in_flight, runner.progress))
             await asyncio.sleep(interval_s)
 
     def _report(self, message: Message) -> None:

@@ -73,6 +73,9 @@ class Runner:
         self.shadow = shadow
         self.step_done = 0
         self.in_flight = False
+        self.at_rest = threading.Event()
+        """Set while the compute thread waits for a job."""
+        self._marks = 0  # what it has begun in this epoch, without collectives
         self._report = report
         self._epoch = 0
         self._cancelled = threading.Event()  # set when the epoch that it belongs to ends
@@ -129,9 +132,16 @@ class Runner:
         self.shadow.prefetch(plan, self._assigned, self.pool.page_bytes)
         self.shadow.submit(plan)
 
+    @property
+    def progress(self) -> int:
+        """How much the compute thread has begun in this epoch; see Heartbeat."""
+        communicator = self._communicator
+        return self._marks + (communicator.entered if communicator is not None else 0)
+
     def interrupt(self, epoch: int) -> None:
         """From now on only jobs of `epoch` count; a step that waits for peers ends at once."""
         self._epoch = epoch
+        self._marks = 0
         self._cancelled.set()
         self._cancelled = threading.Event()
         self.shadow.interrupt(epoch)
@@ -153,6 +163,7 @@ class Runner:
             job, received = entry
             if job.epoch != self._epoch:
                 continue
+            self._marks += 1
             try:
                 match job:
                     case Assign():
@@ -178,7 +189,10 @@ class Runner:
             self.model.prepare(self._unprepared.pop(0))
         if self._jobs.empty() and self.step_done:
             self.model.forget_prepared()
-        return self._jobs.get()
+        self.at_rest.set()
+        entry = self._jobs.get()
+        self.at_rest.clear()
+        return entry
 
     def _failed(self, epoch: int, reason: str, *, fatal: bool = False, cut_off: bool = False) -> None:
         if epoch == self._epoch and self._place is not None:
@@ -243,6 +257,7 @@ class Runner:
         if self._place is None:
             raise RuntimeError("a step without a rank")
         began = time.monotonic()
+        waited_before = self._communicator.waited_s if self._communicator is not None else 0.0
         self.in_flight = True
         chunks = [_chunk(each) for each in plan.sequences]
         with torch.inference_mode():
@@ -250,7 +265,9 @@ class Runner:
             samples = draw(plan.sequences, chunks, logits)
         self.step_done = plan.step
         self.shadow.step_done(plan.step)
-        return StepDone(plan.epoch, plan.step, self._place.assign.rank, samples, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        waited_s = self._communicator.waited_s - waited_before if self._communicator is not None else 0.0
+        return StepDone(plan.epoch, plan.step, self._place.assign.rank, samples, seconds, waited_s)
 
     def _digest(self, plan: DigestPlan) -> DigestDone:
         if self._place is None:

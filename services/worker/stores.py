@@ -7,6 +7,9 @@ from shared.errors import GhostError
 from shared.transport.base import GetShards, Outcome, PutShards
 from shared.transport.client import BulkClient
 
+LEAST_BYTES_S = 50e6
+"""A store slower than this is not waited for: a lost page is recomputed instead."""
+
 
 class StoreClients:
     """Bulk clients by address. Used on the event loop only."""
@@ -29,7 +32,8 @@ class StoreClients:
         """Read shards into buffers; for each None or why it can't be had."""
         try:
             client = await self._client(address)
-            return await client.get(request, into, timeout=self._fetch_deadline_s)
+            deadline_s = self._fetch_deadline_s + sum(request.lengths) / LEAST_BYTES_S
+            return await client.get(request, into, timeout=deadline_s)
         except GhostError as error:
             return (error,) * len(request.shards)
 

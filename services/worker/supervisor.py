@@ -51,6 +51,7 @@ class _Host:
         self._started: dict[int, float] = {}
         self._backoff: dict[int, float] = {}
         self._due: dict[int, float] = {}
+        self._stopped: dict[int, float] = {}
         self._serial = 0
 
     def start(self, place: int) -> None:
@@ -69,19 +70,37 @@ class _Host:
             for place, due in list(self._due.items()):
                 if due <= now:
                     self.start(place)
-            pause = min((due - now for due in self._due.values()), default=3600.0)
+            grace_s = self._settings.stop_grace_s
+            ends = [since + grace_s for since in self._stopped.values()] if grace_s else []
+            pause = min((due - now for due in (*self._due.values(), *ends)), default=3600.0)
             info = signal.sigtimedwait(SIGNALS, max(0.0, pause))
             if info is not None and info.si_signo != signal.SIGCHLD:
                 return self._stop()
             if self._reap():
                 self._stop()
                 return EXIT_CONFIG
+            if grace_s:
+                self._kill_stopped(time.monotonic() - grace_s)
+
+    def _kill_stopped(self, before: float) -> None:
+        """Kill workers that stopped before this time: their peers wait for them in a collective, and are free then."""
+        for place, since in list(self._stopped.items()):
+            if since <= before:
+                log.warning("worker %d (pid %d) stays stopped: it is killed", place, self._pids[place])
+                os.kill(self._pids[place], signal.SIGKILL)
+                del self._stopped[place]
 
     def _reap(self) -> bool:
-        """Take note of the workers that have died. True if one says that its settings are wrong."""
+        """Take note of the workers that stopped, go on, or died. True if one says that its settings are wrong."""
         for place, pid in list(self._pids.items()):
-            done, status = os.waitpid(pid, os.WNOHANG)
+            done, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
             if not done:
+                continue
+            if os.WIFSTOPPED(status):
+                self._stopped.setdefault(place, time.monotonic())
+                continue
+            self._stopped.pop(place, None)
+            if os.WIFCONTINUED(status):
                 continue
             del self._pids[place]
             code = os.waitstatus_to_exitcode(status)

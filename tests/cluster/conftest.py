@@ -39,7 +39,9 @@ def settings(**changes: Any) -> ServeSettings:
 async def cluster(small_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalCluster]:
     """Three ranks, a spare, a store; it serves before a test and must serve after it."""
     orders = str(tmp_path_factory.mktemp("faults"))
-    async with LocalCluster(settings(fault_dir=orders, allow_faults=True), small_model_dir) as running:
+    extra = {"coordinator": ["--hang-timeout-s", "2"], "worker": ["--put-deadline-s", "3"]}
+    changed = settings(fault_dir=orders, allow_faults=True)
+    async with LocalCluster(changed, small_model_dir, extra=extra) as running:
         await running.wait_serving(SERVING_S)
         yield running
         await whole(running)

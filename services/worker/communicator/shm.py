@@ -221,10 +221,13 @@ class ShmCommunicator(Communicator):
             raise CommunicatorAborted("the epoch was aborted")
         sequence = self._sequence = (self._sequence + 1) & _SEQUENCE
         self._words[self.rank].value = sequence
+        self.entered += 1
         _syscall(_SYS_FUTEX, self._addresses[self.rank], _FUTEX_WAKE, _EVERYONE, None, 0, 0)
+        began = time.monotonic()
         for peer in self._peers:
             if self._words[peer].value != sequence:
                 self._await(peer, sequence)
+        self.waited_s += time.monotonic() - began
 
     def _await(self, peer: int, sequence: int) -> None:
         word, address = self._words[peer], self._addresses[peer]

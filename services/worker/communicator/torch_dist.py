@@ -139,9 +139,11 @@ class _GroupCommunicator(Communicator):
         """Start an operation and wait for it. The backend bounds the wait by the group's timeout."""
         if self._aborted.is_set():
             raise CommunicatorAborted("the epoch was aborted")
+        self.entered += 1
         began = time.monotonic()
         try:
             start().wait()
+            self.waited_s += time.monotonic() - began
         except RuntimeError as error:
             late = time.monotonic() - began >= 0.95 * self.timeout and not self._aborted.is_set()
             self.abort()

@@ -1,0 +1,1 @@
+"""Random faults at random times under steady mixed load: `make chaos MINUTES=30 SEED=1`."""

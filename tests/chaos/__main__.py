@@ -1,0 +1,159 @@
+"""`make chaos MINUTES=30 SEED=1`: break a cluster at random under steady load; the last line sums up.
+
+Exits 1 on any broken promise; then the logs, with the coordinator's record of events, stay in the folder that it names.
+"""
+
+import argparse
+import asyncio
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from services.local import LocalCluster, ServeSettings
+from services.serve import fetch_model
+from shared.errors import GhostError
+from tests.chaos.invariants import check
+from tests.chaos.load import Clients, make_requests
+from tests.chaos.mayhem import Mayhem
+
+SERVING_S = 300.0
+POLL_S = 0.2
+REQUESTS = 24
+LAG_S = 1.0
+"""A sealed page that is not protected after so long counts as unprotected time."""
+
+
+class Watcher:
+    """Looks at the status all the time: how long KV was exposed, how long nothing was served, that epochs only grow."""
+
+    def __init__(self, cluster: LocalCluster):
+        self.unprotected_s = 0.0
+        self.not_serving_s = 0.0
+        self.epoch = 0
+        self.recoveries = 0
+        self.wrong: list[str] = []
+        self._cluster = cluster
+
+    async def run(self) -> None:
+        """Look, until cancelled."""
+        before = time.monotonic()
+        while True:
+            await asyncio.sleep(POLL_S)
+            try:
+                status = await self._cluster.status()
+            except (aiohttp.ClientError, TimeoutError):
+                status = None
+            now = time.monotonic()
+            self._take(status, now - before)
+            before = now
+
+    def _take(self, status: dict[str, Any] | None, seconds: float) -> None:
+        serving = status is not None and status["state"] == "serving"
+        self.not_serving_s += 0.0 if serving else seconds
+        exposed = status is None or status["protection_lag_s"] > LAG_S
+        self.unprotected_s += seconds if exposed else 0.0
+        if status is None:
+            return
+        if status["epoch"] < self.epoch:
+            self.wrong.append(f"epoch {status['epoch']} after {self.epoch}")
+        self.recoveries += max(0, status["epoch"] - self.epoch)
+        self.epoch = status["epoch"]
+
+
+async def run(arguments: argparse.Namespace, folder: Path) -> list[str]:
+    """Returns the promises that were broken."""
+    model_dir = await asyncio.to_thread(_model, arguments.model, folder)
+    orders = folder / "faults"
+    orders.mkdir(mode=0o700)
+    settings = ServeSettings(
+        port=0, tp=3, spares=2, stores=2, parity=2, dtype="float32", kv_memory_mb=arguments.kv_memory_mb,
+        store_memory_mb=256, fault_dir=str(orders), log_dir=str(folder / "logs"), max_waiting=64,
+    )  # fmt: skip
+    told: list[str] = []
+    async with LocalCluster(settings, model_dir, told.append) as cluster:
+        status = await cluster.wait_serving(SERVING_S)
+        requests = make_requests(random.Random(arguments.seed), status["model"]["vocab_size"], REQUESTS)
+        clients = Clients(cluster, requests, status["served_name"], arguments.clients)
+        await clients.learn()
+        watcher = Watcher(cluster)
+
+        def before(targets: tuple[str, ...]) -> None:
+            if {"gateway", "all"} & set(targets):
+                clients.broke_gateway_at = time.monotonic() + 1.0  # streams that begin while it dies break as well
+            if "all" in targets:
+                watcher.epoch = 0  # with its Redis the cluster forgets its epoch
+
+        mayhem = Mayhem(cluster, arguments.seed, before)
+        stop = asyncio.Event()
+        asyncio.get_running_loop().call_later(arguments.minutes * 60, stop.set)
+        began = time.monotonic()
+        async with cluster.kept():
+            watching = asyncio.create_task(watcher.run())
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(clients.run(arguments.seed, stop))
+                    tasks.create_task(mayhem.run(stop))
+                wrong = clients.tally.wrong + watcher.wrong + await check(cluster, SERVING_S)
+            except* GhostError as errors:
+                wrong = clients.tally.wrong + [str(error) for error in errors.exceptions]
+            finally:
+                watching.cancel()
+        _report(arguments, clients, mayhem, watcher, wrong, time.monotonic() - began)
+    return wrong
+
+
+def _model(name: str, folder: Path) -> Path:
+    if name != "small":
+        return fetch_model(name)
+    from tests.tiny_tokenizer import make_tokenizer_dir
+    from tests.worker.rank_threads import small_model
+
+    return make_tokenizer_dir(small_model(folder / "model", "Llama", vocab_size=400, max_position_embeddings=4096))
+
+
+def _report(
+    arguments: argparse.Namespace, clients: Clients, mayhem: Mayhem, watcher: Watcher, wrong: list[str], seconds: float
+) -> None:
+    tally = clients.tally
+    for kind, count in sorted(mayhem.injected.items()):
+        print(f"  {count:4} x {kind}")
+    for promise in wrong:
+        print(f"BROKEN PROMISE: {promise}")
+    stalls = sorted(tally.stalls) or [0.0]
+    p50, p99 = statistics.median(stalls), stalls[min(len(stalls) - 1, int(0.99 * len(stalls)))]
+    print(
+        f"{'BROKEN' if wrong else 'ok'}: seed {arguments.seed}, {seconds / 60:.1f} min, "
+        f"{mayhem.injected.total()} faults, {watcher.recoveries} epochs; {tally.requests} requests, "
+        f"{tally.identical} identical, {tally.cancelled} cancelled, {tally.broken} broken off with their gateway and "
+        f"asked again, {tally.refused} told to come back, {len(wrong)} wrong; streams' longest stalls p50 {p50:.2f} s, "
+        f"p99 {p99:.2f} s; not serving {watcher.not_serving_s:.1f} s, KV unprotected {watcher.unprotected_s:.1f} s"
+    )
+
+
+def main() -> int:
+    """Run, and return the exit code."""
+    parser = argparse.ArgumentParser(prog="chaos", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=5.0, help="how long faults are injected [5]")
+    parser.add_argument("--seed", type=int, default=1, help="of faults, prompts and clients [1]")
+    parser.add_argument("--clients", type=int, default=6, help="requests at once [6]")
+    parser.add_argument("--model", default="small", help="small (random weights), default, or a directory [small]")
+    parser.add_argument("--kv-memory-mb", type=int, default=16, help="KV pool of each rank [16]")
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix=f"ghostserve-chaos-{arguments.seed}-"))
+    wrong = asyncio.run(run(arguments, folder))
+    if wrong:
+        print(f"logs are in {folder}", file=sys.stderr)
+        return 1
+    shutil.rmtree(folder, ignore_errors=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""What is broken, when, and for how long: drawn from the fault matrix by a seed."""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import aiohttp
+
+from services.drill.faults import inflict
+from services.local import LocalCluster
+from shared.errors import GhostError
+
+MEAN_PAUSE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A fault that can be drawn. `targets` are counts: how many ranks, or whose."""
+
+    fault: str
+    target: str
+    weight: float
+    longest_s: float = 0.0
+
+
+KINDS = (
+    Kind("kill", "rank", 6),
+    Kind("kill", "ranks", 2),
+    Kind("kill", "every rank", 0.5),
+    Kind("kill", "spare", 1),
+    Kind("kill", "rank and store", 1),
+    Kind("stop", "rank", 2, 4.0),
+    Kind("hang", "rank", 1),
+    Kind("slow", "rank", 1, 4.0),
+    Kind("cut:peers", "rank", 1, 4.0),
+    Kind("cut:coordinator", "rank", 1, 6.0),
+    Kind("cut:store", "rank", 1, 4.0),
+    Kind("corrupt:wire", "rank", 1, 3.0),
+    Kind("kill", "store", 1),
+    Kind("stop", "store", 1, 4.0),
+    Kind("slow", "store", 1, 4.0),
+    Kind("full", "store", 1, 4.0),
+    Kind("garbage", "store", 1),
+    Kind("corrupt:parity", "store", 1),
+    Kind("kill", "redis", 1),
+    Kind("stop", "redis", 1, 3.0),
+    Kind("full", "redis", 1, 4.0),
+    Kind("empty", "redis", 1),
+    Kind("kill", "coordinator", 1),
+    Kind("stop", "coordinator", 1, 3.0),
+    Kind("kill", "gateway", 1),
+    Kind("kill", "all", 0.3),
+)
+
+
+class Mayhem:
+    """Inflicts faults on a cluster. `before` is told each one's targets a moment before it comes."""
+
+    def __init__(self, cluster: LocalCluster, seed: int, before: Callable[[tuple[str, ...]], None]):
+        self.injected: Counter[str] = Counter()
+        self._cluster = cluster
+        self._dice = random.Random(seed)
+        self._before = before
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Inflict faults until `stop` is set; several may be in force at once."""
+        async with asyncio.TaskGroup() as tasks:
+            while not stop.is_set():
+                kind = self._dice.choices(KINDS, [each.weight for each in KINDS])[0]
+                tasks.create_task(
+                    self._inflict(kind, self._targets(kind), self._dice.uniform(0.2, kind.longest_s or 0.2))
+                )
+                try:
+                    await asyncio.wait_for(stop.wait(), self._dice.expovariate(1 / MEAN_PAUSE_S))
+                except TimeoutError:
+                    continue
+
+    def _targets(self, kind: Kind) -> tuple[str, ...]:
+        settings, dice = self._cluster.settings, self._dice
+        rank, store = f"rank:{dice.randrange(settings.tp)}", f"store:{dice.randrange(settings.stores)}"
+        match kind.target:
+            case "ranks":
+                return tuple(f"rank:{number}" for number in dice.sample(range(settings.tp), 2))
+            case "every rank":
+                return tuple(f"rank:{number}" for number in range(settings.tp))
+            case "rank and store":
+                return rank, store
+            case "rank":
+                return (rank,)
+            case "store":
+                return (store,)
+            case other:
+                return (other,)
+
+    async def _inflict(self, kind: Kind, targets: tuple[str, ...], for_s: float) -> None:
+        try:
+            status = await self._cluster.status()
+            print(
+                f"  epoch {status['epoch']}, {status['state']}: {kind.fault} of {', '.join(targets)} for {for_s:.1f} s",
+                flush=True,
+            )
+            self._before(targets)
+            await inflict(self._cluster, kind.fault, targets, status, for_s)
+        except (GhostError, aiohttp.ClientError, TimeoutError, OSError) as error:
+            print(f"  {kind.fault} of {', '.join(targets)} could not be done: {error}", flush=True)
+        else:
+            self.injected[f"{kind.fault} {kind.target}"] += 1
