@@ -33,10 +33,10 @@ LAG_S = 1.0
 class Watcher:
     """Looks at the status all the time: how long KV was exposed, how long nothing was served, that epochs only grow."""
 
-    def __init__(self, cluster: LocalCluster):
+    def __init__(self, cluster: LocalCluster, epoch: int):
         self.unprotected_s = 0.0
         self.not_serving_s = 0.0
-        self.epoch = 0
+        self.epoch = epoch
         self.recoveries = 0
         self.wrong: list[str] = []
         self._cluster = cluster
@@ -82,7 +82,7 @@ async def run(arguments: argparse.Namespace, folder: Path) -> list[str]:
         requests = make_requests(random.Random(arguments.seed), status["model"]["vocab_size"], REQUESTS)
         clients = Clients(cluster, requests, status["served_name"], arguments.clients)
         await clients.learn()
-        watcher = Watcher(cluster)
+        watcher = Watcher(cluster, status["epoch"])
 
         def before(targets: tuple[str, ...]) -> None:
             if {"gateway", "all"} & set(targets):
@@ -90,7 +90,7 @@ async def run(arguments: argparse.Namespace, folder: Path) -> list[str]:
             if "all" in targets:
                 watcher.epoch = 0  # with its Redis the cluster forgets its epoch
 
-        mayhem = Mayhem(cluster, arguments.seed, before)
+        mayhem = Mayhem(cluster, arguments.seed, arguments.pause, before)
         stop = asyncio.Event()
         asyncio.get_running_loop().call_later(arguments.minutes * 60, stop.set)
         began = time.monotonic()
@@ -99,8 +99,11 @@ async def run(arguments: argparse.Namespace, folder: Path) -> list[str]:
             try:
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(clients.run(arguments.seed, stop))
-                    tasks.create_task(mayhem.run(stop))
+                    if arguments.pause:
+                        tasks.create_task(mayhem.run(stop))
                 wrong = clients.tally.wrong + watcher.wrong + await check(cluster, SERVING_S)
+                if watcher.recoveries and not arguments.pause:
+                    wrong.append(f"{watcher.recoveries} false alarms")
             except* GhostError as errors:
                 wrong = clients.tally.wrong + [str(error) for error in errors.exceptions]
             finally:
@@ -143,6 +146,12 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=5.0, help="how long faults are injected [5]")
     parser.add_argument("--seed", type=int, default=1, help="of faults, prompts and clients [1]")
     parser.add_argument("--clients", type=int, default=6, help="requests at once [6]")
+    parser.add_argument(
+        "--pause",
+        type=float,
+        default=5.0,
+        help="seconds between faults, on average; 0: none, to see no false alarm [5]",
+    )
     parser.add_argument("--model", default="small", help="small (random weights), default, or a directory [small]")
     parser.add_argument("--kv-memory-mb", type=int, default=16, help="KV pool of each rank [16]")
     arguments = parser.parse_args()

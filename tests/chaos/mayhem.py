@@ -12,8 +12,6 @@ from services.drill.faults import inflict
 from services.local import LocalCluster
 from shared.errors import GhostError
 
-MEAN_PAUSE_S = 5.0
-
 
 @dataclass(frozen=True, slots=True)
 class Kind:
@@ -56,12 +54,16 @@ KINDS = (
 
 
 class Mayhem:
-    """Inflicts faults on a cluster. `before` is told each one's targets a moment before it comes."""
+    """Inflicts faults on a cluster, every `pause_s` seconds on average.
 
-    def __init__(self, cluster: LocalCluster, seed: int, before: Callable[[tuple[str, ...]], None]):
+    `before` is told each one's targets a moment before it comes.
+    """
+
+    def __init__(self, cluster: LocalCluster, seed: int, pause_s: float, before: Callable[[tuple[str, ...]], None]):
         self.injected: Counter[str] = Counter()
         self._cluster = cluster
         self._dice = random.Random(seed)
+        self._pause_s = pause_s
         self._before = before
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -73,7 +75,7 @@ class Mayhem:
                     self._inflict(kind, self._targets(kind), self._dice.uniform(0.2, kind.longest_s or 0.2))
                 )
                 try:
-                    await asyncio.wait_for(stop.wait(), self._dice.expovariate(1 / MEAN_PAUSE_S))
+                    await asyncio.wait_for(stop.wait(), self._dice.expovariate(1 / self._pause_s))
                 except TimeoutError:
                     continue
 
