@@ -16,6 +16,7 @@ from shared.errors import ConfigError, DeadlineExceeded
 
 log = logging.getLogger(__name__)
 
+SIGNAL = signal.SIGUSR1
 TAKEN_DEADLINE_S = 5.0
 
 
@@ -39,7 +40,7 @@ def obey(orders: Path, actions: Mapping[str, Callable[[], None]]) -> None:
                 actions[name]()
             order.unlink()
 
-    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, take)
+    asyncio.get_running_loop().add_signal_handler(SIGNAL, take)
 
 
 async def tell(orders: Path, pid: int, name: str) -> None:
@@ -47,7 +48,7 @@ async def tell(orders: Path, pid: int, name: str) -> None:
     order = orders / str(pid)
     order.write_text(name)
     try:
-        os.kill(pid, signal.SIGUSR1)
+        os.kill(pid, SIGNAL)
         async with asyncio.timeout(TAKEN_DEADLINE_S):
             while order.exists():
                 os.kill(pid, 0)
