@@ -23,7 +23,7 @@ FRESH_BEATS = 2.5
 AWAY_S = 1.0
 """A pause of the coordinator itself, after which nobody is blamed for what happened in it."""
 BLAME_WINDOW_S = 30.0
-STRAGGLER_RATIO = 3.0
+STRAGGLER_RATIO = 2.0
 STRAGGLER_S = 3.0
 """How long a rank must compute STRAGGLER_RATIO times as long as the others to count as a straggler."""
 PACE_STEPS = 20
