@@ -7,7 +7,7 @@ no worker. What can be read from the status is read when Prometheus asks; the re
 from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -32,6 +32,7 @@ class Metrics:
     def __init__(self, status: Callable[[], ClusterStatus]):
         registry = self._registry = CollectorRegistry()
         registry.register(_StatusCollector(status))
+        ProcessCollector(registry=registry)
         self.rank_failures = Counter(
             "ghostserve:rank_failures", "Ranks lost, by why they were given up", ["reason"], registry=registry
         )

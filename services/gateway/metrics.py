@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -15,6 +15,7 @@ class Metrics:
 
     def __init__(self, in_flight: Callable[[], float], serving: Callable[[], float]):
         self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
         self.requests = Counter(
             "ghostserve:requests", "HTTP requests by outcome", ["endpoint", "outcome"], registry=self._registry
         )

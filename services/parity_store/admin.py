@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -39,6 +39,7 @@ class Admin:
         self._started = time.monotonic()
         self._registry = CollectorRegistry()
         self._registry.register(_StoreCollector(store, arena, bulk))
+        ProcessCollector(registry=self._registry)
 
     def application(self, token: str | None) -> web.Application:
         """Return the aiohttp application; with a token, all but /health and /live need it as a bearer token."""

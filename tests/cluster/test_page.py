@@ -139,12 +139,14 @@ async def test_the_page_says_in_words_how_things_are(status: ClusterStatus, brow
         await expect(page.get_by_role("status")).to_contain_text("Recovering: waiting for 1 more worker")
         await expect(page.locator("#ranks li").nth(1)).to_contain_text("lost, vacant")
         await expect(page.locator("#under-way")).to_be_visible()
+        await accessible(page)
         await coordinator.push_status(
             state="serving", workers=status.workers, recovering_since=None, stores=(), stripes_unprotected=9,
             unprotected_reason="no parity store is connected",
         )  # fmt: skip
         await expect(page.locator("#state-text")).to_have_text("Serving, unprotected: no parity store")
         await expect(page.locator("#can-lose")).to_have_text("Can lose no rank now")
+        await accessible(page)
         await coordinator.stop()
         await expect(page.locator("#state-text")).to_contain_text("No coordinator")
         await coordinator.start()
@@ -164,6 +166,7 @@ async def test_a_key_is_asked_for_and_kept_in_this_tab_only(status: ClusterStatu
             await page.keyboard.press("Enter")
             if key == "wrong":
                 await expect(page.locator("#key-problem")).to_have_text("This key is not accepted.")
+                await accessible(page)
         await expect(page.locator("#state-text")).to_have_text("Serving")
         await page.reload()
         await expect(page.locator("#state-text")).to_have_text("Serving")
