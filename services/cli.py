@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("name", nargs="?", default="default", help="default, a directory, or a hub id")
     model.set_defaults(run=_model)
     from services.doctor import add_arguments as add_doctor_arguments
+    from services.move_cli import add_arguments as add_move_arguments
     from services.status_cli import add_status_arguments, add_top_arguments
     from services.store_cli import add_arguments as add_store_arguments
 
@@ -73,6 +74,14 @@ def _parser() -> argparse.ArgumentParser:
     top = commands.add_parser("top", help="show rates, latencies and load, live")
     add_top_arguments(top)
     top.set_defaults(run=_top)
+    for action, summary in (
+        ("drain", "move a rank to a spare while requests go on, and take its worker no more"),
+        ("replace", "move a rank to a spare while requests go on"),
+        ("resume", "let a drained worker be taken again"),
+    ):
+        moved = commands.add_parser(action, help=summary)
+        add_move_arguments(moved, summary[0].upper() + summary[1:] + ".")
+        moved.set_defaults(run=_move, action=action)
     store = commands.add_parser("store", help="look at a parity store, scrub it, drain it")
     add_store_arguments(store)
     store.set_defaults(run=_store)
@@ -155,6 +164,12 @@ def _status(arguments: argparse.Namespace) -> int:
     from services.status_cli import status
 
     return status(arguments)
+
+
+def _move(arguments: argparse.Namespace) -> int:
+    from services.move_cli import move
+
+    return move(arguments)
 
 
 def _top(arguments: argparse.Namespace) -> int:

@@ -41,8 +41,13 @@ def add_top_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the gateway's URL [http://127.0.0.1:8000]")
     parser.add_argument("--interval", type=float, default=1.0, metavar="S", help="seconds between two views [1]")
+    add_gateway_arguments(parser)
+
+
+def add_gateway_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flag of all that ask a gateway."""
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the gateway's URL [http://127.0.0.1:8000]")
     parser.epilog = "An API key, where one is asked for, is read from GHOST_API_KEYS: the first one there."
 
 
@@ -172,32 +177,44 @@ def _share(status: Json) -> float:
 
 
 def _get_status(url: str) -> Json:
-    answer: Json = json.loads(_get(url, "/v1/fault_tolerance/status"))
+    answer: Json = json.loads(call(url, "/v1/fault_tolerance/status"))
     return answer
 
 
 def _figures(url: str) -> Figures:
     """The gateway's metrics without their labels, summed, and the `time` of reading."""
     figures: Figures = {"time": time.monotonic()}
-    for family in text_string_to_metric_families(_get(url, "/metrics").decode()):
+    for family in text_string_to_metric_families(call(url, "/metrics").decode()):
         for sample in family.samples:
             name = sample.name.removeprefix("ghostserve:")
             figures[name] = figures.get(name, 0.0) + sample.value
     return figures
 
 
-def _get(url: str, path: str) -> bytes:
-    """The answer's body. Raises GhostError if the gateway refuses, PeerLost if it is not there."""
-    request = urllib.request.Request(url.rstrip("/") + path)
+def call(url: str, path: str, body: bytes | None = None) -> bytes:
+    """The answer's body; with a `body`, to a POST of this JSON.
+
+    Raises GhostError if the gateway refuses, PeerLost if it is not there.
+    """
+    request = urllib.request.Request(url.rstrip("/") + path, data=body)
+    if body is not None:
+        request.add_header("Content-Type", "application/json")
     if key := os.environ.get("GHOST_API_KEYS", "").split(",")[0].strip():
         request.add_header("Authorization", f"Bearer {key}")
     tls = client_context(os.environ.get("GHOST_TLS_CA_FILE", ""))
     try:
         with urllib.request.urlopen(request, timeout=_DEADLINE_S, context=tls) as response:
-            body: bytes = response.read()
-            return body
+            answer: bytes = response.read()
+            return answer
     except urllib.error.HTTPError as error:
         with error:
-            raise GhostError(f"the gateway refused: {error.code} {error.reason}") from None
+            raise GhostError(f"the gateway refused: {error.code} {_message(error)}") from None
     except (urllib.error.URLError, OSError, ValueError) as error:
         raise PeerLost(f"no gateway at {url}: {error}") from error
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    try:
+        return str(json.loads(error.read())["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return str(error.reason)

@@ -14,6 +14,7 @@ from shared.types import (
     GroupConfig,
     LogitRows,
     ModelInfo,
+    OperatorAction,
     PageKey,
     SamplingParams,
     StoreInfo,
@@ -79,6 +80,8 @@ class WorkerReady(Message):
 
     model: ModelInfo
     pages: int
+    pages_address: str = ""
+    """Where its pages can be read while its rank moves to a spare."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +202,22 @@ class DigestDone(Message):
     value: str
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared(Message):
+    """The spare has the weights that a Prepare asked for."""
+
+    move: int
+
+
+@dataclass(frozen=True, slots=True)
+class PagesCopied(Message):
+    """These pages' slices are in the spare's pool; or none of them, for this reason."""
+
+    move: int
+    pages: bytes
+    reason: str
+
+
 # -- coordinator to worker -------------------------------------------------------------------------------------------
 
 
@@ -213,6 +232,34 @@ class Assign(Message):
     rank: int
     size: int
     communicator: str
+
+
+@dataclass(frozen=True, slots=True)
+class StandBy(Message):
+    """An epoch goes on without this worker: drop what is of older ones and be a spare.
+
+    `hold`: have all ranks' slices of the weights at hand.
+    """
+
+    epoch: int
+    hold: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare(Message):
+    """To a spare: load the weights of `rank`, which is about to move there. Answered by Prepared."""
+
+    move: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class CopyPages(Message):
+    """To a spare: read these pages from the worker at `address` into the own pool. Answered by PagesCopied."""
+
+    move: int
+    address: str
+    pages: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,6 +422,15 @@ class Submit(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class Apply(Message):
+    """An operator wants this done to a worker. Answered by Applied, with this id."""
+
+    request_id: str
+    action: OperatorAction
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
 class Abort(Message):
     """Nobody waits for this request any more."""
 
@@ -389,6 +445,14 @@ class Accepted(Message):
     """The request is queued; its tokens follow."""
 
     request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Applied(Message):
+    """What an operator asked for is under way, or done: in words."""
+
+    request_id: str
+    message: str
 
 
 @dataclass(frozen=True, slots=True)

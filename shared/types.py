@@ -14,6 +14,8 @@ FinishReason = Literal["stop", "length"]
 Protection = Literal["parity", "replicate", "none"]
 """parity: m parity shards a stripe. replicate: a raw copy of each rank's page, shard k + rank of its stripe; the usual
 checkpoint, which parity is compared with. none: a loss is recomputed."""
+OperatorAction = Literal["drain", "replace", "resume"]
+"""drain: move the rank to a spare, and take the worker no more; replace: move it; resume: it may be taken again."""
 LogitRows = Literal["none", "last", "all"]
 Fault = Literal["kill"]
 """A fault that a cluster started with allow_faults lets be injected: kill, the worker kills itself."""
@@ -180,7 +182,8 @@ class WorkerStatus:
     pid: int
     device: str
     rank: int | None
-    state: Literal["loading", "spare", "member"]
+    state: Literal["loading", "spare", "member", "draining", "cordoned"]
+    """draining: a member whose rank is on its way to a spare. cordoned: a spare that is not to be taken."""
     compute_s: float = 0.0
     """Seconds that it computes in a step, without its waiting for others, averaged over the last ones; ranks only."""
     straggler: bool = False
@@ -188,12 +191,25 @@ class WorkerStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class HandoverStatus:
+    """A rank that moves from a worker to a spare. `pages_left` is what is known to be copied still."""
+
+    action: OperatorAction
+    rank: int
+    worker: str
+    successor: str
+    phase: str
+    pages_left: int
+    trouble: str
+
+
+@dataclass(frozen=True, slots=True)
 class StreamRecovery:
     """How one running sequence got its KV back. Times are seconds; `resumed_s` counts from the recovery's start."""
 
     request_id: str
-    way: Literal["restore", "recompute"]
-    """restore: its sealed pages from the stores, its tail recomputed."""
+    way: Literal["restore", "recompute", "kept"]
+    """restore: its sealed pages from the stores, its tail recomputed. kept: nothing of it was lost."""
     restored_pages: int
     recomputed_tokens: int
     expected_restore_s: float
@@ -228,6 +244,8 @@ class RecoveryRecord:
     exchange_s: float = 0.0
     decode_s: float = 0.0
     streams: tuple[StreamRecovery, ...] = ()
+    planned: bool = False
+    """A rank was moved to a spare; from `started` to `ended` no step could begin."""
 
     def phases(self) -> tuple[tuple[str, float], ...]:
         """Names and seconds of its phases, in order, none counted twice."""
@@ -290,3 +308,5 @@ class ClusterStatus:
     """Tokens generated since the coordinator started."""
     preemptions: int = 0
     """How often a request was put back for want of pages."""
+    handover: HandoverStatus | None = None
+    """The rank that moves to a spare, if one does."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from services.coordinator.detector import Detector
+from services.coordinator.handover import Handover
 from services.coordinator.journal import Journal
 from services.coordinator.membership import Member, Membership
 from services.coordinator.metrics import LossKind, Metrics
@@ -26,9 +27,11 @@ from services.coordinator.views import cluster_status
 from shared import logs
 from shared.channel import Channel
 from shared.config import CoordinatorSettings
-from shared.errors import PeerLost
+from shared.errors import PeerLost, RequestRejected
 from shared.messages import (
     Abort,
+    Applied,
+    Apply,
     Assign,
     DigestDone,
     EpochNow,
@@ -38,12 +41,15 @@ from shared.messages import (
     Join,
     Joined,
     Message,
+    PagesCopied,
+    Prepared,
     ProtectDone,
     RankFailed,
     Refused,
     Rendezvous,
     RestoreDone,
     ShardsLost,
+    StandBy,
     StatusChanged,
     StepDone,
     StepPlan,
@@ -57,6 +63,7 @@ from shared.types import (
     ClusterStatus,
     GroupConfig,
     ModelInfo,
+    OperatorAction,
     RecoveryRecord,
     StoreInfo,
 )
@@ -100,6 +107,7 @@ class Group:
         self.scheduler: Scheduler | None = None
         self.requests: Requests | None = None
         self.restoration: Restoration | None = None
+        self.handover: Handover | None = None
         self.rates = Rates()
         self.metrics = Metrics(self.status)
         self.tracing = tracing or NoTracing()
@@ -156,6 +164,9 @@ class Group:
             if self.scheduler.busy and now - self._step_started > self._settings.step_timeout_s:
                 self._broken(f"step {self._step} made no progress for {self._settings.step_timeout_s:.0f} s")
             self.protection.retry(now)
+            if self.membership.state == "serving" and self.handover is not None and self._timeline.current is None:
+                self.handover.tick(now)
+                self._hand_over()
         if self._broken_since is not None and now - self._broken_since > BROKEN_GRACE_S:
             self._collective_failed(now)
         if now - self._status_sent > STATUS_S:
@@ -182,6 +193,8 @@ class Group:
             known.send(Goodbye(reason))
         silent_s = self._clock() - self.membership.members[name].seen
         rank = self.membership.gone(name, reason)
+        if self.handover is not None:
+            self.handover.gone(name)
         told = {"worker": name, "rank": rank, "kind": kind, "reason": reason}
         log.warning("a spare is lost" if rank is None else "a rank is lost", extra=told)
         if rank is not None:
@@ -226,6 +239,12 @@ class Group:
                 self.metrics.restore_done(message)
                 self.restoration.done(message)
                 self._advance()
+            case Prepared() if self.handover is not None:
+                self.handover.prepared(message)
+            case PagesCopied() if self.handover is not None:
+                self.handover.copied(message, now)
+                self._hand_over()
+                self.step()
             case DigestDone(epoch=of) if of == epoch and self.requests is not None:
                 self.requests.digest_done(message)
                 self.step()
@@ -250,6 +269,7 @@ class Group:
             self._workers[name].send(Goodbye(reason, final=True))
             self.worker_gone(name, reason)
             return
+        self.membership.members[name].pages_address = ready.pages_address
         self.membership.ready(name)
         self._try_form()
         self.announce()
@@ -283,13 +303,18 @@ class Group:
             self._to_ranks,
             always=self._settings.restore == "always",
         )
+        self.handover = Handover(self.membership, self.pool, self.scheduler, model.page_bytes, self._to_worker)
         log.info("model %s, %d pages of %d tokens, sequences to %d", model.architecture, ready.pages,
                  config.page_tokens, limit)  # fmt: skip
 
+    def _to_worker(self, name: str, message: Message) -> None:
+        if (channel := self._workers.get(name)) is not None and not channel.closed:
+            channel.send(message)
+
     def _to_ranks(self, message: Message) -> None:
         for name in self.membership.ranks:
-            if name is not None and (channel := self._workers.get(name)) is not None and not channel.closed:
-                channel.send(message)
+            if name is not None:
+                self._to_worker(name, message)
 
     # -- recovery ----------------------------------------------------------------------------------------------------
 
@@ -301,6 +326,8 @@ class Group:
             self.scheduler.rollback()
             self.requests.interrupted()
             self.restoration.interrupted()
+        if self.handover is not None:
+            self.handover.interrupted()
         self.protection.interrupted()
         return self._timeline.interrupted(reason, self.membership.epoch, self._clock())
 
@@ -343,12 +370,16 @@ class Group:
         logs.epoch_is(epoch)
         self.detector.epoch_begins()
         self.pool.lose(formation.fresh)
-        if self.scheduler is not None:
+        if self.scheduler is not None and self.handover is not None:
             self.scheduler.lose()
+            self.handover.formed(formation)
         self.stores.send(EpochNow(self.config.group, epoch))
         for rank, name in enumerate(formation.ranks):
             if not self._workers[name].closed:
                 self._workers[name].send(Assign(epoch, rank, self.config.size, self._communicator()))
+        for member in self.membership.members.values():
+            if member.ready and member.rank is None:
+                self._to_worker(member.name, StandBy(epoch, hold=not member.cordoned))
         log.info("the epoch begins: %s", ", ".join(formation.ranks))
         self.announce()
         if self.restoration is not None:
@@ -364,6 +395,17 @@ class Group:
         if devices == {"cuda"}:
             return "nccl"
         return "shm" if self.membership.one_host() else "gloo"
+
+    def _hand_over(self) -> None:
+        """Between two steps: the last pages of a rank that moves are copied, then the epoch ends for the next one."""
+        if self.handover is None or not self.handover.closing or self.scheduler is None or self.scheduler.busy:
+            return
+        self.handover.close()
+        move = self.handover.switch()
+        if move is not None:
+            recovery = self._interrupt(f"rank {move.rank} moves from {move.old} to {move.new}")
+            recovery.planned, recovery.started = True, move.held_since
+            self._try_form()
 
     def _advance(self) -> None:
         """Let sequences go on whose KV is back as far as it will be; with the last one, serve as usual again."""
@@ -393,6 +435,9 @@ class Group:
             self.announce()
 
     def _recovered(self, record: RecoveryRecord) -> None:
+        if record.planned:
+            log.info("a rank was moved", extra={"stall_s": round((record.ended or 0.0) - record.started, 4)})
+            return
         self.metrics.recovery_ended(record)
         tell_recovery(self.tracing, record)
         phases = {f"{phase}_s": round(seconds, 4) for phase, seconds in record.phases()}
@@ -403,6 +448,8 @@ class Group:
     def step(self) -> None:
         """Schedule one step and send it to all ranks, if the ranks are there and none is in flight."""
         if not self.membership.stepping or self.scheduler is None or self.scheduler.busy:
+            return
+        if self.handover is not None and self.handover.closing:
             return
         assert self.requests is not None
         self.requests.ask_digests(self.membership.epoch)
@@ -422,6 +469,7 @@ class Group:
         for output in self.scheduler.complete(done.samples):
             self.requests.deliver(output)
         self.protection.flow(self._step)
+        self._hand_over()
         self.step()
         self._progressed()
 
@@ -448,12 +496,26 @@ class Group:
                 self.requests.submit(gateway, request)
             case Abort(request_id=request_id) if self.requests is not None:
                 self.requests.abort(gateway, request_id)
+            case Apply(request_id=request_id, action=action, target=target):
+                gateway.send(self._apply(request_id, action, target))
             case InjectFault(worker=name) if self._settings.allow_faults and name in self._workers:
                 log.warning("fault %s is injected", message.fault, extra={"worker": name})
                 self._workers[name].send(message)
             case _:
                 log.warning("a gateway sent %s", type(message).__name__)
         self.step()
+
+    def _apply(self, request_id: str, action: OperatorAction, target: str) -> Applied | Refused:
+        if self.handover is None:
+            return Refused(request_id, 503, "not_ready", "no worker has loaded the model yet")
+        try:
+            told = self.handover.apply(action, target)
+        except RequestRejected as error:
+            return Refused(request_id, error.status, error.code, str(error), error.param)
+        log.info("an operator's word: %s %s", action, target)
+        self._try_form()
+        self.announce()
+        return Applied(request_id, told)
 
     # -- stores ------------------------------------------------------------------------------------------------------
 
@@ -498,6 +560,7 @@ class Group:
             self.model,
             self._timeline,
             self.detector.paces(now),
+            self.handover.status() if self.handover is not None else None,
             now,
         )
 

@@ -44,6 +44,11 @@ class Member:
     rank: int | None = None
     step: int = 0
     joined: bool = False
+    pages_address: str = ""
+    draining: bool = False
+    cordoned: bool = False
+    was: int | None = None
+    """The rank from which it was cordoned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +124,16 @@ class Membership:
     def restart(self, reason: str) -> None:
         """The epoch is broken though nobody is known to be lost: form again with the same members."""
         self._tell(f"restart: {reason}")
+        self._move("lost")
+
+    def hand_over(self, rank: int, name: str) -> None:
+        """A rank moves to a spare: the epoch is over, its worker is a spare from now on."""
+        old, new = self.members[str(self.ranks[rank])], self.members[name]
+        if new.rank is not None:
+            raise AssertionError(f"{name} holds rank {new.rank} already")
+        self._tell(f"rank {rank} moves from {old.name} to {name}")
+        old.rank, new.rank, self.ranks[rank] = None, rank, name
+        self._void.add(rank)
         self._move("lost")
 
     def cut_off(self, apart: Set[int]) -> list[str]:
@@ -200,7 +215,8 @@ class Membership:
     def spares(self) -> list[Member]:
         """Workers that can take a rank: those on hosts of most ranks first, and of these the longest here."""
         ranks_by_host = Counter(member.host_id for member in self._ranked())
-        free = [member for member in self.members.values() if member.ready and member.rank is None]
+        idle = (member for member in self.members.values() if member.ready and member.rank is None)
+        free = [member for member in idle if not member.cordoned]
         return sorted(free, key=lambda each: -ranks_by_host[each.host_id])
 
     def statuses(self, paces: Mapping[str, Pace]) -> tuple[WorkerStatus, ...]:
@@ -213,7 +229,7 @@ class Membership:
                 each.pid,
                 each.device,
                 each.rank,
-                "member" if each.rank is not None else "spare" if each.ready else "loading",
+                _state(each),
                 paces.get(each.name, _UNKNOWN).compute_s,
                 paces.get(each.name, _UNKNOWN).straggler,
             )
@@ -244,3 +260,11 @@ class Membership:
         held = [member.rank for member in self.members.values() if member.rank is not None]
         assert len(held) == len(set(held)), "two workers hold one rank"
         assert self.state == "forming" or None not in self.ranks, f"a vacant rank in state {self.state}"
+
+
+def _state(member: Member) -> Literal["loading", "spare", "member", "draining", "cordoned"]:
+    if member.rank is not None:
+        return "draining" if member.draining else "member"
+    if member.cordoned:
+        return "cordoned"
+    return "spare" if member.ready else "loading"

@@ -44,6 +44,8 @@ class Page:
     """When it was sealed, or lost its protection; of use while it is not protected."""
     doubtful: bool = False
     """A store was lost while this page's parity was under way, or its slices: an acknowledgement proves nothing."""
+    copied: bool = False
+    """The successor of a rank that moves has that rank's slice."""
     pins: int = 0
     """Transfers under way that read or write its bytes: it is held meanwhile, though no sequence may hold it."""
 
@@ -278,6 +280,36 @@ class PagePool:
         lost = (self.pages[number] for number in reversed(self._cached) if number in self._lost)
         return list(islice(lost, limit))
 
+    # -- a rank that moves -------------------------------------------------------------------------------------------
+
+    def wants_copy(self, number: int) -> bool:
+        """Whether a sealed page of which nothing is missing is not copied yet."""
+        page = self.pages[number]
+        return page.key is not None and not page.copied and not page.missing
+
+    def uncopied(self) -> list[int]:
+        """The pages that want to be copied, those that sequences hold first."""
+        wanted = [page for page in self.pages if self.wants_copy(page.number)]
+        return [page.number for page in sorted(wanted, key=lambda page: not page.holders)]
+
+    def copied(self, number: int) -> None:
+        """A page was copied. It counts until the page is given away."""
+        if self.pages[number].key is not None:
+            self.pages[number].copied = True
+
+    def regain(self, rank: int, tail: Collection[int]) -> None:
+        """The new worker of `rank`, which was lost, has what was copied to it, and the unsealed pages `tail`."""
+        for page in self.pages:
+            if page.copied or page.number in tail:
+                page.missing.discard(rank)
+                if not page.missing:
+                    self._lost.discard(page.number)
+
+    def forget_copies(self) -> None:
+        """No rank moves, or to another worker now."""
+        for page in self.pages:
+            page.copied = False
+
     # -- transfers ---------------------------------------------------------------------------------------------------
 
     def pin(self, number: int) -> None:
@@ -320,6 +352,7 @@ class PagePool:
         if page.shadow is not Shadow.OPEN:
             self._released.append(page.key)
         page.key = None
+        page.copied = False
         self._enter(page, Shadow.OPEN)
 
     def _enter(self, page: Page, shadow: Shadow) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from services.coordinator.pages import Page, PagePool
 from services.coordinator.scheduler import Sequence
@@ -56,6 +57,13 @@ class Return:
     stripes: tuple[StripeRestore, ...]
     restore_s: float
     recompute_s: float
+    missing: int
+    """Pages of it that have a slice missing."""
+
+    @property
+    def way(self) -> Literal["restore", "recompute", "kept"]:
+        """In a word: of a sequence that shares another's pages, it says what is done for this one besides."""
+        return "restore" if self.stripes else "recompute" if self.missing else "kept"
 
 
 def wanted_keys(pool: PagePool, sequences: Iterable[Sequence]) -> list[PageKey]:
@@ -100,7 +108,7 @@ def plan_restore(
         if not (always or restore_s < recompute_s):
             run = []
         planned.update(stripe.key for stripe in run)
-        returns.append(Return(sequence, tuple(run), restore_s, recompute_s))
+        returns.append(Return(sequence, tuple(run), restore_s, recompute_s, _missing(pool, sequence)))
     return returns
 
 

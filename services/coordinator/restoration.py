@@ -98,7 +98,7 @@ class Restoration:
                 "a request comes back",
                 extra={
                     "request": each.sequence.request.request_id,
-                    "way": "restore" if each.stripes else "recompute",
+                    "way": each.way,
                     "pages": len(each.stripes),
                     "expected_restore_s": round(each.restore_s, 4),
                     "expected_recompute_s": round(each.recompute_s, 4),
@@ -129,6 +129,11 @@ class Restoration:
         else:
             self._pool.forget(stripe.page for stripe in batch.stripes if stripe.key in failed)
         self._send()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is to be restored."""
+        return not self._queue and not self._batches
 
     def settle(self, now: float) -> bool:
         """Let sequences take part in steps of which nothing more will come back. True when none is left."""
@@ -168,7 +173,7 @@ class Restoration:
                 self._send()
             while True:
                 await asyncio.sleep(CACHED_PAUSE_S)
-                if not self._serves(epoch) or not (self._queue or self._batches):
+                if not self._serves(epoch) or self.idle:
                     break
             lost = self._pool.lost
         if began:

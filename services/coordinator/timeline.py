@@ -19,6 +19,7 @@ class Recovery:
 
     started: float
     reason: str
+    planned: bool = False
     lost: set[int] = field(default_factory=set)
     joined: float = 0.0
     detect_s: float = 0.0
@@ -63,7 +64,7 @@ class Timeline:
             for each in returns:
                 self.current.streams[each.sequence.number] = StreamRecovery(
                     request_id=each.sequence.request.request_id,
-                    way="restore" if each.stripes else "recompute",
+                    way=each.way,
                     restored_pages=len(each.stripes),
                     recomputed_tokens=0,
                     expected_restore_s=each.restore_s,
@@ -142,6 +143,7 @@ class Timeline:
             exchange_s=recovery.exchange_s,
             decode_s=recovery.decode_s,
             streams=tuple(slowest[:STREAMS_TOLD]),
+            planned=recovery.planned and not recovery.lost,
             detect_s=recovery.detect_s,
             fence_s=recovery.fence_s,
         )

@@ -7,7 +7,7 @@ from services.coordinator.pages import Shadow
 from services.coordinator.protection import Protection
 from services.coordinator.scheduler import Scheduler
 from services.coordinator.timeline import Timeline
-from shared.types import ClusterStatus, GroupConfig, ModelInfo
+from shared.types import ClusterStatus, GroupConfig, HandoverStatus, ModelInfo
 
 _DETAILS = {
     "assigning": "ranks load their slices",
@@ -25,6 +25,7 @@ def cluster_status(
     model: ModelInfo | None,
     timeline: Timeline,
     paces: Mapping[str, Pace],
+    handover: HandoverStatus | None,
     now: float,
 ) -> ClusterStatus:
     """The group's state now."""
@@ -58,6 +59,7 @@ def cluster_status(
         unprotected_reason=protection.trouble if exposed else "",
         parity_bytes_stored=protection.parity_bytes,
         recoveries=tuple(timeline.records),
+        handover=handover,
         now=now,
         recovering_since=timeline.current.started if timeline.current is not None else None,
         protection_lag_s=max(0.0, now - since) if (since := pool.exposed_since()) is not None else 0.0,

@@ -3,6 +3,7 @@ dials again when the coordinator is away."""
 
 import asyncio
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -12,15 +13,28 @@ from shared.channel import Channel, dial
 from shared.config import GatewaySettings, default_name
 from shared.errors import GhostError, PeerLost, RequestRejected
 from shared.logs import epoch_is
-from shared.messages import Abort, Accepted, Failed, GatewayHello, Goodbye, Message, Refused, StatusChanged, Submit
+from shared.messages import (
+    Abort,
+    Accepted,
+    Applied,
+    Apply,
+    Failed,
+    GatewayHello,
+    Goodbye,
+    Message,
+    Refused,
+    StatusChanged,
+    Submit,
+)
 from shared.messages import Tokens as TokensMessage
 from shared.tls import client_context
-from shared.types import ClusterStatus, GenerationRequest
+from shared.types import ClusterStatus, GenerationRequest, OperatorAction
 
 log = logging.getLogger(__name__)
 
 FIRST_REDIAL_S = 0.1
 LAST_REDIAL_S = 2.0
+APPLY_DEADLINE_S = 10.0
 STATUS_DEADLINE_S = 10.0
 """Silence of the coordinator, which reports every second, after which its last report is not believed any more."""
 
@@ -135,6 +149,7 @@ class Cluster:
         self._settings = settings
         self._channel: Channel | None = None
         self._calls: dict[str, Call] = {}
+        self._asked: dict[str, asyncio.Future[Applied | Refused]] = {}
         self._status: ClusterStatus | None = None
         self._heard = 0.0
         self._reason = "the coordinator has not been reached yet"
@@ -189,6 +204,23 @@ class Cluster:
         except PeerLost as error:
             raise StreamLost("the coordinator is away") from error
 
+    async def apply(self, action: OperatorAction, target: str) -> str:
+        """Have the coordinator do an operator's word; returns what it says. Raises RequestRejected or StreamLost."""
+        request_id = f"apply-{os.urandom(8).hex()}"
+        answer: asyncio.Future[Applied | Refused] = asyncio.get_running_loop().create_future()
+        self._asked[request_id] = answer
+        try:
+            self.send(Apply(request_id, action, target))
+            async with asyncio.timeout(APPLY_DEADLINE_S):
+                told = await answer
+        except TimeoutError:
+            raise StreamLost(f"the coordinator did not answer within {APPLY_DEADLINE_S:.0f} s") from None
+        finally:
+            del self._asked[request_id]
+        if isinstance(told, Refused):
+            raise RequestRejected(told.message, status=told.status, code=told.code, param=told.param)
+        return told.message
+
     def forget(self, request_id: str, *, abort: bool) -> None:
         """Nobody waits for this sequence any more; tell the coordinator if it still works on it."""
         if self._calls.pop(request_id, None) is None or not abort or self._channel is None:
@@ -236,6 +268,9 @@ class Cluster:
                 self._status, self._heard = message.status, time.monotonic()
                 epoch_is(message.status.epoch)
                 self._tell()
+            case Applied() | Refused() if message.request_id in self._asked:
+                if not (answer := self._asked[message.request_id]).done():
+                    answer.set_result(message)
             case Accepted() | Refused() | TokensMessage() | Failed():
                 if (call := self._calls.get(message.request_id)) is not None:
                     call.deliver(message)

@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 import json
-from typing import Any
+from typing import Any, TypeVar
 
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -13,12 +13,13 @@ from services.gateway.cluster import Cluster
 from services.gateway.guard import read_body
 from shared.errors import RequestRejected
 from shared.messages import InjectFault
-from shared.types import ClusterStatus, Fault
+from shared.types import ClusterStatus, Fault, OperatorAction
 
 LEAST_PAUSE_S = 0.1
 """Between two events of one stream: a burst of changes is told as the last of them."""
 
 Json = dict[str, Any]
+Body = TypeVar("Body", bound=BaseModel)
 
 
 class FaultRequest(BaseModel):
@@ -28,6 +29,16 @@ class FaultRequest(BaseModel):
 
     fault: Fault = Field(description="kill: the worker kills itself")
     worker: str = Field(description="its name, as in the status")
+
+
+class ApplyRequest(BaseModel):
+    """Body of POST /v1/fault_tolerance/apply."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    action: OperatorAction
+    target: str = Field(max_length=200)
+    """rank:N, or worker:NAME."""
 
 
 class Operate:
@@ -43,6 +54,7 @@ class Operate:
         routes = [
             web.get("/v1/fault_tolerance/status", self._status),
             web.get("/v1/fault_tolerance/events", self._events),
+            web.post("/v1/fault_tolerance/apply", self._apply),
         ]
         return [*routes, web.post("/v1/fault_tolerance/faults", self._fault)] if self._allow_faults else routes
 
@@ -66,15 +78,17 @@ class Operate:
         return response
 
     async def _fault(self, request: web.Request) -> web.Response:
-        try:
-            asked = FaultRequest.model_validate_json(await read_body(request))
-        except ValidationError as error:
-            problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-            raise RequestRejected(problem["msg"], param=".".join(str(part) for part in problem["loc"])) from error
+        asked = await _parsed(FaultRequest, request)
         if asked.worker not in [worker.name for worker in self._known().workers]:
             raise RequestRejected(f"no worker {asked.worker[:100]!r} is here", status=404, code="not_found")
         self._cluster.send(InjectFault(asked.worker, asked.fault))
         return web.json_response({"worker": asked.worker, "fault": asked.fault}, status=202)
+
+    async def _apply(self, request: web.Request) -> web.Response:
+        """Have the coordinator move a rank, or take a worker back. 202: what will happen; the status tells the rest."""
+        asked = await _parsed(ApplyRequest, request)
+        told = await self._cluster.apply(asked.action, asked.target)
+        return web.json_response({"action": asked.action, "target": asked.target, "message": told}, status=202)
 
     def _known(self) -> ClusterStatus:
         status = self._cluster.status
@@ -89,6 +103,15 @@ class Operate:
             "allow_faults": self._allow_faults,
         }
         return dataclasses.asdict(status) | {"gateway": gateway}
+
+
+async def _parsed(kind: type[Body], request: web.Request) -> Body:
+    """The request's body. Raises RequestRejected."""
+    try:
+        return kind.model_validate_json(await read_body(request))
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        raise RequestRejected(problem["msg"], param=".".join(str(part) for part in problem["loc"])) from error
 
 
 def _event(name: str, content: Json) -> bytes:

@@ -12,6 +12,7 @@ import torch
 
 from kernels.codec import make_codec
 from services.worker import faults
+from services.worker.copies import PageServer, copy_pages
 from services.worker.model_files import resolve_model
 from services.worker.protect import Protector
 from services.worker.replicate import CopyRestorer, Replicator
@@ -25,20 +26,24 @@ from shared.errors import ConfigError, GhostError, PeerLost
 from shared.logs import epoch_is
 from shared.messages import (
     Assign,
+    CopyPages,
     DigestPlan,
     Goodbye,
     Heartbeat,
     InjectFault,
     Join,
     Message,
+    Prepare,
     ProtectPlan,
     RestorePlan,
+    StandBy,
     StepPlan,
     Welcome,
     WorkerHello,
     WorkerReady,
 )
 from shared.tls import client_context
+from shared.transport.server import serve
 from shared.types import GroupConfig
 
 log = logging.getLogger(__name__)
@@ -80,7 +85,9 @@ class Worker:
         self._runner: Runner | None = None
         self._config: GroupConfig | None = None
         self._epoch = 0
+        self._own_address = ""
         self._address = ""  # where other ranks reach this host
+        self._copying: asyncio.Task[None] | None = None
         self._stores = StoreClients(
             settings.secret, put_deadline_s=settings.put_deadline_s, fetch_deadline_s=settings.fetch_deadline_s
         )
@@ -109,6 +116,7 @@ class Worker:
             await asyncio.sleep(REDIAL_S)
 
     def _hello(self, own_address: str) -> WorkerHello:
+        self._own_address = own_address
         self._address = self._settings.advertise_host or own_address
         return WorkerHello(self._name, socket.gethostname(), _host_id(), os.getpid(), self._device)
 
@@ -120,19 +128,26 @@ class Worker:
 
     async def _session(self, channel: Channel, welcome: Welcome) -> None:
         self._channel = channel
-        beating: asyncio.Task[None] | None = None
-        try:
-            runner = await self._load(welcome.config)
-            runner.address = self._address
-            channel.send(WorkerReady(runner.info, runner.pool.pages))
+        runner = await self._load(welcome.config)
+        runner.address = self._address
+        pages = PageServer(runner.pool, runner.pool.pages)
+        broken: GhostError | None = None
+        async with serve(f"tcp://{_bracketed(self._own_address)}:0", pages, token=self._settings.secret or "") as bulk:
+            where = f"tcp://{_bracketed(self._address)}:{bulk.address.rpartition(':')[2]}"
+            channel.send(WorkerReady(runner.info, runner.pool.pages, where))
             beating = asyncio.create_task(self._beat(channel, runner, welcome.config.heartbeat_s))
-            async for message in channel:
-                self._handle(runner, message)
-            log.warning("the coordinator closed the channel")
-        finally:
-            if beating is not None:
+            try:
+                async for message in channel:
+                    self._handle(runner, message)
+                log.warning("the coordinator closed the channel")
+            except GhostError as error:
+                broken = error  # raised below: the server's task group would wrap it
+            finally:
+                self._stop_copying()
                 beating.cancel()
                 await asyncio.gather(beating, return_exceptions=True)
+        if broken is not None:
+            raise broken
 
     async def _load(self, config: GroupConfig) -> Runner:
         """The runner for a configuration: made once, since the group's does not change while it lives."""
@@ -167,9 +182,15 @@ class Worker:
 
     def _handle(self, runner: Runner, message: Message) -> None:
         match message:
-            case Assign():
+            case Assign() | StandBy():
+                self._stop_copying()
                 self._epoch = message.epoch
                 epoch_is(message.epoch)
+                runner.submit(message)
+            case CopyPages():
+                self._stop_copying()
+                self._copying = asyncio.create_task(self._copy(runner, message))
+            case Prepare():
                 runner.submit(message)
             case Join() | StepPlan() | DigestPlan():
                 runner.submit(message)
@@ -185,6 +206,15 @@ class Worker:
                 raise PeerLost(f"the coordinator gave this worker up: {message.reason}")
             case _:
                 log.warning("the coordinator sent %s", type(message).__name__)
+
+    async def _copy(self, runner: Runner, message: CopyPages) -> None:
+        self._report(await copy_pages(message, runner.pool, self._stores, runner.config.group))
+
+    def _stop_copying(self) -> None:
+        """Nothing is copied into the pool any more: it is another rank's now, or nobody asks."""
+        if self._copying is not None:
+            self._copying.cancel()
+            self._copying = None
 
     async def _beat(self, channel: Channel, runner: Runner, interval_s: float) -> None:
         while not channel.closed:
@@ -214,6 +244,10 @@ async def _show_life(folder: str, name: str) -> None:
     while folder:
         await asyncio.to_thread(file.touch)
         await asyncio.sleep(ALIVE_S)
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _host_id() -> str:

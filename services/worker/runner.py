@@ -28,10 +28,13 @@ from shared.messages import (
     Join,
     Joined,
     Message,
+    Prepare,
+    Prepared,
     RankFailed,
     Rendezvous,
     RestorePlan,
     SequenceStep,
+    StandBy,
     StepDone,
     StepPlan,
 )
@@ -39,7 +42,7 @@ from shared.types import GroupConfig, ModelInfo
 
 log = logging.getLogger(__name__)
 
-Job = Assign | Join | StepPlan | DigestPlan
+Job = Assign | StandBy | Prepare | Join | StepPlan | DigestPlan
 MAX_JOBS = 1024
 
 
@@ -85,6 +88,7 @@ class Runner:
         self._place: Place | None = None
         self._assigned = -1  # the rank that it has or is about to take
         self._loaded_rank: int | None = None
+        self._hold_weights = hold_weights
         self._unprepared = list(range(config.size)) if hold_weights else []
         dtype = cast(torch.dtype, getattr(torch, config.dtype))
         self.model = RankModel(model_dir, size=config.size, dtype=dtype, device=device)
@@ -122,9 +126,9 @@ class Runner:
 
     def submit(self, job: Job) -> None:
         """Queue a job. An Assign ends the epoch before: its collectives abort, its jobs are skipped."""
-        if isinstance(job, Assign):
+        if isinstance(job, Assign | StandBy):
             self.interrupt(job.epoch)
-            self._assigned = job.rank
+            self._assigned = job.rank if isinstance(job, Assign) else -1
         self._jobs.put_nowait((job, time.monotonic()))
 
     def restore(self, plan: RestorePlan) -> None:
@@ -161,11 +165,16 @@ class Runner:
         torch.set_grad_enabled(False)
         while (entry := self._next_job()) is not None:
             job, received = entry
-            if job.epoch != self._epoch:
+            epoch = self._epoch if isinstance(job, Prepare) else job.epoch
+            if epoch != self._epoch:
                 continue
             self._marks += 1
             try:
                 match job:
+                    case StandBy():
+                        self._stand_by(job)
+                    case Prepare():
+                        self._prepare(job)
                     case Assign():
                         self._assign(job, received)
                     case Join():
@@ -175,10 +184,10 @@ class Runner:
                     case DigestPlan():
                         self._report(self._digest(job))
             except (CommunicatorAborted, DeadlineExceeded) as error:
-                self._failed(job.epoch, f"{type(job).__name__}: {error}", cut_off=isinstance(error, CutOff))
+                self._failed(epoch, f"{type(job).__name__}: {error}", cut_off=isinstance(error, CutOff))
             except Exception as error:
                 log.exception("%s failed", type(job).__name__)
-                self._failed(job.epoch, f"{type(job).__name__}: {type(error).__name__}: {error}", fatal=True)
+                self._failed(epoch, f"{type(job).__name__}: {type(error).__name__}: {error}", fatal=True)
             finally:
                 self.in_flight = False
         self._leave()
@@ -211,6 +220,18 @@ class Runner:
             for slot_bytes in (self._slot_bytes, self.shadow.slot_bytes):
                 self._rendezvous.append(open_rendezvous(kind, assign.size, host=self.address, slot_bytes=slot_bytes))
             self._report(Rendezvous(assign.epoch, *(each.address for each in self._rendezvous)))
+
+    def _stand_by(self, job: StandBy) -> None:
+        """No rank any more, or still none; with `hold`, slices that are not at hand are read when there is time."""
+        self._leave()
+        self._unprepared = list(range(self.config.size)) if job.hold and self._hold_weights else []
+        self._place, self.step_done = None, 0
+
+    def _prepare(self, job: Prepare) -> None:
+        if self._place is None:
+            self.model.load(job.rank)
+            self._loaded_rank = job.rank
+            self._report(Prepared(job.move))
 
     def _join(self, join: Join) -> None:
         place = self._place

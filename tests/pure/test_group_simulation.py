@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 import pytest
 
 from services.coordinator.pages import Shadow
-from shared.messages import RankFailed, StoreDrains
-from shared.types import StoreInfo
+from shared.messages import Applied, RankFailed, Refused, StoreDrains
+from shared.types import OperatorAction, StoreInfo
 from tests.pure.world import Wire, World
 
 MOVES = 100_000
@@ -17,7 +17,8 @@ MOVES = 100_000
 
 @pytest.fixture(autouse=True)
 def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cached pages come back without the pause that spares a real machine."""
+    """Cached pages come back, and those of a rank that moves are copied, without pauses."""
+    monkeypatch.setattr("services.coordinator.group.TICK_S", 0.001)
     monkeypatch.setattr("services.coordinator.restoration.CACHED_PAUSE_S", 0.001)
 
 
@@ -44,6 +45,9 @@ async def serving(world: World) -> None:
 async def finish(world: World) -> None:
     """No more faults: enough workers and a store, until every request has ended."""
     world.add_store()
+    world.copy_failures = 0.0
+    for worker in world.group.membership.members.values():
+        worker.cordoned = False
     while len(world.workers) < world.size + 1:
         world.add_worker()
     for _ in range(MOVES):
@@ -89,7 +93,11 @@ async def test_streams_are_right_whatever_dies_when(seed: int, parity: int) -> N
                 world.add_store()
             elif what < 0.05:
                 world.abort_collective()
-            elif what < 0.054 and silent_loss:
+            elif what < 0.056:
+                world.copy_failures = dice.choice((0.0, 0.0, 0.3))
+                action = dice.choice(("drain", "replace", "replace", "resume"))
+                world.operate(action, f"rank:{dice.randrange(world.size)}")
+            elif what < 0.06 and silent_loss:
                 world.parity_of.clear()  # a store loses its memory and tells nobody
             elif not await world.move():
                 await asyncio.sleep(0)
@@ -220,6 +228,124 @@ async def test_cached_pages_that_no_store_has_are_dropped() -> None:
                 if not await world.move():
                     await asyncio.sleep(0.001)
         assert world.group.status().pages_cached == 0
+
+
+async def decoding(world: World, *, spares: int = 1) -> str:
+    """A group that serves, and a stream with protected pages that is far from its end. Returns its name."""
+    for _ in range(world.size + spares):
+        world.add_worker()
+    world.add_store()
+    await serving(world)
+    name = world.submit(length=23, max_tokens=200, digest=True)
+    while len(world.received[name]) < 10 or world.group.status().stripes_pending:
+        await world.move()
+    return name
+
+
+async def moved(world: World, rank: int, old: str) -> None:
+    async with asyncio.timeout(10):
+        while world.group.membership.ranks[rank] == old or world.group.membership.state != "serving":
+            if not await world.move():
+                await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("action", ["drain", "replace"])
+async def test_a_rank_moves_to_a_spare_and_nothing_is_restored_or_recomputed(action: OperatorAction) -> None:
+    world = World(20, pages=128)
+    async with running(world):
+        await decoding(world)
+        old = str(world.group.membership.ranks[1])
+        answer = world.operate(action, "rank:1")
+        assert isinstance(answer, Applied)
+        assert isinstance(world.operate(action, "rank:2"), Refused)
+        assert "draining" in [worker.state for worker in world.group.status().workers]
+        await moved(world, 1, old)
+        states = {worker.name: worker.state for worker in world.group.status().workers}
+        assert states[old] == ("cordoned" if action == "drain" else "spare")
+        assert world.group.status().pages_lost == 0
+        world.check_slices()
+        await finish(world)
+        (record,) = world.group.status().recoveries
+        assert record.planned
+        assert record.restored_pages == record.recomputed_tokens == 0
+        assert [stream.way for stream in record.streams] == ["kept"]
+        assert world.restored == 0
+        assert world.prepared_switches == 1 + 2  # the successor, and the two ranks that stay
+
+
+async def test_a_drained_worker_is_not_taken_before_it_is_resumed() -> None:
+    world = World(21, pages=128)
+    async with running(world):
+        await decoding(world)
+        old = str(world.group.membership.ranks[0])
+        world.operate("drain", "rank:0")
+        await moved(world, 0, old)
+        world.kill(world.workers[str(world.group.membership.ranks[2])])
+        for _ in range(200):
+            await world.move()
+        assert world.group.membership.state == "forming"
+        world.operate("resume", "rank:0")
+        await serving(world)
+        assert world.group.membership.ranks[2] == old
+        await finish(world)
+
+
+@pytest.mark.parametrize("dies", ["old", "new", "other"])
+@pytest.mark.parametrize("after", [3, 10, 20, 40])
+async def test_a_rank_that_moves_and_a_loss_on_the_way(dies: str, after: int) -> None:
+    world = World(22 + after, pages=128)
+    async with running(world):
+        await decoding(world, spares=3)
+        old = str(world.group.membership.ranks[1])
+        world.operate("replace", "rank:1")
+        async with asyncio.timeout(10):
+            while (
+                world.group.handover is None or world.group.handover.move is None or not world.group.handover.move.new
+            ):
+                await asyncio.sleep(0.001)
+        move = world.group.handover.move
+        for _ in range(after):
+            await world.move()
+        world.kill(world.workers[{"old": old, "new": move.new, "other": str(world.group.membership.ranks[2])}[dies]])
+        await moved(world, 1, old)
+        world.group.check()
+        await finish(world)
+
+
+async def test_without_a_spare_a_rank_waits_to_move_and_the_group_serves() -> None:
+    world = World(23, pages=128)
+    async with running(world):
+        name = await decoding(world, spares=0)
+        world.operate("drain", "rank:1")
+        had = len(world.received[name])
+        while len(world.received[name]) < had + 5:
+            await world.move()
+        status = world.group.status()
+        assert status.handover is not None
+        assert status.handover.phase == "waiting"
+        world.operate("resume", "rank:1")
+        assert world.group.status().handover is None
+        await finish(world)
+
+
+async def test_what_can_not_move_is_refused() -> None:
+    world = World(24)
+    async with running(world):
+        for _ in range(world.size + 1):
+            world.add_worker()
+        await serving(world)
+        spare = world.group.membership.spares()[0].name
+        for action, target, status in (
+            ("drain", "rank:7", 404),
+            ("drain", "rank:x", 404),
+            ("drain", "elephant", 404),
+            ("replace", f"worker:{spare}", 409),
+        ):
+            answer = world.operate(action, target)  # type: ignore[arg-type]
+            assert isinstance(answer, Refused)
+            assert answer.status == status
+        assert isinstance(world.operate("drain", f"worker:{spare}"), Applied)
+        assert world.group.membership.spares() == []
 
 
 async def test_without_a_spare_it_says_what_it_waits_for_and_goes_on_when_one_comes() -> None:

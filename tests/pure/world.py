@@ -18,13 +18,19 @@ from services.coordinator.pages import Shadow
 from shared.config import CoordinatorSettings
 from shared.messages import (
     Abort,
+    Applied,
+    Apply,
     Assign,
+    CopyPages,
     DigestDone,
     DigestPlan,
     EpochNow,
     Join,
     Joined,
     Message,
+    PagesCopied,
+    Prepare,
+    Prepared,
     ProtectDone,
     ProtectPlan,
     RankFailed,
@@ -35,6 +41,7 @@ from shared.messages import (
     RestorePlan,
     Sample,
     ShardsLost,
+    StandBy,
     StepDone,
     StepPlan,
     Submit,
@@ -45,6 +52,7 @@ from shared.stripe_index import ShardEntry, Stripe
 from shared.types import (
     GenerationRequest,
     ModelInfo,
+    OperatorAction,
     PageKey,
     SamplingParams,
     StoreInfo,
@@ -86,6 +94,9 @@ class SimWorker:
     assign: Assign | None = None
     joined: bool = False
     step: int = 0
+    loaded: int | None = None
+    """The rank whose weights it has."""
+    copying: CopyPages | None = None
     lanes: dict[str, deque[Any]] = field(default_factory=lambda: {"compute": deque(), "shadow": deque()})
     """Plans not begun, of its two threads."""
     stalled: dict[str, Any] = field(default_factory=dict)
@@ -150,6 +161,8 @@ class World:
         self.finished: dict[str, str] = {}
         self.restored = 0
         self.room = 1 << 30  # stripes that the store has room for
+        self.prepared_switches = 0
+        self.copy_failures = 0.0
         self._names = itertools.count()
         self._collectives: dict[tuple[Any, ...], set[str]] = {}
 
@@ -159,7 +172,7 @@ class World:
         worker = SimWorker(f"w{next(self._names)}")
         self.workers[worker.name] = worker
         self.group.worker_joins(Member(worker.name, "host", "host", 1, "cpu", 0.0), worker.wire)  # type: ignore[arg-type]
-        worker.out.append(WorkerReady(MODEL, self.pages))
+        worker.out.append(WorkerReady(MODEL, self.pages, pages_address=worker.name))
 
     def kill(self, worker: SimWorker) -> None:
         del self.workers[worker.name]
@@ -210,6 +223,8 @@ class World:
         for worker in self.workers.values():
             if worker.wire.sent:
                 moves.append(("in", worker))
+            if worker.copying is not None:
+                moves.append(("copy", worker))
             if worker.out:
                 moves.append(("out", worker))
             moves += [(lane, worker) for lane in worker.lanes if self._can_run(worker, lane)]
@@ -218,6 +233,8 @@ class World:
         kind, worker = self.dice.choice(moves)
         if kind == "out":
             self.group.from_worker(worker.name, worker.out.popleft())
+        elif kind == "copy":
+            self._copy(worker)
         elif kind == "in":
             self._receive(worker, worker.wire.sent.popleft())
         else:
@@ -283,6 +300,10 @@ class World:
         match message:
             case Assign():
                 worker.assign, worker.joined, worker.step = message, False, 0
+                worker.copying = None
+                if worker.loaded is not None and worker.loaded == message.rank:
+                    self.prepared_switches += 1
+                worker.loaded = message.rank
                 worker.stalled.clear()  # a new epoch ends the collectives of the one before
                 for lane in worker.lanes.values():
                     lane.clear()
@@ -291,12 +312,39 @@ class World:
             case Join() if worker.assign is not None and message.epoch == worker.assign.epoch:
                 worker.joined = True
                 worker.out.append(Joined(message.epoch, worker.assign.rank, 0.0, 0.0))
+            case StandBy():
+                worker.assign, worker.joined, worker.copying = None, False, None
+                worker.stalled.clear()
+                for lane in worker.lanes.values():
+                    lane.clear()
+            case Prepare() if worker.assign is None:
+                worker.loaded = message.rank
+                worker.out.append(Prepared(message.move))
+            case CopyPages() if worker.assign is None:
+                worker.copying = message
             case StepPlan() | DigestPlan() if self._of_epoch(worker, message.epoch):
                 worker.lanes["compute"].append(message)
             case ProtectPlan() | RestorePlan() if self._of_epoch(worker, message.epoch):
                 worker.lanes["shadow"].append(message)
             case _:
                 pass
+
+    def _copy(self, worker: SimWorker) -> None:
+        """A spare reads pages out of another worker's pool, as they are at this moment."""
+        message, worker.copying = worker.copying, None
+        assert message is not None
+        source = self.workers.get(message.address)
+        if source is None or self.dice.random() < self.copy_failures:
+            worker.out.append(PagesCopied(message.move, message.pages, "it can't be reached"))
+            return
+        for page in unpack_ids(message.pages):
+            worker.kv[page] = list(source.kv.get(page, [GARBAGE] * self.page_tokens))
+        worker.out.append(PagesCopied(message.move, message.pages, ""))
+
+    def operate(self, action: OperatorAction, target: str) -> Applied | Refused:
+        """An operator's word, and the coordinator's answer."""
+        self.group.from_gateway(self.client, Apply("apply", action, target))  # type: ignore[arg-type]
+        return next(m for m in reversed(self.client.sent) if isinstance(m, Applied | Refused))
 
     def _of_epoch(self, worker: SimWorker, epoch: int) -> bool:
         return worker.assign is not None and worker.assign.epoch == epoch
