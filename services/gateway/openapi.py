@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from services.gateway.operate import FaultRequest
+from services.gateway.operate import ApplyRequest, FaultRequest
 from services.gateway.schemas import ChatRequest, CompletionRequest
 
 Json = dict[str, Any]
@@ -39,13 +39,18 @@ _ERROR = {
 def describe(version: str, *, keys: bool) -> Json:
     """The OpenAPI document. `keys`: whether clients need an API key."""
     _, schemas = models_json_schema(
-        [(CompletionRequest, "validation"), (ChatRequest, "validation"), (FaultRequest, "validation")],
+        [(kind, "validation") for kind in (CompletionRequest, ChatRequest, ApplyRequest, FaultRequest)],
         ref_template="#/components/schemas/{model}",
     )
     paths: dict[str, Json] = {
         "/v1/completions": {"post": _post("Continue a prompt", "CompletionRequest")},
         "/v1/chat/completions": {"post": _post("Answer a conversation", "ChatRequest")},
-        "/v1/fault_tolerance/faults": {"post": _fault()},
+        "/v1/fault_tolerance/apply": {
+            "post": _begun("Move a rank to a spare, or let a worker be taken again", "ApplyRequest")
+        },
+        "/v1/fault_tolerance/faults": {
+            "post": _begun("Break a worker; there only with --allow-faults", "FaultRequest")
+        },
     }
     for path, summary in _GETS.items():
         paths[path] = {"get": {"summary": summary, "responses": {"200": {"description": summary}}}}
@@ -64,8 +69,8 @@ def describe(version: str, *, keys: bool) -> Json:
     return document
 
 
-def _fault() -> Json:
-    operation = _post("Break a worker; there only with --allow-faults", "FaultRequest")
+def _begun(summary: str, schema: str) -> Json:
+    operation = _post(summary, schema)
     del operation["responses"]["200"]
     return operation | {"responses": {"202": {"description": "It is being done"}} | operation["responses"]}
 

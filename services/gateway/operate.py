@@ -36,9 +36,10 @@ class ApplyRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    action: OperatorAction
-    target: str = Field(max_length=200)
-    """rank:N, or worker:NAME."""
+    action: OperatorAction = Field(
+        description="drain: move the rank and take its worker no more; replace: move it; resume: take the worker again"
+    )
+    target: str = Field(max_length=200, description="rank:N, or worker:NAME")
 
 
 class Operate:
