@@ -119,7 +119,8 @@ def _members(status: Json) -> Table:
         if worker is None:
             table.add_row(f"rank {rank}", "[red]vacant[/red]", "", "", "")
         else:
-            table.add_row(f"rank {rank}", worker["state"], worker["name"], worker["device"], _place(worker))
+            state = "[yellow]straggler[/yellow]" if worker["straggler"] else worker["state"]
+            table.add_row(f"rank {rank}", state, worker["name"], worker["device"], _place(worker))
     for worker in status["workers"]:
         if worker["rank"] is None:
             table.add_row("spare", worker["state"], worker["name"], worker["device"], _place(worker))

@@ -127,6 +127,12 @@ class _StatusCollector(Collector):
         yield _gauge("ranks_wanted", "Ranks of the group (k)", status.size)
         yield _gauge("spares", "Workers ready to take a rank", sum(each.state == "spare" for each in status.workers))
         yield _gauge("stores", "Parity stores connected", len(status.stores))
+        yield _gauge("stragglers", "Ranks that compute far longer than the others", sum(
+            each.straggler for each in status.workers
+        ))  # fmt: skip
+        yield _by("rank_compute_seconds", "Computing in a step, without waiting for other ranks, averaged", "rank", {
+            str(each.rank): each.compute_s for each in status.workers if each.rank is not None
+        })  # fmt: skip
         yield _gauge("can_lose", "Ranks that can be lost now without recomputing sealed pages", status.can_lose)
         yield _gauge("num_requests_running", "Requests in work", status.running)
         yield _gauge("num_requests_waiting", "Requests that wait for room", status.waiting)

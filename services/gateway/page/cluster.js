@@ -109,8 +109,9 @@ function fill(element, level, name, first, second) {
 function fillRank(element, { rank, worker }, status, kill) {
   const serving = status.state === "serving";
   const usual = worker?.state === "member"; // otherwise it is being moved, and its state says so
-  const level = worker === null ? "bad" : serving && usual ? "good" : "busy";
+  const level = worker === null ? "bad" : worker.straggler ? "warn" : serving && usual ? "good" : "busy";
   const doing = worker === null ? "lost, vacant"
+    : worker.straggler ? `straggler: ${seconds(worker.compute_s)} a step`
     : !usual ? worker.state : serving ? `serving · ${worker.device}` : status.state;
   fill(element, level, `Rank ${rank}`, doing, worker === null ? "waiting for a spare" : `${worker.name} (${pid(worker)})`);
   element.classList.toggle("vacant", worker === null);
