@@ -138,7 +138,7 @@ def _recoveries(status: Json) -> Table:
     for record in status["recoveries"][-_RECOVERIES_SHOWN:]:
         lost = ", ".join(map(str, record["lost_ranks"]))
         table.add_row(
-            f"rank {lost} lost" if lost else "epoch broken",
+            f"rank {lost} lost" if lost else "rank moved" if record["planned"] else "epoch broken",
             *(f"{record[phase]:.3f}" for phase in _PHASES),
             f"{record['restored_pages']} pages",
             f"{record['recomputed_tokens']} tokens",

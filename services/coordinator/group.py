@@ -435,11 +435,11 @@ class Group:
             self.announce()
 
     def _recovered(self, record: RecoveryRecord) -> None:
+        self.metrics.recovery_ended(record)
+        tell_recovery(self.tracing, record)
         if record.planned:
             log.info("a rank was moved", extra={"stall_s": round((record.ended or 0.0) - record.started, 4)})
             return
-        self.metrics.recovery_ended(record)
-        tell_recovery(self.tracing, record)
         phases = {f"{phase}_s": round(seconds, 4) for phase, seconds in record.phases()}
         log.info("recovered", extra={"lost_ranks": record.lost_ranks, "streams": record.sequences} | phases)
 

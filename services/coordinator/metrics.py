@@ -41,6 +41,10 @@ class Metrics:
             "ghostserve:recovery_duration_seconds", "Recoveries by phase", ["phase"], buckets=_PHASES_S,
             registry=registry,
         )  # fmt: skip
+        self.moves = Histogram(
+            "ghostserve:rank_move_stall_seconds", "How long requests waited for a rank that was moved",
+            buckets=_PHASES_S, registry=registry,
+        )  # fmt: skip
         self.recovered = Counter(
             "ghostserve:requests_recovered", "Requests that went on after a loss, with their KV or from the start",
             ["method"], registry=registry,
@@ -96,7 +100,10 @@ class Metrics:
         self.checksum_failures.labels("restore").inc(done.damaged)
 
     def recovery_ended(self, record: RecoveryRecord) -> None:
-        """A recovery's record is closed."""
+        """A recovery's record is closed, or that of a planned move."""
+        if record.planned:
+            self.moves.observe((record.ended or record.started) - record.started)
+            return
         self.recoveries.inc()
         for phase, seconds in record.phases():
             self.recovery.labels(phase).observe(seconds)

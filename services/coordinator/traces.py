@@ -90,7 +90,7 @@ class Traces:
 
 
 def tell_recovery(tracing: Tracing, record: RecoveryRecord) -> None:
-    """One recovery as a trace: its phases in order, then resume: streams go on with the step that ends it."""
+    """One recovery, or planned move, as a trace: its phases in order, then resume, with the step that ends it."""
     if not tracing.on or record.ended is None:
         return
     at = record.started - record.detect_s
@@ -101,7 +101,7 @@ def tell_recovery(tracing: Tracing, record: RecoveryRecord) -> None:
         "ghostserve.restored_pages": record.restored_pages,
         "ghostserve.recomputed_tokens": record.recomputed_tokens,
     }
-    span = tracing.span("recovery", start=at, attributes=told)
+    span = tracing.span("move" if record.planned else "recovery", start=at, attributes=told)
     for phase, seconds in record.phases():
         span.child(phase, at, at + seconds)
         at += seconds

@@ -20,9 +20,14 @@ export function showTimeline(status) {
   const longest = Math.max(...records.map(totalOf));
   keyed(byId("timeline"), records, (each) => each.started, row,
     (element, each) => fill(element, each, status.now, longest));
-  const since = status.recovering_since;
-  byId("under-way").hidden = since === null;
-  if (since !== null) setText(byId("under-way-text"), `Under way for ${seconds(status.now - since)}: ${status.detail}`);
+  const underWay = underWayText(status);
+  byId("under-way").hidden = underWay === "";
+  setText(byId("under-way-text"), underWay);
+}
+
+function underWayText({ recovering_since: since, now, detail, handover: move }) {
+  if (since !== null) return `Under way for ${seconds(now - since)}: ${detail}`;
+  return move ? `Rank ${move.rank} moves to ${move.successor}: ${move.phase}, ${plural(move.pages_left, "page")} left` : "";
 }
 
 const partsOf = (record) => PHASES.map(([name, field]) => [name, Math.max(0, record[field] ?? 0)]);
@@ -37,10 +42,11 @@ function row() {
 /** All bars have one scale: the longest recovery shown takes the whole width. */
 function fill(element, record, now, longest) {
   const [head, bar, text] = element.children;
-  const lost = record.lost_ranks.length ? `Rank ${record.lost_ranks.join(", ")} lost` : "Epoch broken";
+  const what = record.lost_ranks.length ? `Rank ${record.lost_ranks.join(", ")} lost`
+    : record.planned ? "A rank moved" : "Epoch broken";
   const parts = partsOf(record);
   const total = totalOf(record);
-  setText(head.firstChild, `${lost}, whole again after ${seconds(total)}`);
+  setText(head.firstChild, record.planned ? `${what}, requests waited ${seconds(total)}` : `${what}, whole again after ${seconds(total)}`);
   setText(head.lastChild, `${ago(now - record.ended)} · epoch ${record.epoch}`);
   setBar(bar, [...parts, ["rest", longest - total]].map(([name, each]) => [`phase-${name}`, each * 1000]),
     parts.map(([name, each]) => `${name} ${seconds(each)}`).join(", "));
