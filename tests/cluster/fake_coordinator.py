@@ -162,18 +162,25 @@ class FakeCoordinator:
             return websocket
         async with Channel(websocket, hello.name) as channel:
             channel.send(Welcome(_config(self.status), self.status.epoch))
-            channel.send(StatusChanged(self.status))
             self.channels.append(channel)
             async with asyncio.TaskGroup() as tasks:
+                beating = tasks.create_task(self._beat(channel))
                 try:
                     running: dict[str, asyncio.Task[None]] = {}
                     async for message in channel:
                         await self._take(message, channel, running, tasks)
                 finally:
                     self.channels.remove(channel)
+                    beating.cancel()
                     for task in running.values():
                         task.cancel()
         return websocket
+
+    async def _beat(self, channel: Channel) -> None:
+        """Tell the state every second, as a coordinator does: after ten of silence it is not believed any more."""
+        while not channel.closed:
+            channel.send(StatusChanged(self.status))
+            await asyncio.sleep(1.0)
 
     async def _take(
         self, message: Message, channel: Channel, running: dict[str, asyncio.Task[None]], tasks: asyncio.TaskGroup
