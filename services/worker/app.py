@@ -59,16 +59,14 @@ async def run(settings: WorkerSettings, name: str, device: str, stop: asyncio.Ev
     worker = Worker(settings, name, device)
     if settings.fault_dir:
         faults.arm(worker, settings.fault_dir)
+    works = (worker.serve(), stop.wait(), _show_life(settings.alive_dir, name))
+    tasks: list[asyncio.Task[object]] = [asyncio.create_task(work) for work in works]
     try:
-        serving = asyncio.create_task(worker.serve())
-        alive = asyncio.create_task(_show_life(settings.alive_dir, name))
-        stopped = asyncio.create_task(stop.wait())
-        done, _ = await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
-        alive.cancel()
-        if serving not in done:
-            serving.cancel()
-        await asyncio.gather(serving, return_exceptions=serving not in done)
+        done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.gather(*done)
     finally:
         await worker.close()
 
@@ -241,8 +239,12 @@ class Worker:
 async def _show_life(folder: str, name: str) -> None:
     """Touch a file as long as the event loop turns, for a container's health check. The next life has the same file."""
     file = Path(folder, name.rsplit(".", 1)[0])
-    while folder:
-        await asyncio.to_thread(file.touch)
+    while True:
+        try:
+            if folder:
+                await asyncio.to_thread(file.touch)
+        except OSError as error:
+            raise ConfigError(f"alive_dir {folder}: {error.strerror}") from error
         await asyncio.sleep(ALIVE_S)
 
 
