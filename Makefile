@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test chaos bench bench-kernels check format clean
+.PHONY: help setup serve test docker-test chaos bench bench-kernels check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ bench: $(STAMP) ## measure everything side by side; QUICK=1: under 5 minutes. Wr
 
 chaos: $(STAMP) ## random faults under load for MINUTES [5], drawn by SEED [1]; the last line sums up
 	@$(BIN)/python -m tests.chaos --minutes $(or $(MINUTES),5) --seed $(or $(SEED),1)
+
+docker-test: $(STAMP) ## build the image and break a cluster of several hosts, on a Docker engine of its own (root)
+	$(BIN)/python -m tests.docker
 
 bench-kernels: $(STAMP) ## measure the erasure code beside its peers; writes bench/results/kernels.json and .png
 	$(BIN)/python -m tests.bench.kernels
