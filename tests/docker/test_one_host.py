@@ -63,9 +63,11 @@ async def test_one_host_serves_a_chat_and_survives_the_loss_of_a_worker(url: str
     async def kill_rank_1() -> None:
         """SIGKILL of a process in the workers' container, by its place in the status."""
         headers = {"Authorization": f"Bearer {TOKEN}"}
-        async with aiohttp.ClientSession(headers=headers) as session:
-            async with session.get(url + "/v1/fault_tolerance/status") as response:
-                workers = (await response.json())["workers"]
+        async with (
+            aiohttp.ClientSession(headers=headers) as session,
+            session.get(url + "/v1/fault_tolerance/status") as response,
+        ):
+            workers = (await response.json())["workers"]
         pid = next(worker["pid"] for worker in workers if worker["rank"] == 1)
         kill = ["python3", "-c", f"import os; os.kill({pid}, 9)"]
         await asyncio.to_thread(docker, ENGINE, "exec", f"{PROJECT}_worker_1", *kill)
