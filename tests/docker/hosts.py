@@ -150,7 +150,7 @@ class Hosts:
         return f"http://{self.hosts['control'].address}:8000"
 
     async def status(self) -> dict[str, Any]:
-        """The cluster's status. Raises aiohttp.ClientError while there is none."""
+        """The cluster's status. Raises aiohttp.ClientError while the gateway has none."""
         headers = {"Authorization": f"Bearer {TOKEN}"}
         timeout = aiohttp.ClientTimeout(5.0)
         async with (
@@ -168,13 +168,21 @@ class Hosts:
         while time.monotonic() < end:
             try:
                 status = await self.status()
-                trouble = _trouble(status)
+                trouble = _trouble(status) or await self._gateway_trouble()
             except (aiohttp.ClientError, TimeoutError) as error:
                 trouble = f"{type(error).__name__}: {error}"
             if not trouble:
                 return status
             await asyncio.sleep(0.1)
         raise AssertionError(f"not whole after {WHOLE_S:.0f} s: {trouble}\n{await self.logs()}")
+
+    async def _gateway_trouble(self) -> str:
+        """What keeps the gateway from serving; empty if nothing."""
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(5.0)) as session,
+            session.get(self.url + "/health") as response,
+        ):
+            return "" if response.status == 200 else await response.text()
 
     async def ranks(self) -> dict[int, str]:
         """The compose project that each rank runs in."""
