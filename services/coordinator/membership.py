@@ -85,6 +85,7 @@ class Membership:
         self._join_timeout_s = join_timeout_s
         self._void: set[int] = set(range(size))
         """Ranks whose KV is gone since the last epoch was formed."""
+        self._apart: set[str] = set()  # hosts that ranks on other hosts could not reach
         self._formed_at = 0.0
 
     # -- events ------------------------------------------------------------------------------------------------------
@@ -139,11 +140,13 @@ class Membership:
     def cut_off(self, apart: Set[int]) -> list[str]:
         """The workers to give up when the ranks `apart` can't reach rank 0: the smaller part of the two, by name.
 
-        They come back as spares behind all others, and those on the hosts of the ranks that stay go before them.
+        Until a rank of their hosts has joined an epoch again, spares there are taken last.
         """
         rest = set(range(self.size)) - apart
         lost = apart if len(apart) <= len(rest) else rest
-        return [name for rank, name in enumerate(self.ranks) if name is not None and rank in lost]
+        names = [name for rank, name in enumerate(self.ranks) if name is not None and rank in lost]
+        self._apart.update(self.members[name].host for name in names)
+        return names
 
     def can_form(self) -> bool:
         """Whether an epoch can begin: forming, and a worker for every rank."""
@@ -183,6 +186,7 @@ class Membership:
         member.joined = True
         if not all(each.joined for each in self._ranked()):
             return False
+        self._apart.difference_update(each.host for each in self._ranked())
         self._move("joined")
         return True
 
@@ -213,11 +217,11 @@ class Membership:
     # -- views -------------------------------------------------------------------------------------------------------
 
     def spares(self) -> list[Member]:
-        """Workers that can take a rank: those on hosts of most ranks first, and of these the longest here."""
+        """Workers that can take a rank: on hosts that others can reach, with most ranks, and the longest here first."""
         ranks_by_host = Counter(member.host_id for member in self._ranked())
         idle = (member for member in self.members.values() if member.ready and member.rank is None)
         free = [member for member in idle if not member.cordoned]
-        return sorted(free, key=lambda each: -ranks_by_host[each.host_id])
+        return sorted(free, key=lambda each: (each.host in self._apart, -ranks_by_host[each.host_id]))
 
     def statuses(self, paces: Mapping[str, Pace]) -> tuple[WorkerStatus, ...]:
         """All workers, ranks first."""

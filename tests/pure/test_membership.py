@@ -102,3 +102,20 @@ def test_the_smaller_part_of_a_group_cut_in_two_is_given_up(apart: set[int], los
     membership = made(size=3)
     membership.form(1, now=0.0)
     assert membership.cut_off(apart) == lost
+
+
+def test_a_host_that_was_cut_off_is_asked_last_until_one_of_its_ranks_has_joined() -> None:
+    membership = made(workers=2)
+    for name, host in (("apart", "b"), ("also apart", "b"), ("near", "c")):
+        membership.hello(Member(name, host, name, 1, "cpu", seen=0.0))
+        membership.ready(name)
+    membership.gone("w1", "killed")
+    assert membership.form(1, now=0.0).ranks == ("w0", "apart")
+    assert membership.cut_off({1}) == ["apart"]
+    membership.gone("apart", "cut off")
+    serving(membership, 2)
+    assert membership.ranks == ["w0", "near"]
+    membership.gone("near", "killed")
+    serving(membership, 3)
+    assert membership.ranks == ["w0", "also apart"]
+    assert not membership._apart
