@@ -92,9 +92,9 @@ class Protection:
     def done(self, message: ProtectDone) -> None:
         """A rank tells what became of the stripes that it encoded."""
         self.pool.end_protection(message.protected, message.rank, protected=True)
-        self.pool.end_protection(message.failed, message.rank, protected=False, reason=message.reason)
         self.parity_bytes += message.parity_bytes
         if message.failed:
+            self.pool.end_protection(message.failed, message.rank, protected=False, reason=message.reason)
             log.warning("%d stripes are not protected: %s", len(message.failed), message.reason)
         if message.full:
             self._make_room(message.failed)
