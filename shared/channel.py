@@ -22,6 +22,8 @@ CHANNEL_PATH = "/channel"
 HELLO_DEADLINE_S = 10.0
 CLOSE_DEADLINE_S = 2.0
 PING_S = 5.0
+REDIAL_S = 0.2
+"""Pause of whoever dials, while the coordinator is away: short, since streams stand still meanwhile."""
 MAX_QUEUED_BYTES = 64 * 1024 * 1024
 """Frames waiting for a peer that does not read; past this the peer is given up."""
 

@@ -75,13 +75,30 @@ class Goodbye(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class Claim(Message):
+    """What a worker kept when it lost the coordinator: its rank, and the sealed pages whose KV is whole there.
+
+    Not sent alone: part of WorkerReady. `keys` are those of `pages`, 16 bytes each, in the same order.
+    """
+
+    epoch: int
+    rank: int
+    pages: bytes
+    keys: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerReady(Message):
-    """Model skeleton, pool and imports are done: from now on a spare. `pages` is the size of its pool."""
+    """Model skeleton, pool and imports are done: from now on a spare, unless its claim is granted.
+
+    `pages` is the size of its pool.
+    """
 
     model: ModelInfo
     pages: int
     pages_address: str = ""
     """Where its pages can be read while its rank moves to a spare."""
+    claim: Claim | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,6 +307,8 @@ class SequenceStep(Message):
     next_token: int = -1
     prompt: bytes = b""
     history: bytes = b""
+    seals: bytes = b""
+    """Keys, 16 bytes each, of the pages that this step fills, from the one that position `start` is in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,10 +388,23 @@ class EpochNow(Message):
 
 @dataclass(frozen=True, slots=True)
 class ReleaseStripes(Message):
-    """These pages are gone: free their shards and index entries. Empty `keys`: all of the group's.
+    """These pages are gone: free their shards and index entries.
 
     Shards come by another way than this, so each carries (epoch, serial) of the plan that it was put for: one that was
     asked for after this was sent has a greater pair, and stays, however late this arrives.
+    """
+
+    group: str
+    keys: tuple[PageKey, ...]
+    epoch: int
+    serial: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeepStripes(Message):
+    """These are all the pages there are: free the shards of any other, as ReleaseStripes would.
+
+    Sent to each store that comes, and when a coordinator has learnt what its predecessor left.
     """
 
     group: str
@@ -416,9 +448,15 @@ class InjectFault(Message):
 
 @dataclass(frozen=True, slots=True)
 class Submit(Message):
-    """Generate this. Answered by Accepted or Refused."""
+    """Generate this. Answered by Accepted or Refused.
+
+    `fingerprint` is the model's that the prompt was made for. `generated`: the tokens received already of a request
+    that was accepted before the channel was lost; only what follows them is sent. None: a new request.
+    """
 
     request: GenerationRequest
+    fingerprint: str = ""
+    generated: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

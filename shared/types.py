@@ -47,6 +47,18 @@ def unpack_ids(data: bytes) -> list[int]:
     return unpacked.tolist()
 
 
+def pack_keys(keys: Iterable[PageKey]) -> bytes:
+    """Page keys as bytes, PAGE_KEY_BYTES each."""
+    return b"".join(keys)
+
+
+def unpack_keys(data: bytes) -> list[PageKey]:
+    """The inverse of `pack_keys`. Raises ValueError if the length is not a multiple of PAGE_KEY_BYTES."""
+    if len(data) % PAGE_KEY_BYTES:
+        raise ValueError(f"{len(data)} bytes are not a whole number of page keys")
+    return [data[start : start + PAGE_KEY_BYTES] for start in range(0, len(data), PAGE_KEY_BYTES)]
+
+
 def root_key(model_fingerprint: str, cache_salt: str) -> PageKey:
     """The parent of every sequence's first page key: differs by model and by cache salt."""
     text = f"{len(model_fingerprint)}:{model_fingerprint}{cache_salt}"

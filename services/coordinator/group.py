@@ -12,9 +12,9 @@ from typing import Any
 from services.coordinator.detector import Detector
 from services.coordinator.handover import Handover
 from services.coordinator.journal import Journal
-from services.coordinator.membership import Member, Membership
+from services.coordinator.membership import Formation, Held, Member, Membership
 from services.coordinator.metrics import LossKind, Metrics
-from services.coordinator.pages import PagePool, Shadow
+from services.coordinator.pages import PagePool
 from services.coordinator.protection import Protection
 from services.coordinator.recovery import Rates
 from services.coordinator.requests import Requests
@@ -92,9 +92,11 @@ class Group:
     ):
         self.config = config
         self.membership = Membership(
-            config.size, heartbeat_timeout_s=config.heartbeat_timeout_s, join_timeout_s=settings.join_timeout_s
+            config.size,
+            heartbeat_timeout_s=config.heartbeat_timeout_s,
+            join_timeout_s=settings.join_timeout_s,
+            epoch=epoch,
         )
-        self.membership.epoch = epoch
         self.stores = Stores(index, config.group)
         self.detector = Detector(
             heartbeat_s=config.heartbeat_s,
@@ -103,7 +105,9 @@ class Group:
         )
         self.gateways: set[Channel] = set()
         self.model: ModelInfo | None = None
-        self.protection = Protection(config, self.membership, PagePool(0, protect=False), self.stores, self._to_ranks)
+        self.protection = Protection(
+            config, self.membership, PagePool(0, protect=False), self.stores, self._to_ranks, self._spawn
+        )
         self.scheduler: Scheduler | None = None
         self.requests: Requests | None = None
         self.restoration: Restoration | None = None
@@ -116,6 +120,8 @@ class Group:
         self._settings = settings
         self._journal = Journal(index, config.group)
         self._workers: dict[str, Channel] = {}
+        self._early: dict[str, tuple[Channel, Submit]] = {}  # resumed requests, until the model is known
+        self._born = clock()
         self._step = 0
         self._step_started = 0.0
         self._step_tokens = 0
@@ -167,6 +173,7 @@ class Group:
             if self.membership.state == "serving" and self.handover is not None and self._timeline.current is None:
                 self.handover.tick(now)
                 self._hand_over()
+        self._try_form()
         if self._broken_since is not None and now - self._broken_since > BROKEN_GRACE_S:
             self._collective_failed(now)
         if now - self._status_sent > STATUS_S:
@@ -270,7 +277,12 @@ class Group:
             self.worker_gone(name, reason)
             return
         self.membership.members[name].pages_address = ready.pages_address
-        self.membership.ready(name)
+        pages = len(self.pool.pages)
+        held = Held.of(ready.claim, ranks=self.config.size, pages=pages) if ready.claim is not None else None
+        late = held is not None and self.membership.state != "forming"
+        self.membership.ready(name, self._clock(), None if late else held)
+        if late:  # its rank is another's by now
+            self._to_worker(name, StandBy(self.membership.epoch, hold=True))
         self._try_form()
         self.announce()
 
@@ -304,6 +316,9 @@ class Group:
             always=self._settings.restore == "always",
         )
         self.handover = Handover(self.membership, self.pool, self.scheduler, model.page_bytes, self._to_worker)
+        early, self._early = self._early, {}
+        for gateway, submit in early.values():
+            self.requests.submit(gateway, submit)
         log.info("model %s, %d pages of %d tokens, sequences to %d", model.architecture, ready.pages,
                  config.page_tokens, limit)  # fmt: skip
 
@@ -350,7 +365,7 @@ class Group:
         self._try_form()
 
     def _try_form(self) -> None:
-        if self.membership.can_form() and not self._forming:
+        if self.membership.can_form(self._clock()) and not self._forming:
             self._forming = True
             self._spawn(self._form())
 
@@ -358,22 +373,23 @@ class Group:
         """Begin a new epoch, in Redis first."""
         began = self._clock()
         try:
-            epoch = await self._journal.next_epoch(self.membership.epoch)
+            epoch = 0
+            while epoch <= self.membership.newest_epoch:
+                epoch = await self._journal.next_epoch(self.membership.newest_epoch)
         finally:
             self._forming = False
         if self._timeline.current is not None:
             self._timeline.current.fence_s += self._clock() - began
-        if not self.membership.can_form():
+        if not self.membership.can_form(self._clock()):
             self.membership.epoch = epoch
             return
         formation = self.membership.form(epoch, self._clock())
         logs.epoch_is(epoch)
         self.detector.epoch_begins()
-        self.pool.lose(formation.fresh)
-        if self.scheduler is not None and self.handover is not None:
-            self.scheduler.lose()
-            self.handover.formed(formation)
+        self._take_over(formation)
         self.stores.send(EpochNow(self.config.group, epoch))
+        if not self.protection.begun:
+            self.protection.begin()
         for rank, name in enumerate(formation.ranks):
             if not self._workers[name].closed:
                 self._workers[name].send(Assign(epoch, rank, self.config.size, self._communicator()))
@@ -385,6 +401,27 @@ class Group:
         if self.restoration is not None:
             await self.restoration.plan(epoch)
             self._advance()
+
+    def _take_over(self, formation: Formation) -> None:
+        """Lost slices are missing from now on, but for those that the workers that returned have."""
+        if not self.protection.begun:
+            returned = {rank: held.pages for rank, held in formation.returned.items()}
+            self.pool.adopt(returned, self.config.size)
+            if self.scheduler is not None:
+                self.scheduler.readmit()
+            if returned:
+                recovery = self._timeline.interrupted("the coordinator was restarted", formation.epoch, self._born)
+                recovery.lost.update(formation.fresh - returned.keys())
+                log.info("ranks %s are back with %d pages", sorted(returned), self.pool.cached)
+            return
+        self.pool.lose(formation.fresh)
+        if self.scheduler is not None:
+            self.scheduler.lose()
+            self.scheduler.readmit()
+        for rank, held in formation.returned.items():
+            self.pool.reclaim(rank, held.pages)
+        if self.handover is not None:
+            self.handover.formed(formation)
 
     def _communicator(self) -> str:
         if self.config.communicator != "auto":
@@ -415,7 +452,7 @@ class Group:
         if self.restoration.settle(now) and self.membership.state == "restoring":
             self.restoration.measured(now)
             self.membership.restored()
-            self.pool.protect_again(Shadow.PENDING, Shadow.UNPROTECTED)
+            self.protection.resumed()
             for way in self._timeline.restored(now):
                 self.metrics.recovered.labels(way).inc()
             log.info("serving", extra={"cached_pages_lost": self.pool.lost})
@@ -485,19 +522,26 @@ class Group:
         self.gateways.discard(gateway)
         if self.requests is not None:
             self.requests.gateway_gone(gateway)
+        self._early = {name: waits for name, waits in self._early.items() if waits[0] is not gateway}
         self.step()
 
     def from_gateway(self, gateway: Channel, message: Message) -> None:
         """Handle a gateway's message."""
         match message:
-            case Submit(request=request) if self.requests is None:
+            case Submit() if self.requests is not None:
+                self.requests.submit(gateway, message)
+            case Submit(request=request, generated=None):
                 gateway.send(Refused(request.request_id, 503, "not_ready", "no worker has loaded the model yet"))
-            case Submit(request=request) if self.requests is not None:
-                self.requests.submit(gateway, request)
+            case Submit(request=request) if len(self._early) >= self._settings.max_waiting + self._settings.max_batch:
+                gateway.send(Refused(request.request_id, 503, "not_ready", "too many requests wait for a worker"))
+            case Submit(request=request):
+                self._early[request.request_id] = gateway, message
             case Abort(request_id=request_id) if self.requests is not None:
                 self.requests.abort(gateway, request_id)
             case Apply(request_id=request_id, action=action, target=target):
                 gateway.send(self._apply(request_id, action, target))
+            case Abort(request_id=request_id):
+                self._early.pop(request_id, None)
             case InjectFault(worker=name) if self._settings.allow_faults and name in self._workers:
                 log.warning("fault %s is injected", message.fault, extra={"worker": name})
                 self._workers[name].send(message)

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Literal
 
-from shared.types import GroupState, WorkerStatus
+from shared.errors import ProtocolError
+from shared.messages import Claim
+from shared.types import GroupState, PageKey, WorkerStatus, unpack_ids, unpack_keys
 
 GroupEvent = Literal["formed", "rendezvous", "joined", "restored", "lost"]
 
@@ -30,9 +32,33 @@ class InvalidTransition(AssertionError):
     """An event that can't happen in this state: a defect. The message tells the last events."""
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The rank that a worker held when it lost its coordinator, and the sealed pages that it still has: page -> key."""
+
+    epoch: int
+    rank: int
+    pages: Mapping[int, PageKey]
+
+    @classmethod
+    def of(cls, claim: Claim, *, ranks: int, pages: int) -> "Held":
+        """What a claim says, in a group of so many ranks with so many pages each. Raises ProtocolError."""
+        try:
+            numbers, keys = unpack_ids(claim.pages), unpack_keys(claim.keys)
+            held = dict(zip(numbers, keys, strict=True))
+        except ValueError as error:
+            raise ProtocolError(f"a claim that can't be read: {error}") from error
+        if not 0 <= claim.rank < ranks or not all(0 <= number < pages for number in held):
+            raise ProtocolError(f"a claim to rank {claim.rank} and its pages: there are no such")
+        return cls(claim.epoch, claim.rank, held)
+
+
 @dataclass(slots=True)
 class Member:
-    """A worker that has said hello. `rank` is None while it loads or is a spare."""
+    """A worker that has said hello. `rank` is None while it loads or is a spare.
+
+    `held`: what it has of a rank that it held before. Until an epoch begins, after which it is out of date.
+    """
 
     name: str
     host: str
@@ -41,6 +67,7 @@ class Member:
     device: str
     seen: float
     ready: bool = False
+    held: Held | None = None
     rank: int | None = None
     step: int = 0
     joined: bool = False
@@ -61,23 +88,40 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Formation:
-    """A new epoch's ranks. `fresh` are those whose KV has been lost since the epoch before was formed."""
+    """A new epoch's ranks. `fresh` are those whose KV has been lost since the epoch before was formed.
+
+    Of these, the workers of `returned` held the rank before, and have some pages' slices.
+    """
 
     epoch: int
     ranks: tuple[str, ...]
     fresh: frozenset[int]
+    returned: Mapping[int, Held]
 
 
 _UNKNOWN = Pace()
 
 
 class Membership:
-    """The workers of one group, its epoch and its state."""
+    """The workers of one group, its epoch and its state.
 
-    def __init__(self, size: int, *, heartbeat_timeout_s: float, join_timeout_s: float):
+    The first epoch after `epoch`, the last of an earlier coordinator, waits up to `return_grace_s` for the workers of
+    that one to return to their ranks.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        heartbeat_timeout_s: float,
+        join_timeout_s: float,
+        epoch: int = 0,
+        return_grace_s: float = 1.0,
+    ):
         self.size = size
         self.state: GroupState = "forming"
-        self.epoch = 0
+        self.epoch = epoch
+        self.return_grace_s = return_grace_s
         self.members: dict[str, Member] = {}
         self.ranks: list[str | None] = [None] * size
         self.story: deque[str] = deque(maxlen=32)
@@ -87,6 +131,8 @@ class Membership:
         """Ranks whose KV is gone since the last epoch was formed."""
         self._apart: set[str] = set()  # hosts that ranks on other hosts could not reach
         self._formed_at = 0.0
+        self._first_ready: float | None = None
+        self._formed = False
 
     # -- events ------------------------------------------------------------------------------------------------------
 
@@ -97,10 +143,13 @@ class Membership:
         self.members[member.name] = member
         self._tell(f"hello {member.name}")
 
-    def ready(self, name: str) -> None:
-        """A worker has loaded: a spare."""
+    def ready(self, name: str, now: float, held: Held | None = None) -> None:
+        """A worker has loaded: a spare, that may have held a rank before."""
         self.members[name].ready = True
-        self._tell(f"ready {name}")
+        self.members[name].held = held
+        if self._first_ready is None:
+            self._first_ready = now
+        self._tell(f"ready {name}" + (f", was rank {held.rank} in epoch {held.epoch}" if held else ""))
 
     def heard(self, name: str, now: float, step: int | None = None) -> None:
         """A worker gave a sign of life, with the last step it finished if it told."""
@@ -148,28 +197,33 @@ class Membership:
         self._apart.update(self.members[name].host for name in names)
         return names
 
-    def can_form(self) -> bool:
-        """Whether an epoch can begin: forming, and a worker for every rank."""
+    def can_form(self, now: float) -> bool:
+        """Whether an epoch can begin: forming, a worker for every rank, and nobody more to wait for."""
         vacant = self.ranks.count(None)
-        return self.state == "forming" and vacant <= len(self.spares())
+        return self.state == "forming" and vacant <= len(self.spares()) and not self._awaits_return(now)
 
     def form(self, epoch: int, now: float) -> Formation:
-        """Begin an epoch: spares take the vacant ranks."""
-        if epoch <= self.epoch:
-            raise AssertionError(f"epoch {epoch} is not newer than {self.epoch}")
+        """Begin an epoch: workers return to the ranks that they claim, spares take the others that are vacant."""
+        if epoch <= self.newest_epoch:
+            raise AssertionError(f"epoch {epoch} is not newer than {self.newest_epoch}")
         self.epoch = epoch
+        returning = self._returning()
+        for rank, member in returning.items():
+            self._fill(rank, member)
         spares = iter(self.spares())
         for rank, name in enumerate(self.ranks):
             if name is None:
-                spare = next(spares)
-                spare.rank = rank
-                self.ranks[rank] = spare.name
+                self._fill(rank, next(spares))
         self._formed_at = now
+        self._formed = True
         self._move("formed")
         for member in self._ranked():
             member.joined, member.step, member.seen = False, 0, now
+        returned = {rank: member.held for rank, member in returning.items() if member.held is not None}
+        for member in self.members.values():
+            member.held = None
         fresh, self._void = frozenset(self._void), set()
-        return Formation(epoch, tuple(member.name for member in self._ranked()), fresh)
+        return Formation(epoch, tuple(member.name for member in self._ranked()), fresh, returned)
 
     def rendezvous(self, epoch: int) -> bool:
         """Rank 0 has opened the meeting points. False: of another epoch, ignore it."""
@@ -213,6 +267,33 @@ class Membership:
         self._formed_at += pause_s
         for member in self.members.values():
             member.seen += pause_s
+
+    # -- return ------------------------------------------------------------------------------------------------------
+
+    @property
+    def newest_epoch(self) -> int:
+        """The newest epoch heard of: this coordinator's own, or one that a worker was in."""
+        return max([self.epoch, *(member.held.epoch for member in self.members.values() if member.held)])
+
+    def _returning(self) -> dict[int, Member]:
+        """The vacant ranks that were held by a worker that is here; by several, one after the other: the last."""
+        found: dict[int, Member] = {}
+        for member in sorted(self.spares(), key=lambda each: each.held.epoch if each.held else 0):
+            if member.held is not None and self.ranks[member.held.rank] is None:
+                found[member.held.rank] = member
+        return found
+
+    def _awaits_return(self, now: float) -> bool:
+        """Whether workers of an earlier coordinator's last epoch may yet come."""
+        newest = self.newest_epoch
+        if self._formed or newest == 0 or self._first_ready is None:
+            return False
+        back = [member for member in self._returning().values() if member.held and member.held.epoch == newest]
+        return len(back) < self.size and now - self._first_ready < self.return_grace_s
+
+    def _fill(self, rank: int, member: Member) -> None:
+        member.rank = rank
+        self.ranks[rank] = member.name
 
     # -- views -------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ or cached (sealed, nobody holds it, found again by its key until the room is nee
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import islice
@@ -97,6 +97,11 @@ class PagePool:
         """Pages of which some rank's slice is missing."""
         return len(self._lost)
 
+    @property
+    def keys(self) -> tuple[PageKey, ...]:
+        """The keys of all sealed pages."""
+        return tuple(self._by_key)
+
     def count(self, shadow: Shadow) -> int:
         """How many pages are in a state of protection."""
         return self._by_shadow[shadow]
@@ -120,12 +125,12 @@ class PagePool:
             self.pages[page].holders = 1
         return taken
 
-    def match(self, keys: Iterable[PageKey]) -> list[int]:
-        """Hold and return the pages of the longest run of `keys` that is in the pool."""
+    def match(self, keys: Iterable[PageKey], *, whole: bool = True) -> list[int]:
+        """Hold and return the pages of the longest run of `keys` that is in the pool; `whole`: with all slices."""
         found = []
         for key in keys:
             number = self._by_key.get(key)
-            if number is None or self.pages[number].missing:
+            if number is None or (whole and self.pages[number].missing):
                 break
             self.pages[number].holders += 1
             self._cached.pop(number, None)
@@ -238,6 +243,17 @@ class PagePool:
             if page.shadow is Shadow.PROTECTED:
                 self._enter(page, Shadow.UNPROTECTED if page.missing else Shadow.QUEUED)
 
+    def unprotected(self) -> list[PageKey]:
+        """Keys of the pages whose protection failed, or of which it is not known yet."""
+        return [page.key for page in self.pages if page.shadow is Shadow.UNPROTECTED and page.key is not None]
+
+    def found_protected(self, keys: Iterable[PageKey]) -> None:
+        """The stores turn out to have the parity of these stripes; of use for those that are unprotected."""
+        for key in keys:
+            number = self._by_key.get(key)
+            if number is not None and self.pages[number].shadow is Shadow.UNPROTECTED:
+                self._enter(self.pages[number], Shadow.PROTECTED)
+
     def take_released(self) -> tuple[PageKey, ...]:
         """Keys of stripes that the stores may forget; those that are in the pool again are left out."""
         released, self._released = self._released, []
@@ -255,6 +271,36 @@ class PagePool:
                 self._lost.add(page.number)
                 if page.shadow in (Shadow.QUEUED, Shadow.PENDING):
                     self._enter(page, Shadow.UNPROTECTED)
+
+    def adopt(self, inventories: Mapping[int, Mapping[int, PageKey]], ranks: int) -> None:
+        """Take over, as cached pages, what ranks still have of an earlier coordinator's: rank -> page -> key.
+
+        For an empty pool. A page is missing on the ranks that do not have it under the same key; whether it is
+        protected is not known yet, so it counts as unprotected.
+        """
+        for inventory in inventories.values():
+            for number, key in inventory.items():
+                page = self.pages[number]
+                if page.key is None and key not in self._by_key:
+                    page.key = key
+                    page.missing.update(range(ranks))
+                    self._by_key[key] = number
+                    self._cached[number] = None
+                    self._lost.add(number)
+                    if self._protect:
+                        self._enter(page, Shadow.UNPROTECTED)
+        self._free = deque(number for number in self._free if number not in self._cached)
+        for rank, inventory in inventories.items():
+            self.reclaim(rank, inventory)
+
+    def reclaim(self, rank: int, inventory: Mapping[int, PageKey]) -> None:
+        """A rank that was lost is back with these pages' slices: page -> key."""
+        for number, key in inventory.items():
+            page = self.pages[number]
+            if page.key == key:
+                page.missing.discard(rank)
+                if not page.missing:
+                    self._lost.discard(number)
 
     def restored(self, number: int, key: PageKey) -> None:
         """All slices of this page are there again, decoded from parity: so it is protected, if the key is still its."""

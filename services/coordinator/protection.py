@@ -4,14 +4,18 @@ The pool keeps each page's state; this sends what follows from it to ranks and s
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
 
 from services.coordinator.membership import Membership
 from services.coordinator.pages import PagePool, Shadow
+from services.coordinator.recovery import Stripe
 from services.coordinator.stores import Stores
 from shared.channel import Channel
+from shared.errors import GhostError
 from shared.messages import (
     EpochNow,
+    KeepStripes,
     Message,
     ProtectDone,
     ProtectPlan,
@@ -30,11 +34,10 @@ FULL_S = 30.0
 """How long stores that had no room are taken for full, but for what they were told to release since."""
 BATCH_PAGES = 256
 IN_FLIGHT_PAGES = 1024
-EVERY_SERIAL = (1 << 63) - 1
 
 
 class Protection:
-    """Sealed pages on their way to the stores. `to_ranks` sends a message to every rank."""
+    """Sealed pages on their way to the stores. `to_ranks` sends a message to every rank, `spawn` begins a task."""
 
     def __init__(
         self,
@@ -43,6 +46,7 @@ class Protection:
         pool: PagePool,
         stores: Stores,
         to_ranks: Callable[[Message], None],
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
     ):
         self.pool = pool
         self.stores = stores
@@ -50,14 +54,17 @@ class Protection:
         """Acknowledged since the start."""
         self._group = config.group
         self._parity = config.parity if config.protection == "parity" else 0
+        self._shards = config.size if config.protection == "replicate" else config.parity  # of a complete stripe
         self._membership = membership
         self._to_ranks = to_ranks
+        self._spawn = spawn
         self._serial = 0  # of releases sent
         self._step = 0  # the last one done in this epoch: the KV of all before it is there
         self._tried = 0.0
         self._room: int | None = None  # where the stores are full: stripes released since
         self._full_since = 0.0
-        self._born = membership.epoch  # what was put up to then was for the pages of an earlier coordinator
+        self._open = False  # whether it is known which pages there are: before, the stores forget nothing
+        self._looking: set[PageKey] | None = None  # while the index is read: what it may say wrongly by now
 
     @property
     def trouble(self) -> str:
@@ -82,6 +89,7 @@ class Protection:
             self._to_ranks(ProtectPlan(epoch, self._step, numbers, keys, stores, self._serial))
 
     def _release(self, keys: tuple[PageKey, ...]) -> None:
+        self._outdated(keys)
         self.stores.send(ReleaseStripes(self._group, keys, self._membership.epoch, self._serial))
         self._serial += 1
 
@@ -113,22 +121,31 @@ class Protection:
             self._tried = now
             if now - self._full_since > FULL_S:
                 self._room = None
+            self._again()
+
+    def resumed(self) -> None:
+        """The group serves: what failed, or was under way when the epoch before ended, is tried again."""
+        self.pool.protect_again(Shadow.PENDING)
+        self._again()
+
+    def _again(self) -> None:
+        if self._looking is None:  # otherwise the index may yet say that there is nothing to do
             self.pool.protect_again(Shadow.UNPROTECTED, cached=self._room)
             if self._room is not None:
                 self._room = 0
-            self.flow()
+        self.flow()
 
     # -- stores ------------------------------------------------------------------------------------------------------
 
     def store_joins(self, store: StoreInfo, channel: Channel) -> None:
-        """A parity store offers its memory: protection is tried again for all that lacks it."""
+        """A parity store offers its memory: what it has is recognised, and all else that lacks protection gets it."""
         self.stores.join(store, channel)
         channel.send(EpochNow(self._group, self._membership.epoch))
-        channel.send(ReleaseStripes(self._group, (), self._born, EVERY_SERIAL))  # of pages that nobody knows now
         self._room = None
-        apart = len(self.stores.open()) <= self._parity  # before, shards of one stripe had to share a store
-        self.pool.protect_again(Shadow.UNPROTECTED, *([Shadow.PROTECTED] if apart else []))
-        self.flow()
+        if len(self.stores.open()) <= self._parity:
+            self.pool.protect_again(Shadow.PROTECTED)  # before, shards of one stripe had to share a store
+        if self._open:
+            self._keep(channel.send)
 
     def store_gone(self, store_id: str, channel: Channel) -> bool:
         """A parity store is lost, and with it the parity that it held: all is encoded anew where there is room.
@@ -149,5 +166,52 @@ class Protection:
         else:
             self.stores.drain(store_id)
         if message.group == self._group:
+            self._outdated(message.keys)
             self.pool.shards_lost(message.keys)
             self.flow()
+
+    # -- what an earlier coordinator left ----------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """It is known now which pages there are: the stores may forget all others, and what they have counts."""
+        self._open = True
+        self._keep(self.stores.send)
+
+    @property
+    def begun(self) -> bool:
+        """Whether it is known which pages there are."""
+        return self._open
+
+    def _keep(self, send: Callable[[Message], None]) -> None:
+        send(KeepStripes(self._group, self.pool.keys, self._membership.epoch, self._serial))
+        self._serial += 1
+        if self._looking is None:
+            self._looking = set()
+            self._spawn(self._recognise())
+
+    async def _recognise(self) -> None:
+        """Ask the index for the stripes of unprotected pages: the complete ones are protected, others are tried again.
+
+        Asked again where stores come or go meanwhile.
+        """
+        try:
+            stripes: dict[PageKey, Stripe] = {}
+            stores = None
+            while stores != (stores := self.stores.open()):
+                self._looking = set()
+                stripes = await self.stores.look_up(self.pool.unprotected(), stores)
+        except GhostError as error:
+            log.warning("the stripe index can't be read, so all is encoded anew: %s", error)
+        outdated, self._looking = self._looking or set(), None
+        found = [key for key, stripe in stripes.items() if key not in outdated and self._complete(stripe)]
+        self.pool.found_protected(found)
+        self._again()
+
+    def _complete(self, stripe: Stripe) -> bool:
+        """Whether all shards of a stripe are there, and as far apart as there are stores."""
+        apart = len({shard.bulk_address for shard in stripe.parity})
+        return len(stripe.parity) >= self._shards and apart >= min(self._parity, len(self.stores.open()))
+
+    def _outdated(self, keys: Iterable[PageKey]) -> None:
+        if self._looking is not None:
+            self._looking.update(keys)

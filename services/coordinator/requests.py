@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from services.coordinator.scheduler import Output, Scheduler, Sequence
 from services.coordinator.traces import Traces
 from shared.channel import Channel
-from shared.messages import Accepted, DigestDone, DigestPlan, Message, Refused, Tokens
-from shared.types import GenerationRequest, ModelInfo, pack_ids, root_key, unpack_ids
+from shared.messages import Accepted, DigestDone, DigestPlan, Message, Refused, Submit, Tokens
+from shared.types import ModelInfo, pack_ids, root_key, unpack_ids
 
 log = logging.getLogger(__name__)
 
@@ -51,30 +51,43 @@ class Requests:
         self._digests: dict[int, Digests] = {}
         self._plans = 0
 
-    def submit(self, gateway: Channel, request: GenerationRequest) -> None:
-        """Queue a request, or refuse it and say why."""
-        refusal = self._refusal(request)
+    def submit(self, gateway: Channel, submit: Submit) -> None:
+        """Queue a request, or refuse it and say why. One that was accepted before goes on after its last token."""
+        request = submit.request
+        resumed, known = submit.generated is not None, self._tickets.get(request.request_id)
+        if resumed and known is not None:
+            self._end(known)  # its gateway lost the channel, and is back before that is known here
+        refusal = self._refusal(submit, resumed=resumed)
         if refusal is not None:
             gateway.send(refusal)
             return
-        sequence = self._scheduler.add(request, root_key(self._model.fingerprint, request.cache_salt))
+        root = root_key(self._model.fingerprint, request.cache_salt)
+        if submit.generated is None:
+            sequence = self._scheduler.add(request, root)
+        else:
+            sequence = self._scheduler.resume(request, root, unpack_ids(submit.generated))
         self._tickets[request.request_id] = Ticket(request.request_id, gateway, sequence)
         self._traces.submitted(sequence)
         log.debug("queued", extra={"request": request.request_id, "prompt_tokens": sequence.prompt_tokens})
         gateway.send(Accepted(request.request_id))
+        if sequence.finish is not None and not request.kv_digest:
+            self._send(sequence, Output(sequence, (), (), sequence.finish), ())
 
-    def _refusal(self, request: GenerationRequest) -> Refused | None:
-        name, limit, vocabulary = request.request_id, self._scheduler.max_model_len, self._model.vocab_size
+    def _refusal(self, submit: Submit, *, resumed: bool) -> Refused | None:
+        request, limit, vocabulary = submit.request, self._scheduler.max_model_len, self._model.vocab_size
+        name = request.request_id
         if name in self._tickets:
             return Refused(name, 400, "duplicate_request", "a request of this id is running")
-        if self._scheduler.full:
+        if submit.fingerprint not in ("", self._model.fingerprint):
+            return Refused(name, 503, "other_model", "another model is served now than the request was made for")
+        if self._scheduler.full and not resumed:
             waiting = len(self._scheduler.waiting)
             return Refused(name, 429, "queue_full", f"{waiting} requests are waiting; try again later")
         try:
-            prompt = unpack_ids(request.prompt)
+            prompt, generated = unpack_ids(request.prompt), unpack_ids(submit.generated or b"")
         except ValueError:
             return Refused(name, 400, "invalid_prompt", "the prompt is not a list of token ids", "prompt")
-        if not prompt or not all(0 <= token < vocabulary for token in prompt):
+        if not prompt or not all(0 <= token < vocabulary for token in (*prompt, *generated)):
             text = f"a prompt has 1 or more token ids from 0 to {vocabulary - 1}"
             return Refused(name, 400, "invalid_prompt", text, "prompt")
         if len(prompt) + max(1, request.max_tokens) > limit:

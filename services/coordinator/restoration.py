@@ -189,7 +189,7 @@ class Restoration:
         if not keys or self._config.protection == "none":
             return {}
         try:
-            return await self._stores.look_up(keys)
+            return await self._stores.look_up(keys, self._stores.infos())
         except GhostError as error:
             log.warning("the stripe index can't be read: %s", error)
             return None

@@ -2,11 +2,20 @@
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from services.coordinator.pages import PagePool
 from shared.messages import Sample, SequenceStep
-from shared.types import FinishReason, GenerationRequest, PageKey, TokenLogprob, next_page_key, pack_ids, unpack_ids
+from shared.types import (
+    FinishReason,
+    GenerationRequest,
+    PageKey,
+    TokenLogprob,
+    next_page_key,
+    pack_ids,
+    pack_keys,
+    unpack_ids,
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -28,11 +37,24 @@ class Sequence:
     """Tokens whose KV is wanted: all; once finished, those that had it."""
     lost: bool = False
     """After a loss, until what of its KV can be restored is: it takes part in no step."""
+    resumed: bool = False
+    """An earlier coordinator had it in work."""
+    had: int = 0
+    """Tokens that had KV then, for the count of those that are recomputed."""
 
     @property
     def remaining(self) -> int:
         """Tokens that are known but have no KV yet. One: it decodes."""
         return self.goal - self.computed
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A sequence's share of the step in flight: so many tokens, which fill pages of these keys."""
+
+    sequence: Sequence
+    count: int
+    seals: list[PageKey]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +93,7 @@ class Scheduler:
         self.preemptions = 0
         self.prompt_tokens = 0
         self.generated_tokens = 0
-        self._in_flight: list[tuple[Sequence, int]] = []
+        self._in_flight: list[Part] = []
         self._next_number = 0
 
     # -- requests ----------------------------------------------------------------------------------------------------
@@ -87,6 +109,19 @@ class Scheduler:
         sequence = Sequence(self._next_number, request, root, tokens, len(tokens), goal=len(tokens))
         self._next_number += 1
         self.waiting.append(sequence)
+        return sequence
+
+    def resume(self, request: GenerationRequest, root: PageKey, generated: list[int]) -> Sequence:
+        """Queue a request that an earlier coordinator had in work, with the tokens that it streamed."""
+        if generated:
+            request = replace(request, prompt_logprobs=None)  # they went out with the first token
+        sequence = self.add(request, root)
+        sequence.resumed = True
+        sequence.tokens.extend(generated)
+        ended = 0 < request.max_tokens <= len(generated) or len(sequence.tokens) >= self.max_model_len
+        sequence.finish = "length" if generated and ended else None
+        sequence.goal = len(sequence.tokens) - (sequence.finish is not None)
+        sequence.had = len(sequence.tokens) - 1 if generated else 0
         return sequence
 
     def remove(self, sequence: Sequence) -> None:
@@ -126,19 +161,19 @@ class Scheduler:
             sequence = self.waiting.popleft()
             self.running.append(sequence)
             budget -= self._schedule(sequence, min(sequence.remaining, budget))
-        return tuple(self._step(sequence, count) for sequence, count in self._in_flight)
+        return tuple(self._step(part) for part in self._in_flight)
 
     def complete(self, samples: tuple[Sample, ...]) -> list[Output]:
         """Take the result of the step in flight: KV is valid, pages seal, tokens are appended."""
         drawn = {sample.sequence: sample for sample in samples}
         outputs = []
         in_flight, self._in_flight = self._in_flight, []
-        for sequence, count in in_flight:
+        for part in in_flight:
+            sequence, start = part.sequence, part.sequence.computed
             if sequence not in self.running:
                 continue
-            start = sequence.computed
-            sequence.computed += count
-            self._seal(sequence)
+            sequence.computed += part.count
+            self._seal(part)
             sample = drawn.get(sequence.number)
             if sample is None:
                 continue
@@ -159,15 +194,25 @@ class Scheduler:
         for sequence in self.running:
             sequence.lost = True
 
+    def readmit(self) -> None:
+        """Resumed sequences take what is in the pool of their pages, even where slices are missing, and run again."""
+        for sequence in [each for each in self.waiting if each.resumed]:
+            if len(self.running) < self.max_batch:
+                if sequence.request.prompt_logprobs is None:
+                    self._match(sequence, whole=False)
+                sequence.lost = True
+                self.waiting.remove(sequence)
+                self.running.append(sequence)
+
     def truncate(self, sequence: Sequence, tokens: int) -> int:
         """KV is valid for `tokens` tokens only; the rest is recomputed. Returns how many tokens that are."""
-        lost, pages = sequence.computed - tokens, -(-tokens // self.page_tokens)
+        lost, pages = max(sequence.computed, sequence.had) - tokens, -(-tokens // self.page_tokens)
         gone = sequence.pages[pages:]
         self.pool.forget(gone)
         self.pool.release(gone)
         del sequence.pages[pages:]
         del sequence.keys[tokens // self.page_tokens :]
-        sequence.computed, sequence.lost = tokens, False
+        sequence.computed, sequence.had, sequence.lost = tokens, 0, False
         return lost
 
     # -- inside ------------------------------------------------------------------------------------------------------
@@ -175,12 +220,8 @@ class Scheduler:
     def _admit(self, sequence: Sequence) -> bool:
         """Find its prefix in the pool, and see that the rest of its known tokens fits."""
         if sequence.request.prompt_logprobs is None:
-            reusable = (sequence.goal - 1) // self.page_tokens
-            sequence.keys = self._chain(sequence, reusable)
-            sequence.pages = self.pool.match(sequence.keys)
-            del sequence.keys[len(sequence.pages) :]
-            sequence.computed = len(sequence.pages) * self.page_tokens
-            if not sequence.cached_tokens:
+            self._match(sequence, whole=True)
+            if not (sequence.cached_tokens or sequence.resumed):
                 sequence.cached_tokens = min(sequence.computed, sequence.prompt_tokens)
         wanted = -(-sequence.goal // self.page_tokens) - len(sequence.pages)
         if wanted <= self.pool.available:
@@ -188,26 +229,34 @@ class Scheduler:
         self._give_back(sequence)
         return False
 
+    def _match(self, sequence: Sequence, *, whole: bool) -> None:
+        reusable = (sequence.goal - 1) // self.page_tokens
+        sequence.keys = self._chain(sequence, 0, reusable)
+        sequence.pages = self.pool.match(sequence.keys, whole=whole)
+        del sequence.keys[len(sequence.pages) :]
+        sequence.computed = len(sequence.pages) * self.page_tokens
+
     def _schedule(self, sequence: Sequence, count: int) -> int:
         """Put `count` tokens of a running sequence into the step, preempting the youngest where pages lack."""
-        needed = -(-(sequence.computed + count) // self.page_tokens) - len(sequence.pages)
+        full, rest = divmod(sequence.computed + count, self.page_tokens)
+        needed = full + (rest > 0) - len(sequence.pages)
         while needed > 0:
             pages = self.pool.allocate(needed)
             if pages is not None:
                 sequence.pages.extend(pages)
                 break
-            victim = self._youngest()
+            victim = self._youngest(sequence)
             if victim is not None:
                 self._preempt(victim)
             if victim in (sequence, None):
                 return 0
-        self._in_flight.append((sequence, count))
+        self._in_flight.append(Part(sequence, count, self._chain(sequence, len(sequence.keys), full)))
         return count
 
-    def _youngest(self) -> Sequence | None:
-        scheduled = {id(sequence) for sequence, _ in self._in_flight}
+    def _youngest(self, asking: Sequence) -> Sequence | None:
+        scheduled = {id(part.sequence) for part in self._in_flight}
         return max(
-            (each for each in self.running if id(each) not in scheduled and each.finish is None),
+            (each for each in self.running if id(each) not in scheduled and (each.finish is None or each is asking)),
             key=lambda each: each.number,
             default=None,
         )
@@ -222,8 +271,9 @@ class Scheduler:
         self.pool.release(sequence.pages)
         sequence.pages, sequence.keys, sequence.computed, sequence.lost = [], [], 0, False
 
-    def _step(self, sequence: Sequence, count: int) -> SequenceStep:
-        request, start, end = sequence.request, sequence.computed, sequence.computed + count
+    def _step(self, part: Part) -> SequenceStep:
+        sequence, request = part.sequence, part.sequence.request
+        start, end = sequence.computed, sequence.computed + part.count
         samples = end == len(sequence.tokens) and sequence.finish is None
         prompt_logprobs = request.prompt_logprobs if start < sequence.prompt_tokens else None
         history = samples and request.sampling.needs_history
@@ -239,19 +289,20 @@ class Scheduler:
             next_token=sequence.tokens[end] if end < len(sequence.tokens) else -1,
             prompt=request.prompt if history else b"",
             history=pack_ids(sequence.tokens[sequence.prompt_tokens :]) if history else b"",
+            seals=pack_keys(part.seals),
         )
 
-    def _chain(self, sequence: Sequence, count: int) -> list[PageKey]:
-        keys, parent = [], sequence.root
-        for page in range(count):
+    def _chain(self, sequence: Sequence, start: int, end: int) -> list[PageKey]:
+        """Keys of the pages start .. end - 1 of a sequence; those before are sealed."""
+        keys, parent = [], sequence.keys[start - 1] if start else sequence.root
+        for page in range(start, end):
             parent = next_page_key(parent, sequence.tokens[page * self.page_tokens : (page + 1) * self.page_tokens])
             keys.append(parent)
         return keys
 
-    def _seal(self, sequence: Sequence) -> None:
-        for page in range(len(sequence.keys), sequence.computed // self.page_tokens):
-            parent = sequence.keys[-1] if sequence.keys else sequence.root
-            key = next_page_key(parent, sequence.tokens[page * self.page_tokens : (page + 1) * self.page_tokens])
+    def _seal(self, part: Part) -> None:
+        sequence = part.sequence
+        for page, key in enumerate(part.seals, len(sequence.keys)):
             sequence.keys.append(key)
             sequence.pages[page] = self.pool.seal(sequence.pages[page], key)
 

@@ -1,6 +1,7 @@
 """The parity stores that are alive, and what the index says of the parity that they hold."""
 
 import logging
+from collections.abc import Iterable
 
 from services.coordinator.recovery import Stripe
 from shared.channel import Channel
@@ -51,9 +52,9 @@ class Stores:
             if not channel.closed:
                 channel.send(message)
 
-    async def look_up(self, keys: list[PageKey]) -> dict[PageKey, Stripe]:
-        """The stripes whose parity lies in stores alive, in their present life. Raises PeerLost without Redis."""
-        stores = {store.store_id: store for store in self.infos()}
+    async def look_up(self, keys: list[PageKey], among: Iterable[StoreInfo]) -> dict[PageKey, Stripe]:
+        """The stripes whose parity lies in these stores, in their present life. Raises PeerLost without Redis."""
+        stores = {store.store_id: store for store in among}
         incarnations = {store_id: store.incarnation for store_id, store in stores.items()}
         stripes = {}
         for key, entry in (await self._index.get_many(self._group, keys)).items():

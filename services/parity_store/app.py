@@ -21,7 +21,7 @@ from services.parity_store.upkeep import Upkeep
 from shared import channel
 from shared.config import ParityStoreSettings, default_name
 from shared.errors import ConfigError, GhostError, PeerLost, ProtocolError
-from shared.messages import EpochNow, Goodbye, Message, ReleaseStripes, StoreHello, Welcome
+from shared.messages import EpochNow, Goodbye, KeepStripes, Message, ReleaseStripes, StoreHello, Welcome
 from shared.service import check_bind
 from shared.stripe_index import StripeIndex
 from shared.tls import client_context, server_context
@@ -31,7 +31,7 @@ from shared.types import StoreInfo
 
 log = logging.getLogger(__name__)
 
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
+_INDEX_PAUSE_S = 2.0
 
 
 async def run(
@@ -92,7 +92,7 @@ async def _forget_former_lives(index: StripeIndex, store_id: str, incarnation: s
             count = await index.forget_former_lives(store_id, incarnation)
         except PeerLost as error:
             log.info("entries of former lives stay for now: %s", error)
-            await asyncio.sleep(_LONGEST_PAUSE_S)
+            await asyncio.sleep(_INDEX_PAUSE_S)
             continue
         if count:
             log.info("%d entries of former lives are deleted", count)
@@ -110,25 +110,25 @@ async def _follow(settings: ParityStoreSettings, store: Store, admin: Admin, inf
         return StoreHello(admin.info)
 
     tls = client_context(settings.tls_ca_file)
-    pause = _FIRST_PAUSE_S
+    told = ""
     while True:
         try:
             dialled = channel.dial(settings.coordinator_url, settings.secret, hello, settings.dial_deadline_s, tls)
             async with dialled as (link, answer):
                 _obey(store, answer)
-                admin.connected, pause = True, _FIRST_PAUSE_S
+                admin.connected = True
                 upkeep.channel = link
                 upkeep.say_drains()
                 async for message in link:
                     _obey(store, message)
             log.warning("the coordinator closed the channel")
         except (PeerLost, ProtocolError) as error:
-            log.warning("%s", error)
+            log.log(logging.DEBUG if str(error) == told else logging.WARNING, "%s", error)
+            told = str(error)
         finally:
             admin.connected = False
             upkeep.channel = None
-        await asyncio.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE_S)
+        await asyncio.sleep(channel.REDIAL_S)
 
 
 def _obey(store: Store, message: Message) -> None:
@@ -138,7 +138,9 @@ def _obey(store: Store, message: Message) -> None:
         case EpochNow():
             store.advance_epoch(message.group, message.epoch)
         case ReleaseStripes():
-            store.release(message.group, message.keys or None, (message.epoch, message.serial))
+            store.release(message.group, message.keys, (message.epoch, message.serial))
+        case KeepStripes():
+            store.keep(message.group, message.keys, (message.epoch, message.serial))
         case Goodbye(final=True):
             raise GhostError(f"the coordinator does not want this store: {message.reason}")
         case Goodbye():

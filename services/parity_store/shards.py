@@ -143,17 +143,15 @@ class ShardTable:
 
     # releasing
 
-    def take_out(
-        self, group: str, page_keys: Collection[PageKey] | None, up_to: tuple[int, int] | None = None
-    ) -> list[Shard]:
-        """Remove all shards of these stripes (None: of the group), and return them: free each once the index forgot it.
+    def take_out(self, group: str, page_keys: Collection[PageKey], up_to: tuple[int, int] | None = None) -> list[Shard]:
+        """Remove all shards of these stripes, and return them: free each once the index forgot it.
 
         They can't be read any more; who reads one already may go on. up_to: (epoch, serial); newer shards stay.
         """
         stripes = self._held.get(group, {})
         found = [
             shard
-            for page_key in (list(stripes) if page_keys is None else page_keys)
+            for page_key in page_keys
             for shard in list(stripes.get(page_key, {}).values())
             if up_to is None or (shard.epoch, shard.serial) <= up_to
         ]

@@ -45,8 +45,8 @@ class Store:
         """Hold shards for reading. ShardMissing is in its places."""
         return OutgoingShards(self, request)
 
-    def release(self, group: str, page_keys: Collection[PageKey] | None, up_to: tuple[int, int] | None = None) -> int:
-        """Forget these stripes (None: all of the group): entries first, then bytes. Return how many shards.
+    def release(self, group: str, page_keys: Collection[PageKey], up_to: tuple[int, int] | None = None) -> int:
+        """Forget these stripes: entries first, then bytes. Return how many shards.
 
         up_to: the (epoch, serial) after which shards stay, because they were asked for later than this was.
         """
@@ -55,6 +55,11 @@ class Store:
             self.totals.released += len(shards)
             self.writer.drop(group, shards, partial(self._forgotten, shards))
         return len(shards)
+
+    def keep(self, group: str, page_keys: Collection[PageKey], up_to: tuple[int, int]) -> int:
+        """Forget all stripes of the group but these, as `release` does. Return how many shards."""
+        kept = set(page_keys)
+        return self.release(group, [key for key in self.table.keys(group) if key not in kept], up_to)
 
     def advance_epoch(self, group: str, epoch: int) -> None:
         """Refuse writes of older epochs from now on."""

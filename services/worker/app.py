@@ -13,6 +13,7 @@ import torch
 from kernels.codec import make_codec
 from services.worker import faults
 from services.worker.copies import PageServer, copy_pages
+from services.worker.inventory import Inventory
 from services.worker.model_files import resolve_model
 from services.worker.protect import Protector
 from services.worker.replicate import CopyRestorer, Replicator
@@ -20,7 +21,7 @@ from services.worker.restore import Restorer
 from services.worker.runner import Runner
 from services.worker.shadow import Shadow
 from services.worker.stores import StoreClients
-from shared.channel import Channel, dial
+from shared.channel import REDIAL_S, Channel, dial
 from shared.config import WorkerSettings
 from shared.errors import ConfigError, GhostError, PeerLost
 from shared.logs import epoch_is
@@ -48,7 +49,6 @@ from shared.types import GroupConfig
 
 log = logging.getLogger(__name__)
 
-REDIAL_S = 0.5
 ALIVE_S = 1.0
 SETTLE_S = 5.0
 """A compute thread that is busy for longer after its epoch has ended is stuck."""
@@ -72,7 +72,11 @@ async def run(settings: WorkerSettings, name: str, device: str, stop: asyncio.Ev
 
 
 class Worker:
-    """One device, from its first hello to its end. Its state beyond the model is void when the channel is lost."""
+    """One device, from its first hello to its end.
+
+    When the channel is lost it stops stepping and dials again, for as long as it takes; what it holds of its rank's KV
+    it offers to the coordinator that answers.
+    """
 
     def __init__(self, settings: WorkerSettings, name: str, device: str):
         self._settings = settings
@@ -86,6 +90,7 @@ class Worker:
         self._own_address = ""
         self._address = ""  # where other ranks reach this host
         self._copying: asyncio.Task[None] | None = None
+        self._inventory = Inventory()
         self._stores = StoreClients(
             settings.secret, put_deadline_s=settings.put_deadline_s, fetch_deadline_s=settings.fetch_deadline_s
         )
@@ -93,6 +98,7 @@ class Worker:
     async def serve(self) -> None:
         """Dial, serve, dial again. Raises GhostError when the coordinator does not want this worker."""
         tls = client_context(self._settings.tls_ca_file)
+        told = ""
         while True:
             try:
                 async with dial(
@@ -105,7 +111,8 @@ class Worker:
                     if isinstance(welcome, Welcome):
                         await self._session(channel, welcome)
             except PeerLost as error:
-                log.info("%s", error)
+                log.log(logging.DEBUG if str(error) == told else logging.WARNING, "%s", error)
+                told = str(error)
             finally:
                 self._channel = None
                 if self._runner is not None:
@@ -132,7 +139,7 @@ class Worker:
         broken: GhostError | None = None
         async with serve(f"tcp://{_bracketed(self._own_address)}:0", pages, token=self._settings.secret or "") as bulk:
             where = f"tcp://{_bracketed(self._address)}:{bulk.address.rpartition(':')[2]}"
-            channel.send(WorkerReady(runner.info, runner.pool.pages, where))
+            channel.send(WorkerReady(runner.info, runner.pool.pages, where, self._inventory.claim()))
             beating = asyncio.create_task(self._beat(channel, runner, welcome.config.heartbeat_s))
             try:
                 async for message in channel:
@@ -168,12 +175,13 @@ class Worker:
         protector = (Replicator if copies else Protector)(config.group, codec, self._stores, self._loop, self._report)
         restorer = (CopyRestorer if copies else Restorer)(config.group, codec, self._stores, self._loop)
         model_dir = resolve_model(self._settings.model or config.model)
-        shadow = Shadow(protector, restorer, self._report)
+        shadow = Shadow(protector, restorer, self._inventory, self._report)
         return Runner(
             Path(model_dir),
             config,
             device,
             shadow,
+            self._inventory,
             self._report,
             hold_weights=self._settings.hold_weights,
         )
@@ -182,6 +190,8 @@ class Worker:
         match message:
             case Assign() | StandBy():
                 self._stop_copying()
+                if isinstance(message, StandBy):
+                    self._inventory.forget()
                 self._epoch = message.epoch
                 epoch_is(message.epoch)
                 runner.submit(message)
@@ -201,6 +211,7 @@ class Worker:
             case Goodbye():
                 if message.final:
                     raise ConfigError(f"the coordinator does not want this worker: {message.reason}")
+                self._inventory.forget()
                 raise PeerLost(f"the coordinator gave this worker up: {message.reason}")
             case _:
                 log.warning("the coordinator sent %s", type(message).__name__)

@@ -17,6 +17,7 @@ from services.worker.batch import Chunk
 from services.worker.communicator import RendezvousHandle, create, open_rendezvous
 from services.worker.communicator.base import Communicator, Kind
 from services.worker.draw import draw
+from services.worker.inventory import Inventory
 from services.worker.kv_pool import KVPool
 from services.worker.model import RankModel
 from services.worker.shadow import Shadow
@@ -38,7 +39,7 @@ from shared.messages import (
     StepDone,
     StepPlan,
 )
-from shared.types import GroupConfig, ModelInfo
+from shared.types import GroupConfig, ModelInfo, unpack_keys
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class Runner:
         config: GroupConfig,
         device: torch.device,
         shadow: Shadow,
+        inventory: Inventory,
         report: Callable[[Message], None],
         *,
         hold_weights: bool,
@@ -79,6 +81,7 @@ class Runner:
         self.at_rest = threading.Event()
         """Set while the compute thread waits for a job."""
         self._marks = 0  # what it has begun in this epoch, without collectives
+        self._inventory = inventory
         self._report = report
         self._epoch = 0
         self._cancelled = threading.Event()  # set when the epoch that it belongs to ends
@@ -215,6 +218,7 @@ class Runner:
             self._loaded_rank = assign.rank
         self._place = Place(assign, received, time.monotonic() - began)
         self.step_done = 0
+        self._inventory.begin(assign.epoch, assign.rank)
         if assign.rank == 0:
             kind = cast(Kind, assign.communicator)
             for slot_bytes in (self._slot_bytes, self.shadow.slot_bytes):
@@ -281,9 +285,17 @@ class Runner:
         waited_before = self._communicator.waited_s if self._communicator is not None else 0.0
         self.in_flight = True
         chunks = [_chunk(each) for each in plan.sequences]
+        size = self.config.page_tokens
+        self._inventory.strike(
+            plan.epoch,
+            (int(page) for each in chunks for page in each.pages[each.start // size : -(-each.end // size)]),
+        )
         with torch.inference_mode():
             logits = self.model.forward(chunks, self.pool, self._communicator)
             samples = draw(plan.sequences, chunks, logits)
+        for part, chunk in zip(plan.sequences, chunks, strict=True):
+            filled = (int(page) for page in chunk.pages[chunk.start // size :])
+            self._inventory.note(plan.epoch, zip(filled, unpack_keys(part.seals), strict=False))
         self.step_done = plan.step
         self.shadow.step_done(plan.step)
         seconds = time.monotonic() - began

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from services.worker.communicator.base import Communicator
 from services.worker.exchange import Exchange, PageBytes
+from services.worker.inventory import Inventory
 from services.worker.protect import Protector
 from services.worker.restore import Restorer
 from shared.errors import CommunicatorAborted, DeadlineExceeded
@@ -25,9 +26,12 @@ class Shadow:
 
     slot_bytes = SLOT_BYTES
 
-    def __init__(self, protector: Protector, restorer: Restorer, report: Callable[[Message], None]):
+    def __init__(
+        self, protector: Protector, restorer: Restorer, inventory: Inventory, report: Callable[[Message], None]
+    ):
         self._protector = protector
         self._restorer = restorer
+        self._inventory = inventory
         self._report = report
         self._epoch = 0
         self._step = 0
@@ -92,7 +96,7 @@ class Shadow:
                     if isinstance(plan, ProtectPlan):
                         self._protector.protect(plan, exchange)
                     else:
-                        self._report(self._restorer.restore(plan, exchange))
+                        self._restore(plan, exchange)
                 except (CommunicatorAborted, DeadlineExceeded) as error:
                     self._failed(plan.epoch, exchange.rank, f"exchange: {error}", fatal=False)
                 except Exception as error:
@@ -100,6 +104,13 @@ class Shadow:
                     self._failed(plan.epoch, exchange.rank, f"shadow: {type(error).__name__}: {error}", fatal=True)
             self._drop_stale()
         self._drop_stale()
+
+    def _restore(self, plan: RestorePlan, exchange: Exchange) -> None:
+        mine = {stripe.key: stripe.page for stripe in plan.stripes if exchange.rank in stripe.lost}
+        self._inventory.strike(plan.epoch, mine.values())
+        done = self._restorer.restore(plan, exchange)
+        self._inventory.note(plan.epoch, ((page, key) for key, page in mine.items() if key not in done.failed))
+        self._report(done)
 
     def _ready(self, plan: ProtectPlan | RestorePlan) -> Exchange | None:
         """The exchange, once the step that a plan waits for is done; None if its epoch is over."""

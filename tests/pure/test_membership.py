@@ -9,7 +9,7 @@ def made(size: int = 2, workers: int = 3) -> Membership:
     membership = Membership(size, heartbeat_timeout_s=1.0, join_timeout_s=5.0)
     for number in range(workers):
         membership.hello(Member(f"w{number}", "host", "id", 1, "cpu", seen=0.0))
-        membership.ready(f"w{number}")
+        membership.ready(f"w{number}", 0.0)
     return membership
 
 
@@ -25,7 +25,7 @@ def test_a_spare_takes_the_lost_rank_and_the_others_keep_theirs() -> None:
     membership = made()
     serving(membership, 1)
     assert membership.gone("w0", "killed") == 0
-    assert membership.can_form()
+    assert membership.can_form(0.0)
     formation = membership.form(2, now=1.0)
     assert formation.ranks == ("w2", "w1")
     assert formation.fresh == {0}
@@ -36,7 +36,7 @@ def test_without_a_spare_no_epoch_begins() -> None:
     membership = made(workers=2)
     serving(membership, 1)
     membership.gone("w1", "killed")
-    assert not membership.can_form()
+    assert not membership.can_form(0.0)
     assert membership.state == "forming"
 
 
@@ -89,7 +89,7 @@ def test_spares_on_the_hosts_of_the_other_ranks_go_first() -> None:
     membership = made(workers=2)
     for name, host_id in (("far", "other"), ("near", "id")):
         membership.hello(Member(name, "host", host_id, 1, "cpu", seen=0.0))
-        membership.ready(name)
+        membership.ready(name, 0.0)
     serving(membership, 1)
     membership.gone("w1", "killed")
     assert membership.form(2, now=0.0).ranks == ("w0", "near")

@@ -4,6 +4,7 @@ missing or mixed-up page shows as a wrong token.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import itertools
 import random
@@ -21,12 +22,15 @@ from shared.messages import (
     Applied,
     Apply,
     Assign,
+    Claim,
     CopyPages,
     DigestDone,
     DigestPlan,
     EpochNow,
+    Goodbye,
     Join,
     Joined,
+    KeepStripes,
     Message,
     PagesCopied,
     Prepare,
@@ -58,7 +62,9 @@ from shared.types import (
     StoreInfo,
     encoding_rank,
     pack_ids,
+    pack_keys,
     unpack_ids,
+    unpack_keys,
 )
 
 VOCABULARY = 1000
@@ -88,9 +94,11 @@ class Wire:
 @dataclass(eq=False)
 class SimWorker:
     name: str
-    wire: Wire = field(default_factory=Wire)
+    wire: Wire | None = None
+    """None while it is not connected: then it dials."""
     out: deque[Message] = field(default_factory=deque)
     kv: dict[int, list[int]] = field(default_factory=dict)
+    sealed: dict[int, PageKey] = field(default_factory=dict)
     assign: Assign | None = None
     joined: bool = False
     step: int = 0
@@ -102,26 +110,41 @@ class SimWorker:
     stalled: dict[str, Any] = field(default_factory=dict)
     """By thread, the plan whose collective waits for the other ranks."""
 
+    def lose_channel(self) -> None:
+        """It stops stepping."""
+        self.wire, self.joined, self.copying = None, False, None
+        self.out.clear()
+        self.stalled.clear()
+        for lane in self.lanes.values():
+            lane.clear()
+
+    @property
+    def claim(self) -> Claim | None:
+        """What it tells of itself when it dials."""
+        if self.assign is None:
+            return None
+        pages, keys = pack_ids(self.sealed), pack_keys(self.sealed.values())
+        return Claim(self.assign.epoch, self.assign.rank, pages, keys)
+
 
 class SimIndex:
     """What the group asks of the stripe index."""
 
     def __init__(self, world: "World"):
         self._world = world
-        self._epoch = 0
+        self.last_epoch = 0
 
     async def epoch(self, group: str) -> int:
-        return self._epoch
+        return self.last_epoch
 
     async def advance_epoch(self, group: str, *, at_least: int = 0) -> int:
-        await asyncio.sleep(0)
-        self._epoch = max(self._epoch, at_least) + 1
-        return self._epoch
+        await self._takes_a_while()
+        self.last_epoch = max(self.last_epoch, at_least) + 1
+        return self.last_epoch
 
     async def get_many(self, group: str, keys: list[PageKey]) -> dict[PageKey, Stripe]:
-        await asyncio.sleep(0)
         world = self._world
-        return {
+        answer = {
             key: Stripe(
                 key,
                 tuple(
@@ -132,6 +155,12 @@ class SimIndex:
             for key in keys
             if key in world.parity_of
         }
+        await self._takes_a_while()
+        return answer
+
+    async def _takes_a_while(self) -> None:
+        for _ in range(self._world.dice.choice((1, 1, 5, 30))):  # what else happens goes on meanwhile
+            await asyncio.sleep(0)
 
 
 class World:
@@ -140,7 +169,7 @@ class World:
     def __init__(self, seed: int, *, size: int = 3, parity: int = 1, pages: int = 24, page_tokens: int = 4):
         self.dice = random.Random(seed)
         self.size, self.parity, self.pages, self.page_tokens = size, parity, pages, page_tokens
-        settings = CoordinatorSettings(
+        self.settings = CoordinatorSettings(
             tp=size,
             parity=parity,
             page_tokens=page_tokens,
@@ -149,13 +178,17 @@ class World:
             heartbeat_timeout_s=3600,
             restore="always",
         )
-        self.group = Group(group_config(settings), settings, SimIndex(self), 0)  # type: ignore[arg-type]
+        self.index = SimIndex(self)
+        self.group = self._make_group()
         self.workers: dict[str, SimWorker] = {}
         self.parity_of: dict[PageKey, list[list[int]]] = {}
         self.written: dict[PageKey, tuple[int, int]] = {}  # (epoch, serial) of what parity_of has
         self.incarnation = "first"
+        self.store_epoch = 0
+        self.store_there = False
         self.store_wire: Wire | None = None
-        self.client = Wire()
+        self.client: Wire | None = None
+        """None while the gateway is not connected."""
         self.requests: dict[str, GenerationRequest] = {}
         self.received: dict[str, list[int]] = {}
         self.finished: dict[str, str] = {}
@@ -164,33 +197,110 @@ class World:
         self.prepared_switches = 0
         self.copy_failures = 0.0
         self._names = itertools.count()
-        self._collectives: dict[tuple[Any, ...], set[str]] = {}
+        self._stop = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    # -- the coordinator ---------------------------------------------------------------------------------------------
+
+    def _make_group(self) -> Group:
+        group = Group(group_config(self.settings), self.settings, self.index, self.index.last_epoch)  # type: ignore[arg-type]
+        group.membership.return_grace_s = self.dice.choice((0.0, 0.002, 0.01))
+        return group
+
+    async def start(self) -> None:
+        """Let the coordinator run, and the gateway connect."""
+        self._task = asyncio.create_task(self.group.run(self._stop))
+        await asyncio.sleep(0)
+        self.gateway_dials()
+
+    async def stop(self) -> None:
+        """End it in order."""
+        self._stop.set()
+        if self._task is not None:
+            await asyncio.wait_for(self._task, 5.0)
+
+    async def crash(self) -> None:
+        """The coordinator dies, and another takes its place. What is on its channels arrives, or does not."""
+        await self.settle(0.5)
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        for wire in (self.client, self.store_wire, *(worker.wire for worker in self.workers.values())):
+            if wire is not None:
+                wire.closed = True
+        self.client = self.store_wire = None
+        for worker in self.workers.values():
+            worker.lose_channel()
+        self.group = self._make_group()
+        self._task = asyncio.create_task(self.group.run(self._stop))
+        await asyncio.sleep(0)
 
     # -- what can happen ---------------------------------------------------------------------------------------------
 
     def add_worker(self) -> None:
         worker = SimWorker(f"w{next(self._names)}")
         self.workers[worker.name] = worker
+        self._worker_dials(worker)
+
+    def _worker_dials(self, worker: SimWorker) -> None:
+        worker.wire = Wire()
         self.group.worker_joins(Member(worker.name, "host", "host", 1, "cpu", 0.0), worker.wire)  # type: ignore[arg-type]
-        worker.out.append(WorkerReady(MODEL, self.pages, pages_address=worker.name))
+        worker.out.append(WorkerReady(MODEL, self.pages, worker.name, worker.claim))
 
     def kill(self, worker: SimWorker) -> None:
         del self.workers[worker.name]
-        worker.wire.closed = True
-        self.group.worker_gone(worker.name, "killed", worker.wire)  # type: ignore[arg-type]
+        if worker.wire is not None:
+            worker.wire.closed = True
+            self.group.worker_gone(worker.name, "killed", worker.wire)  # type: ignore[arg-type]
+
+    def cut_off(self, worker: SimWorker) -> None:
+        """Its channel breaks, though both ends live."""
+        if worker.wire is not None:
+            wire = worker.wire
+            wire.closed = True
+            worker.lose_channel()
+            self.group.worker_gone(worker.name, "cut off", wire)  # type: ignore[arg-type]
 
     def lose_store(self) -> None:
+        self.store_there = False
+        self.parity_of.clear()
+        self.incarnation = f"after {self.dice.random()}"
+        self._cut_store()
+
+    def _cut_store(self) -> None:
         if self.store_wire is not None:
             wire, self.store_wire = self.store_wire, None
-            self.parity_of.clear()
-            self.incarnation = f"after {self.dice.random()}"
             self.group.store_gone("store", wire)  # type: ignore[arg-type]
 
     def add_store(self) -> None:
+        self.store_there = True
         if self.store_wire is None:
-            self.store_wire = Wire()
-            info = StoreInfo("store", self.incarnation, "tcp://nowhere:1", "http://nowhere:1", 1)
-            self.group.store_joins(info, self.store_wire)  # type: ignore[arg-type]
+            self._store_dials()
+
+    def _store_dials(self) -> None:
+        self.store_wire = Wire()
+        info = StoreInfo("store", self.incarnation, "tcp://nowhere:1", "http://nowhere:1", 1)
+        self.group.store_joins(info, self.store_wire)  # type: ignore[arg-type]
+
+    def gateway_dials(self) -> None:
+        """The gateway connects, and submits again what it has not got to the end."""
+        self.client = Wire()
+        self.group.gateway_joins(self.client)  # type: ignore[arg-type]
+        for name, request in self.requests.items():
+            if name not in self.finished:
+                submit = Submit(request, MODEL.fingerprint, pack_ids(self.received[name]))
+                self.group.from_gateway(self.client, submit)  # type: ignore[arg-type]
+
+    def cut_gateway(self) -> None:
+        """The gateway's channel breaks; it knows at once, the coordinator at once or after it is back."""
+        if self.client is not None:
+            old, self.client = self.client, None
+            old.closed = True
+            late = self.dice.random() < 0.5
+            if late:
+                self.gateway_dials()
+            self.group.gateway_gone(old)  # type: ignore[arg-type]
 
     def submit(self, *, length: int = 0, max_tokens: int = 0, shared_prefix: bool = False, digest: bool = False) -> str:
         name = f"r{len(self.requests)}"
@@ -204,7 +314,9 @@ class World:
             SamplingParams(temperature=0.0),
             kv_digest=digest,
         )
-        self.group.from_gateway(self.client, Submit(request))  # type: ignore[arg-type]
+        if self.client is None:
+            return name
+        self.group.from_gateway(self.client, Submit(request, MODEL.fingerprint))  # type: ignore[arg-type]
         if not any(isinstance(m, Refused) and m.request_id == name for m in self.client.sent):
             self.requests[name] = request
             self.received[name] = []
@@ -215,12 +327,20 @@ class World:
         if live:
             name = self.dice.choice(live)
             self.finished[name] = "aborted"
-            self.group.from_gateway(self.client, Abort(name))  # type: ignore[arg-type]
+            if self.client is not None:
+                self.group.from_gateway(self.client, Abort(name))  # type: ignore[arg-type]
 
     async def move(self) -> bool:
-        """Let one message through, somewhere. False: none is under way."""
+        """Let one message through, or one peer dial, somewhere. False: none is under way."""
         moves: list[tuple[str, Any]] = []
+        if self.client is None:
+            moves.append(("gateway", None))
+        if self.store_there and self.store_wire is None:
+            moves.append(("store", None))
         for worker in self.workers.values():
+            if worker.wire is None:
+                moves.append(("dial", worker))
+                continue
             if worker.wire.sent:
                 moves.append(("in", worker))
             if worker.copying is not None:
@@ -229,9 +349,16 @@ class World:
                 moves.append(("out", worker))
             moves += [(lane, worker) for lane in worker.lanes if self._can_run(worker, lane)]
         if not moves:
+            await self.settle()
             return False
         kind, worker = self.dice.choice(moves)
-        if kind == "out":
+        if kind == "gateway":
+            self.gateway_dials()
+        elif kind == "store":
+            self._store_dials()
+        elif kind == "dial":
+            self._worker_dials(worker)
+        elif kind == "out":
             self.group.from_worker(worker.name, worker.out.popleft())
         elif kind == "copy":
             self._copy(worker)
@@ -249,6 +376,12 @@ class World:
             del self.parity_of[key]
             self.group.from_store("store", ShardsLost(self.group.config.group, (key,)))
 
+    def check_nothing_stale(self) -> None:
+        """Assert that the store, which has heard all, holds stripes of pages that there are, no other."""
+        while self.store_wire is not None and self.store_wire.sent:
+            self._store_receives(self.store_wire.sent.popleft())
+        assert set(self.parity_of) <= set(self.group.pool.keys), "the store holds stripes of pages that are gone"
+
     def check_parity(self) -> None:
         """Assert that what counts as protected has its parity in the store."""
         for page in self.group.pool.pages:
@@ -263,22 +396,31 @@ class World:
                 slices = [worker.kv.get(page.number) for worker in ranks]
                 assert slices.count(slices[0]) == self.size, f"{page}: the ranks disagree"
 
-    async def settle(self) -> None:
+    async def settle(self, likely: float = 1.0) -> None:
+        """Let tasks run, and what was sent to store and gateway arrive; each message as likely as that."""
         for _ in range(6):
             await asyncio.sleep(0)
         if self.store_wire is not None:
             while self.store_wire.sent and self.dice.random() < 0.7:  # or later: puts come by another channel
-                message = self.store_wire.sent.popleft()
-                if isinstance(message, ReleaseStripes):
-                    for key in message.keys or list(self.parity_of):
-                        if self.written.get(key, (0, 0)) <= (message.epoch, message.serial):
-                            self.parity_of.pop(key, None)
-                else:
-                    assert isinstance(message, EpochNow)
-        while self.client.sent:
+                self._store_receives(self.store_wire.sent.popleft())
+        while self.client is not None and self.client.sent and self.dice.random() < likely:
             message = self.client.sent.popleft()
-            if isinstance(message, Tokens) and message.request_id in self.received:
-                self._client_receives(message)
+            if getattr(message, "request_id", None) in self.received:
+                assert not isinstance(message, Refused), f"an accepted request is refused: {message}"
+                if isinstance(message, Tokens):
+                    self._client_receives(message)
+
+    def _store_receives(self, message: Message) -> None:
+        match message:
+            case EpochNow(epoch=epoch):
+                self.store_epoch = max(self.store_epoch, epoch)
+            case ReleaseStripes(keys=keys) | KeepStripes(keys=keys):
+                kept = isinstance(message, KeepStripes)
+                for key in list(self.parity_of):
+                    if (key in keys) != kept and self.written[key] <= (message.epoch, message.serial):
+                        del self.parity_of[key]
+            case _:
+                raise AssertionError(f"a store was sent {message}")
 
     def _client_receives(self, message: Tokens) -> None:
         assert message.request_id not in self.finished, "tokens after the end"
@@ -299,6 +441,8 @@ class World:
     def _receive(self, worker: SimWorker, message: Message) -> None:
         match message:
             case Assign():
+                if worker.assign is None or worker.assign.rank != message.rank:
+                    worker.sealed.clear()
                 worker.assign, worker.joined, worker.step = message, False, 0
                 worker.copying = None
                 if worker.loaded is not None and worker.loaded == message.rank:
@@ -313,6 +457,7 @@ class World:
                 worker.joined = True
                 worker.out.append(Joined(message.epoch, worker.assign.rank, 0.0, 0.0))
             case StandBy():
+                worker.sealed.clear()
                 worker.assign, worker.joined, worker.copying = None, False, None
                 worker.stalled.clear()
                 for lane in worker.lanes.values():
@@ -326,6 +471,9 @@ class World:
                 worker.lanes["compute"].append(message)
             case ProtectPlan() | RestorePlan() if self._of_epoch(worker, message.epoch):
                 worker.lanes["shadow"].append(message)
+            case Goodbye():
+                worker.lose_channel()
+                worker.assign = None
             case _:
                 pass
 
@@ -383,6 +531,7 @@ class World:
 
     def _write(self, worker: SimWorker, pages: list[int], start: int, tokens: list[int]) -> None:
         for position, token in enumerate(tokens, start):
+            worker.sealed.pop(pages[position // self.page_tokens], None)
             page = worker.kv.setdefault(pages[position // self.page_tokens], [GARBAGE] * self.page_tokens)
             page[position % self.page_tokens] = token
 
@@ -399,6 +548,8 @@ class World:
             samples = []
             for part in plan.sequences:
                 count = part.start + len(unpack_ids(part.tokens))
+                for number, key in enumerate(unpack_keys(part.seals), part.start // self.page_tokens):
+                    worker.sealed[unpack_ids(part.pages)[number]] = key
                 seen = self._read(worker, unpack_ids(part.pages), count)
                 assert GARBAGE not in seen, f"rank {rank} computes over KV that is not there"
                 if part.sampling is not None:
@@ -417,14 +568,15 @@ class World:
                 slices = [list(by_rank[each].kv[page]) for each in range(self.size)]
                 assert slices.count(slices[0]) == self.size, "ranks disagree on a sealed page"
                 assert GARBAGE not in slices[0]
-                if self.store_wire is not None and (key in self.parity_of or len(self.parity_of) < self.room):
+                there = self.store_there and plan.epoch >= self.store_epoch
+                if there and (key in self.parity_of or len(self.parity_of) < self.room):
                     self.parity_of[key] = slices
                     self.written[key] = (plan.epoch, plan.serial)
                     stored.append(key)
                 else:
                     refused.append(key)
             if mine:
-                full = bool(refused) and self.store_wire is not None
+                full = bool(refused) and self.store_there
                 worker.out.append(ProtectDone(plan.epoch, rank, tuple(stored), tuple(refused), "no room", 1, 0.0, full))
 
     def _decode(self, plan: RestorePlan, by_rank: dict[int, SimWorker]) -> None:
@@ -435,6 +587,7 @@ class World:
                 assert len(stripe.lost) <= self.parity
                 if rank not in stripe.lost:
                     continue
+                worker.sealed.pop(stripe.page, None)
                 if encoded is None:
                     failed.append(stripe.key)
                     worker.kv[stripe.page] = [GARBAGE] * self.page_tokens
@@ -443,6 +596,7 @@ class World:
                     if other not in stripe.lost:
                         assert peer.kv[stripe.page] == encoded[other], "a survivor's sealed page has changed"
                 worker.kv[stripe.page] = list(encoded[rank])
+                worker.sealed[stripe.page] = stripe.key
                 self.restored += 1
             worker.out.append(
                 RestoreDone(plan.epoch, plan.plan, rank, tuple(failed), "gone" if failed else "", 1, 0.0, 0.0, 0.0, 0.0)
