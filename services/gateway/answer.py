@@ -9,7 +9,7 @@ from contextlib import aclosing
 from aiohttp import web
 
 from services.gateway import sse
-from services.gateway.cluster import Call, StreamLost
+from services.gateway.call import Call, StreamLost
 from services.gateway.intake import Job
 from services.gateway.metrics import Metrics
 from services.gateway.responses import Json, error_body, reply_to, usage

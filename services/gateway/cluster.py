@@ -1,17 +1,17 @@
 """The gateway's side of the control channel: submits sequences, hands their events to whoever waits for them, and
-dials again when the coordinator is away."""
+dials again when the coordinator is away, to go on where it was."""
 
 import asyncio
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Sequence
-from types import TracebackType
+from dataclasses import dataclass, field, replace
 
-from shared.channel import Channel, dial
+from services.gateway.call import Call, StreamLost
+from shared.channel import REDIAL_S, Channel, dial
 from shared.config import GatewaySettings, default_name
-from shared.errors import GhostError, PeerLost, RequestRejected
+from shared.errors import GhostError, PeerLost
 from shared.logs import epoch_is
 from shared.messages import (
     Abort,
@@ -32,114 +32,18 @@ from shared.types import ClusterStatus, GenerationRequest, OperatorAction
 
 log = logging.getLogger(__name__)
 
-FIRST_REDIAL_S = 0.1
-LAST_REDIAL_S = 2.0
 APPLY_DEADLINE_S = 10.0
 STATUS_DEADLINE_S = 10.0
 """Silence of the coordinator, which reports every second, after which its last report is not believed any more."""
 
 
-class StreamLost(GhostError):
-    """An accepted request can't be finished; the message is meant for the client."""
+@dataclass(slots=True)
+class Work:
+    """A sequence at the coordinator: what was asked for and what has come of it, enough to ask for the rest anew."""
 
-    def __init__(self, message: str, *, status: int = 503):
-        super().__init__(message)
-        self.status = status
-
-
-class Call:
-    """The sequences of one HTTP request, and their events in order of arrival. Use as a context manager.
-
-    On leaving it, whatever is not finished is aborted. Never holds more than `buffer_tokens` tokens: past that, the
-    client reads too slowly, and everything is aborted.
-    """
-
-    def __init__(self, cluster: "Cluster", sequences: Sequence[GenerationRequest], buffer_tokens: int):
-        self._cluster = cluster
-        self._index = {sequence.request_id: index for index, sequence in enumerate(sequences)}
-        self._ids = [sequence.request_id for sequence in sequences]
-        self._sequences = sequences
-        self._open = set(self._ids)
-        self._unanswered = set(self._ids)
-        self._events: deque[tuple[int, TokensMessage]] = deque()
-        self._buffered = 0
-        self._buffer_tokens = buffer_tokens
-        self._error: GhostError | None = None
-        self._wake = asyncio.Event()
-
-    def __enter__(self) -> "Call":
-        self._cluster.submit(self, self._sequences)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for request_id in list(self._open):
-            self._close(request_id, abort=True)
-
-    async def accepted(self, deadline_s: float) -> None:
-        """Wait until every sequence is accepted. Raises RequestRejected or StreamLost."""
-        try:
-            async with asyncio.timeout(deadline_s):
-                while self._unanswered and self._error is None:
-                    await self._event()
-        except TimeoutError:
-            raise StreamLost(f"the coordinator did not take the request within {deadline_s:.0f} s") from None
-        if self._error is not None:
-            raise self._error
-
-    async def next(self, deadline_s: float) -> tuple[int, TokensMessage]:
-        """The next event and the index of its sequence. Raises StreamLost, or TimeoutError if none comes in time."""
-        async with asyncio.timeout(deadline_s):
-            while not self._events:
-                if self._error is not None:
-                    raise self._error
-                await self._event()
-        index, event = self._events.popleft()
-        self._buffered -= len(event.tokens) // 4
-        return index, event
-
-    def abort(self, index: int) -> None:
-        """The rest of this sequence is not wanted; nothing more of it arrives."""
-        if self._ids[index] in self._open:
-            self._close(self._ids[index], abort=True)
-
-    def deliver(self, message: Accepted | Refused | TokensMessage | Failed) -> None:
-        """Take a message about one of the sequences; never blocks."""
-        request_id = message.request_id
-        self._unanswered.discard(request_id)
-        match message:
-            case TokensMessage():
-                self._events.append((self._index[request_id], message))
-                self._buffered += len(message.tokens) // 4
-                if message.finish_reason is not None:
-                    self._close(request_id, abort=False)
-                if self._buffered > self._buffer_tokens:
-                    self.fail(StreamLost(f"the client left more than {self._buffer_tokens} tokens unread"))
-            case Refused():
-                self._close(request_id, abort=False)
-                self.fail(
-                    RequestRejected(message.message, status=message.status, code=message.code, param=message.param)
-                )
-            case Failed():
-                self._close(request_id, abort=False)
-                self.fail(StreamLost(message.message, status=500))
-        self._wake.set()
-
-    def fail(self, error: GhostError) -> None:
-        """End all sequences; what has arrived is still handed out, then the first error raised."""
-        self._error = self._error or error
-        for request_id in list(self._open):
-            self._close(request_id, abort=True)
-        self._wake.set()
-
-    async def _event(self) -> None:
-        self._wake.clear()
-        await self._wake.wait()
-
-    def _close(self, request_id: str, *, abort: bool) -> None:
-        self._open.discard(request_id)
-        self._cluster.forget(request_id, abort=abort)
+    call: Call
+    submit: Submit
+    generated: bytearray = field(default_factory=bytearray)
 
 
 class Cluster:
@@ -148,7 +52,8 @@ class Cluster:
     def __init__(self, settings: GatewaySettings):
         self._settings = settings
         self._channel: Channel | None = None
-        self._calls: dict[str, Call] = {}
+        self._works: dict[str, Work] = {}
+        self._patience: asyncio.TimerHandle | None = None  # runs while the coordinator is away and streams wait for it
         self._asked: dict[str, asyncio.Future[Applied | Refused]] = {}
         self._status: ClusterStatus | None = None
         self._heard = 0.0
@@ -175,7 +80,7 @@ class Cluster:
     @property
     def in_flight(self) -> int:
         """Sequences that wait for tokens."""
-        return len(self._calls)
+        return len(self._works)
 
     def open(self, sequences: Sequence[GenerationRequest]) -> Call:
         """A call for these sequences; they are submitted when it is entered."""
@@ -185,14 +90,15 @@ class Cluster:
         """Send a call's sequences to the coordinator. Raises StreamLost if it is away."""
         if self._channel is None or self.absence is not None:
             raise StreamLost(self.absence or self._reason)
-        for sequence in sequences:
-            self._calls[sequence.request_id] = call
+        model = self._status.model if self._status is not None else None
+        works = {each.request_id: Work(call, Submit(each, model.fingerprint if model else "")) for each in sequences}
+        self._works.update(works)
         try:
-            for sequence in sequences:
-                self._channel.send(Submit(sequence))
+            for work in works.values():
+                self._channel.send(work.submit)
         except PeerLost as error:
-            for sequence in sequences:
-                self._calls.pop(sequence.request_id, None)
+            for request_id in works:
+                self._works.pop(request_id, None)
             raise StreamLost("the coordinator is away") from error
 
     def send(self, message: Message) -> None:
@@ -223,7 +129,7 @@ class Cluster:
 
     def forget(self, request_id: str, *, abort: bool) -> None:
         """Nobody waits for this sequence any more; tell the coordinator if it still works on it."""
-        if self._calls.pop(request_id, None) is None or not abort or self._channel is None:
+        if self._works.pop(request_id, None) is None or not abort or self._channel is None:
             return
         try:
             self._channel.send(Abort(request_id))
@@ -232,7 +138,6 @@ class Cluster:
 
     async def run(self) -> None:
         """Keep a channel to the coordinator until cancelled or stopped."""
-        pause = FIRST_REDIAL_S
         name = default_name("gateway")
         settings = self._settings
         tls = client_context(settings.tls_ca_file)
@@ -247,20 +152,21 @@ class Cluster:
                 ) as (channel, _):
                     log.info("connected to the coordinator at %s", settings.coordinator_url)
                     self._channel = channel
+                    self._submit_again(channel)
                     async for message in channel:
                         self._take(message)
                 raise PeerLost("the coordinator closed the channel")
             except GhostError as error:
                 reason = str(error)
-                log.log(logging.INFO if reason == self._reason else logging.WARNING, "no coordinator: %s", reason)
-                pause = FIRST_REDIAL_S if self._status is not None else min(pause * 2, LAST_REDIAL_S)
-                self._lose(reason, f"the connection to the coordinator was lost: {reason}")
-            await asyncio.sleep(pause)
+                log.log(logging.DEBUG if reason == self._reason else logging.WARNING, "no coordinator: %s", reason)
+                self._lose(reason)
+            await asyncio.sleep(REDIAL_S)
 
     def stop(self) -> None:
         """End all calls, and accept no more: the gateway shuts down."""
         self.stopped = True
-        self._lose("the gateway is shutting down", "the gateway is shutting down")
+        self._lose("the gateway is shutting down")
+        self._fail_all("the gateway is shutting down")
 
     def _take(self, message: Message) -> None:
         match message:
@@ -272,20 +178,43 @@ class Cluster:
                 if not (answer := self._asked[message.request_id]).done():
                     answer.set_result(message)
             case Accepted() | Refused() | TokensMessage() | Failed():
-                if (call := self._calls.get(message.request_id)) is not None:
-                    call.deliver(message)
+                if (work := self._works.get(message.request_id)) is not None:
+                    if isinstance(message, TokensMessage):
+                        work.generated += message.tokens
+                    work.call.deliver(message)
             case Goodbye():
                 raise PeerLost(f"the coordinator said goodbye: {message.reason}")
             case _:
                 log.debug("ignored %s", type(message).__name__)
 
-    def _lose(self, reason: str, message: str) -> None:
+    def _submit_again(self, channel: Channel) -> None:
+        """Have the coordinator, another one perhaps, go on with what waits, after the tokens that have come."""
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+        if self._works:
+            log.info("%d sequences go on", len(self._works))
+        for work in self._works.values():
+            channel.send(replace(work.submit, generated=bytes(work.generated)))
+
+    def _lose(self, reason: str) -> None:
+        """The coordinator is away. Who waits for tokens goes on waiting, for a time."""
         self._channel, self._status, self._reason = None, None, reason
-        calls = set(self._calls.values())
-        self._calls.clear()
+        if self._patience is None:
+            self._patience = asyncio.get_running_loop().call_later(self._settings.reconnect_s, self._give_up)
+        self._tell()
+
+    def _give_up(self) -> None:
+        self._fail_all(f"the coordinator has been away for {self._settings.reconnect_s:g} s: {self._reason}")
+
+    def _fail_all(self, message: str) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+        calls = {work.call for work in self._works.values()}
+        self._works.clear()
         for call in calls:
             call.fail(StreamLost(message))
-        self._tell()
 
     def _tell(self) -> None:
         changed, self.changed = self.changed, asyncio.Event()

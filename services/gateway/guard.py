@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from services.gateway.cluster import StreamLost
+from services.gateway.call import StreamLost
 from services.gateway.metrics import Metrics
 from services.gateway.responses import error_body, error_type
 from shared.config import GatewaySettings

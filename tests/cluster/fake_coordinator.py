@@ -106,6 +106,7 @@ class FakeCoordinator:
         self.status = status
         self.script: Callable[[GenerationRequest], Script] = lambda request: Script()
         self.submitted: list[GenerationRequest] = []
+        self.resumed: list[Submit] = []
         self.aborted: list[str] = []
         self.channels: list[Channel] = []
         self._token = token
@@ -189,15 +190,19 @@ class FakeCoordinator:
             match message:
                 case Submit():
                     request = message.request
-                    self.submitted.append(request)
-                    running[request.request_id] = tasks.create_task(self._play(request, channel))
+                    if message.generated is None:
+                        self.submitted.append(request)
+                    else:
+                        self.resumed.append(message)
+                    had = len(unpack_ids(message.generated or b""))
+                    running[request.request_id] = tasks.create_task(self._play(request, channel, had))
                 case Abort():
                     self.aborted.append(message.request_id)
                     if task := running.pop(message.request_id, None):
                         task.cancel()
             self._changed.notify_all()
 
-    async def _play(self, request: GenerationRequest, channel: Channel) -> None:
+    async def _play(self, request: GenerationRequest, channel: Channel, had: int) -> None:
         script = self.script(request)
         name = request.request_id
         if script.refuse is not None:
@@ -208,7 +213,7 @@ class FakeCoordinator:
         tokens = script.tokens[: request.max_tokens]
         finish: FinishReason = "length" if len(script.tokens) > len(tokens) or not tokens else script.finish
         prompt_logprobs = self._prompt_logprobs(request)
-        for start in range(0, max(len(tokens), 1), script.per_event):
+        for start in range(had, max(len(tokens), had + 1), script.per_event):
             if script.gate is not None and start == script.gate_at:
                 await script.gate.wait()
             if script.fail_after is not None and start >= script.fail_after:

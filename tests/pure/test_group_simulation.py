@@ -54,6 +54,7 @@ async def finish(world: World) -> None:
         if not await world.move():
             await asyncio.sleep(0.005)  # the group's own tick is all that can bring it on
     assert len(world.finished) == len(world.requests), "a request hangs"
+    await serving(world)
     while await world.move():
         pass
     world.group.check()
