@@ -2,7 +2,12 @@
 
 import pytest
 
-from services.coordinator.membership import InvalidTransition, Member, Membership
+from services.coordinator.membership import Held, InvalidTransition, Member, Membership
+from shared.errors import ProtocolError
+from shared.messages import Claim
+from shared.types import pack_ids
+
+KEY = bytes(16)
 
 
 def made(size: int = 2, workers: int = 3) -> Membership:
@@ -108,7 +113,7 @@ def test_a_host_that_was_cut_off_is_asked_last_until_one_of_its_ranks_has_joined
     membership = made(workers=2)
     for name, host in (("apart", "b"), ("also apart", "b"), ("near", "c")):
         membership.hello(Member(name, host, name, 1, "cpu", seen=0.0))
-        membership.ready(name)
+        membership.ready(name, 0.0)
     membership.gone("w1", "killed")
     assert membership.form(1, now=0.0).ranks == ("w0", "apart")
     assert membership.cut_off({1}) == ["apart"]
@@ -119,3 +124,59 @@ def test_a_host_that_was_cut_off_is_asked_last_until_one_of_its_ranks_has_joined
     serving(membership, 3)
     assert membership.ranks == ["w0", "also apart"]
     assert not membership._apart
+
+
+def returning(*held: tuple[str, int, int] | None, epoch: int = 7) -> Membership:
+    """A new coordinator's group of two after `epoch`, to which workers (name, epoch, rank) come at time 0."""
+    membership = Membership(2, heartbeat_timeout_s=3, join_timeout_s=60, epoch=epoch, return_grace_s=1.0)
+    for number, each in enumerate(held):
+        name, of, rank = each or (f"spare{number}", 0, 0)
+        membership.hello(Member(name, "host", "id", 1, "cpu", seen=0.0))
+        membership.ready(name, 0.0, Held(of, rank, {}) if each else None)
+    return membership
+
+
+def test_all_ranks_of_the_last_epoch_are_waited_for_and_then_no_longer() -> None:
+    membership = returning(("a", 7, 1), None)
+    assert not membership.can_form(0.9)
+    membership.hello(Member("b", "host", "id", 1, "cpu", seen=0.0))
+    membership.ready("b", 0.9, Held(7, 0, {}))
+    assert membership.can_form(0.9)
+    formation = membership.form(8, 0.9)
+    assert formation.ranks == ("b", "a")
+    assert set(formation.returned) == {0, 1}
+
+
+def test_a_spare_takes_a_rank_whose_worker_does_not_return() -> None:
+    membership = returning(None, ("a", 7, 1))
+    assert not membership.can_form(0.9)
+    assert membership.can_form(1.1)
+    formation = membership.form(8, 1.1)
+    assert formation.ranks == ("spare0", "a")
+    assert set(formation.returned) == {1}
+
+
+def test_of_two_that_held_a_rank_the_later_returns_to_it() -> None:
+    membership = returning(("woken", 5, 0), ("a", 7, 1), ("b", 7, 0))
+    assert membership.form(8, 0.0).ranks == ("b", "a")
+
+
+def test_an_epoch_is_newer_than_any_that_a_worker_was_in() -> None:
+    membership = returning(("a", 9, 0), ("b", 9, 1), epoch=3)  # Redis has forgotten
+    assert membership.newest_epoch == 9
+    with pytest.raises(AssertionError, match="not newer"):
+        membership.form(4, 0.0)
+
+
+def test_nobody_is_waited_for_where_there_was_no_epoch() -> None:
+    assert returning(None, None, epoch=0).can_form(0.0)
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [Claim(1, 2, b"", b""), Claim(1, 0, b"123", b""), Claim(1, 0, pack_ids([1]), b""), Claim(1, 0, pack_ids([9]), KEY)],
+    ids=["rank", "no ids", "no key", "page"],
+)
+def test_a_claim_to_what_there_is_not_is_an_error(claim: Claim) -> None:
+    with pytest.raises(ProtocolError):
+        Held.of(claim, ranks=2, pages=9)
