@@ -16,7 +16,7 @@ class Watched:
         self.detector = Detector(heartbeat_s=BEAT_S, hang_timeout_s=2.0, replace_stragglers=replace_stragglers)
         for number in range(3 + spares):
             self.membership.hello(Member(f"w{number}", "host", "id", number, "cpu", seen=0.0))
-            self.membership.ready(f"w{number}")
+            self.membership.ready(f"w{number}", 0.0)
         self.membership.form(1, 0.0)
         self.detector.epoch_begins()
 
