@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from services.gateway.call import Call, StreamLost
 from shared.channel import REDIAL_S, Channel, dial
 from shared.config import GatewaySettings, default_name
-from shared.errors import GhostError, PeerLost
+from shared.errors import GhostError, PeerLost, RequestRejected
 from shared.logs import epoch_is
 from shared.messages import (
     Abort,
