@@ -467,7 +467,8 @@ async def test_in_a_full_store_pages_in_use_take_the_room_of_cached_ones() -> No
             assert name not in world.finished, "pages in use stay without parity"
             if world.dice.random() < 0.1:
                 clock += 0.5
-                world.group._tick(clock)
+                world.group.pool.now = clock
+                world.group.protection.retry(clock)
             await world.move()
         status = world.group.status()
         assert status.stripes_protected == 12
