@@ -41,6 +41,9 @@ class Recovery(RuleBasedStateMachine):
         self.stored: set[PageKey] = set()
         self.seen: list[PageKey] = []
         self.coordinator_starts()
+        for _ in range(SIZE):
+            self._comes(None)
+        self.forms(0.0, joins=True)
 
     def coordinator_starts(self) -> None:
         self.members = Membership(SIZE, heartbeat_timeout_s=1, join_timeout_s=1, epoch=self.journal, return_grace_s=1)
@@ -54,9 +57,10 @@ class Recovery(RuleBasedStateMachine):
     @precondition(lambda self: len(self.members.members) < SIZE + 2)
     def a_worker_comes(self, returns: bool, which: int) -> None:
         away = [worker for worker in self.workers.values() if worker.name not in self.members.members]
-        if returns and away:
-            worker = away[which % len(away)]
-        else:
+        self._comes(away[which % len(away)] if returns and away else None)
+
+    def _comes(self, worker: Worker | None) -> None:
+        if worker is None:
             self.serial += 1
             worker = self.workers[f"w{self.serial}"] = Worker(f"w{self.serial}")
         self.members.hello(Member(worker.name, "host", "host", 1, "cpu", self.now))
@@ -72,9 +76,12 @@ class Recovery(RuleBasedStateMachine):
         if dies:
             del self.workers[name]
 
-    @rule()
-    def the_coordinator_dies(self) -> None:
+    @rule(returning=st.integers(0, 1 << (SIZE + 2)))
+    def the_coordinator_dies(self, returning: int) -> None:
         self.coordinator_starts()
+        for number, worker in enumerate(list(self.workers.values())):
+            if returning >> number & 1:
+                self._comes(worker)
 
     @rule()
     @precondition(lambda self: self.members.state != "forming")
@@ -83,12 +90,14 @@ class Recovery(RuleBasedStateMachine):
 
     # -- an epoch ----------------------------------------------------------------------------------------------------
 
-    @rule(later=st.sampled_from([0.0, 2.0]))
-    def forms(self, later: float) -> None:
+    @rule(later=st.sampled_from([0.0, 2.0]), joins=st.booleans())
+    def forms(self, later: float, joins: bool) -> None:
         self.now += later
         if self.members.can_form(self.now):
             self.journal = max(self.journal, self.members.newest_epoch) + 1
             self._begins(self.members.form(self.journal, self.now))
+            if joins:
+                self.the_ranks_join(0, 1)
 
     def _begins(self, formation: Formation) -> None:
         for rank, name in enumerate(formation.ranks):
@@ -225,4 +234,4 @@ class Recovery(RuleBasedStateMachine):
 
 
 TestRecovery = Recovery.TestCase
-TestRecovery.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestRecovery.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
