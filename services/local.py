@@ -59,7 +59,7 @@ class ServeSettings(CommonSettings):
     max_batch: int = Field(32, ge=1, le=1024, description="sequences a step")
     max_waiting: int = Field(256, ge=0, description="requests that may wait; more are refused with 429")
     communicator: Literal["auto", "shm", "gloo", "nccl"] = Field("auto", description="backend between ranks")
-    replace_stragglers: bool = Field(False, description="give up a rank that is far slower than the others")
+    replace_stragglers: bool = Field(False, description="move a rank that is far slower than the others to a spare")
     api_keys: SecretStr | None = Field(None, description="API keys that clients may use, comma-separated")
     redis_url: str = Field("", description="an existing Redis; empty: an embedded server")
     log_dir: str = Field(

@@ -107,7 +107,7 @@ class CoordinatorSettings(CommonSettings):
     hang_timeout_s: Seconds = Field(
         5.0, description="a rank that beats, but stands still for so long while the others wait for it, is lost"
     )
-    replace_stragglers: bool = Field(False, description="give up a rank that is far slower than the others")
+    replace_stragglers: bool = Field(False, description="move a rank that is far slower than the others to a spare")
     collective_timeout_s: Seconds = Field(60.0, description="bound of every wait inside a collective")
     join_timeout_s: Seconds = Field(60.0, description="time for a rank to load its slice and join, before it is lost")
 

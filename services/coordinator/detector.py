@@ -104,7 +104,7 @@ class Detector:
     # -- suspicions --------------------------------------------------------------------------------------------------
 
     def lost(self, membership: Membership, busy_since: float | None, now: float) -> Iterator[Suspicion]:
-        """Workers to be given up. `busy_since`: when the step in flight began, in a group that serves."""
+        """Workers to be given up, or, if they straggle, replaced. `busy_since`: when the step in flight began."""
         overdue = list(membership.overdue(now))
         late = self.behind([name for name, kind, _ in overdue if kind == "late"], membership.epoch)
         for name, kind, reason in overdue:

@@ -165,7 +165,11 @@ class Group:
             self._step_started += away_s
         busy = self.membership.stepping and self.scheduler is not None and self.scheduler.busy
         for name, kind, reason in list(self.detector.lost(self.membership, self._step_started if busy else None, now)):
-            self.worker_gone(name, reason, kind=kind)
+            if kind != "straggler":
+                self.worker_gone(name, reason, kind=kind)
+            elif self.handover is not None and self.handover.move is None:
+                log.warning("a rank straggles: it moves to a spare", extra={"worker": name, "reason": reason})
+                self.handover.apply("replace", f"worker:{name}")
         if self.membership.stepping and self.scheduler is not None:
             if self.scheduler.busy and now - self._step_started > self._settings.step_timeout_s:
                 self._broken(f"step {self._step} made no progress for {self._settings.step_timeout_s:.0f} s")

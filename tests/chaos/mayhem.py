@@ -50,6 +50,7 @@ KINDS = (
     Kind("stop", "coordinator", 1, 3.0),
     Kind("kill", "gateway", 1),
     Kind("kill", "all", 0.3),
+    Kind("replace", "rank", 2),
 )
 
 
@@ -104,8 +105,17 @@ class Mayhem:
                 flush=True,
             )
             self._before(targets)
-            await inflict(self._cluster, kind.fault, targets, status, for_s)
+            if kind.fault == "replace":
+                await self._replace(targets[0])
+            else:
+                await inflict(self._cluster, kind.fault, targets, status, for_s)
         except (GhostError, aiohttp.ClientError, TimeoutError, OSError) as error:
             print(f"  {kind.fault} of {', '.join(targets)} could not be done: {error}", flush=True)
         else:
             self.injected[f"{kind.fault} {kind.target}"] += 1
+
+    async def _replace(self, target: str) -> None:
+        """An operator's wish rather than a fault: a rank moves to a spare, if none moves already."""
+        url, body = self._cluster.base_url + "/v1/fault_tolerance/apply", {"action": "replace", "target": target}
+        async with aiohttp.ClientSession(raise_for_status=True) as session, session.post(url, json=body):
+            return

@@ -56,3 +56,18 @@ async def test_other_shapes_survive(
                 assert (report.restored_pages >= 2 * (200 // 16)) == restores, (fault, targets, report.events)
                 await whole(cluster)
         assert (report.parity_bytes_stored > 0) == (shape.get("stores") != 0 and shape["tp"] > 1)
+
+
+@pytest.mark.slow
+async def test_a_straggler_moves_to_a_spare_where_that_is_asked_for(small_model_dir: Path) -> None:
+    async with LocalCluster(settings(tp=2, replace_stragglers=True), small_model_dir) as cluster:
+        before = await cluster.wait_serving(SERVING_S)
+        victim = next(each["name"] for each in before["workers"] if each["rank"] == 1)
+        async with cluster.kept():
+            options = Options("slow", ("rank:1",), "token:20", 200, 200, 2, for_s=15.0)
+            report = await run_drill(cluster, options)
+        assert report.identical, report.events
+        assert report.kv_identical, report.events
+        after = await whole(cluster)
+        assert [each["rank"] for each in after["workers"] if each["name"] == victim] == [None]
+        assert [record["lost_ranks"] for record in after["recoveries"]] == [[]]  # moved, not lost
