@@ -131,11 +131,6 @@ class _StatusCollector(Collector):
         yield _by("group_state", "1 for the state that the group is in", "state",
                   {state: float(state == status.state) for state in STATES})  # fmt: skip
         yield _gauge("ranks", "Ranks that a worker holds", sum(each.rank is not None for each in status.workers))
-        ranks = {str(each.rank): each for each in status.workers if each.rank is not None}
-        yield _by("rank_compute_seconds", "A step of each rank without its waiting for the others, averaged", "rank",
-                  {rank: each.compute_s for rank, each in ranks.items()})  # fmt: skip
-        yield _by("rank_straggles", "1 for a rank that is far slower than the others", "rank",
-                  {rank: float(each.straggler) for rank, each in ranks.items()})  # fmt: skip
         yield _gauge("ranks_wanted", "Ranks of the group (k)", status.size)
         yield _gauge("spares", "Workers ready to take a rank", sum(each.state == "spare" for each in status.workers))
         yield _gauge("stores", "Parity stores connected", len(status.stores))
