@@ -160,7 +160,7 @@ async def _record(
     cluster: LocalCluster, options: Options, since: float
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """The record of the recovery that the fault began, once it is closed, where there is one; and the status then."""
-    if not options.loses_ranks:
+    if not options.loses_ranks or options.breaks_streams:
         return None, await cluster.status()
     end = time.monotonic() + RECORD_DEADLINE_S
     while time.monotonic() < end:
