@@ -181,7 +181,7 @@ async def test_flipped_bits_never_reach_a_restored_page(cluster: LocalCluster, f
 
 
 async def test_bits_flipped_on_the_wire_are_refused_by_the_store_and_put_again(cluster: LocalCluster) -> None:
-    report = await drilled(cluster, "corrupt:wire", "rank:0", for_s=1.0, when="prefill")
+    report = await drilled(cluster, "corrupt:wire", "rank:0", for_s=2.0, when="token:10", max_tokens=160)
     assert any("arrived damaged" in event for event in report.events), report.events
     assert (await quiet(cluster))["stripes_unprotected"] == 0
 
