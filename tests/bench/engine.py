@@ -1,6 +1,6 @@
 """The engine's speed beside transformers' generate(), in one run: `python -m tests.bench.engine [--quick] [--json F]`.
 
-generate() runs in one process with two threads; TP = 3 in three processes, TP = 1 in one, of one thread each.
+generate() runs in one process with two threads; TP = 3 in three processes of one thread, TP = 1 in one of two.
 The prompts are the same random tokens, the weights are the default model's. The peers take turns, case by case, so that
 what else the machine does hits all of them; figures are medians of the turns, ratios medians of each turn's ratio.
 """
@@ -8,6 +8,7 @@ what else the machine does hits all of them; figures are medians of the turns, r
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -150,7 +151,7 @@ class RankBench:
 def _rank_process(
     model_dir: Path, dtype: torch.dtype, address: str | None, rank: int, size: int, connection: Connection
 ) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))  # as `serve` has it
     model = RankModel(model_dir, size=size, dtype=dtype)
     model.load(rank)
     spec = model.spec
