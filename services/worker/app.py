@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from kernels.codec import make_codec
 from services.worker import faults
+from services.worker.coder import make_coder
 from services.worker.copies import PageServer, copy_pages
 from services.worker.inventory import Inventory
 from services.worker.model_files import resolve_model
@@ -170,10 +170,12 @@ class Worker:
         device = torch.device(self._device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"device {self._device}: no CUDA device here")
-        codec = make_codec(config.size, config.parity, device.type)
+        coder = make_coder(config.size, config.parity, device)
+        if config.protection == "parity":
+            coder.prepare()
         copies = config.protection == "replicate"
-        protector = (Replicator if copies else Protector)(config.group, codec, self._stores, self._loop, self._report)
-        restorer = (CopyRestorer if copies else Restorer)(config.group, codec, self._stores, self._loop)
+        protector = (Replicator if copies else Protector)(config.group, coder, self._stores, self._loop, self._report)
+        restorer = (CopyRestorer if copies else Restorer)(config.group, coder, self._stores, self._loop)
         model_dir = resolve_model(self._settings.model or config.model)
         shadow = Shadow(protector, restorer, self._inventory, self._report)
         return Runner(

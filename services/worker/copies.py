@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from kernels.codec import checksum
-from services.worker.exchange import Bytes, PageBytes
+from services.worker.exchange import PageBytes
+from services.worker.memory import Bytes, to_host, write
 from services.worker.stores import StoreClients
 from shared.errors import GhostError, ShardMissing
 from shared.messages import CopyPages, PagesCopied
@@ -43,7 +44,7 @@ class PageServer:
     def _place(self, ref: ShardRef) -> memoryview | GhostError:
         page = int.from_bytes(ref.page_key, "big")
         if page < self._pages and ref in (wanted := _refs(page, self._pool.page_bytes)):
-            content = self._pool.page(page)
+            content = to_host(self._pool.page(page))
             if ref == wanted[_CONTENT]:
                 return content.data
             return memoryview(checksum(content).to_bytes(_CHECKSUM_BYTES, "big"))
@@ -92,5 +93,5 @@ def _write(pages: Sequence[int], content: Bytes, sums: Bytes, pool: PageBytes) -
         if checksum(row) != int.from_bytes(recorded.tobytes(), "big"):
             return f"page {page} arrived damaged"
     for page, row in zip(pages, content, strict=True):
-        pool.page(page)[:] = row
+        write(pool.page(page), row)
     return ""

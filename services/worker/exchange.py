@@ -6,15 +6,12 @@ Knows pages of bytes and a communicator, nothing of models, so that another engi
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Protocol
 
 from services.worker.communicator.base import Communicator
+from services.worker.memory import Memory
 from shared.errors import CommunicatorAborted
 from shared.types import round_pages
-
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class PageBytes(Protocol):
@@ -22,8 +19,12 @@ class PageBytes(Protocol):
 
     page_bytes: int
 
-    def page(self, page_id: int, /) -> Bytes:
+    def page(self, page_id: int, /) -> Memory:
         """One page: writable, uint8 [page_bytes], without a copy."""
+        ...
+
+    def empty(self, count: int, /) -> Memory:
+        """New memory for `count` pages where the cache is: uint8 [count, page_bytes]."""
         ...
 
 
@@ -37,18 +38,18 @@ class Exchange:
         self.size = communicator.size
         self.round_pages = round_pages(pool.page_bytes)
         """Pages a call may name."""
-        self._staging: dict[int, Bytes] = {}
+        self._staging: dict[int, Memory] = {}
         self._writing = threading.Lock()
         self._ended = False
 
-    def gather(self, pages: Sequence[int], receivers: Sequence[Collection[int]]) -> dict[int, dict[int, Bytes]]:
+    def gather(self, pages: Sequence[int], receivers: Sequence[Collection[int]]) -> dict[int, dict[int, Memory]]:
         """Bring slices of pages to the ranks in `receivers`, one collection a page; what receivers have is not sent.
 
         Returns, for each index whose page this rank receives, the slices by rank: its own, which is a view of the
         pool and not to be trusted where it is the one that is lost, and those of ranks that are no receivers.
         They are valid until the next call. At most `round_pages` pages.
         """
-        send: list[list[Bytes]] = [[] for _ in range(self.size)]
+        send: list[list[Memory]] = [[] for _ in range(self.size)]
         wanted: list[list[int]] = [[] for _ in range(self.size)]
         for index, (page, to) in enumerate(zip(pages, receivers, strict=True)):
             if self.rank in to:
@@ -60,7 +61,7 @@ class Exchange:
                     send[target].append(self.pool.page(page))
         inbox = [self._stage(source, len(indices)) for source, indices in enumerate(wanted)]
         self.communicator.all_to_all(send, [[each.reshape(-1)] if len(each) else [] for each in inbox])
-        slices: dict[int, dict[int, Bytes]] = {
+        slices: dict[int, dict[int, Memory]] = {
             index: {self.rank: self.pool.page(page)}
             for index, (page, to) in enumerate(zip(pages, receivers, strict=True))
             if self.rank in to
@@ -84,9 +85,9 @@ class Exchange:
                 raise CommunicatorAborted("the epoch is over")
             yield
 
-    def _stage(self, source: int, count: int) -> Bytes:
+    def _stage(self, source: int, count: int) -> Memory:
         """Reused memory for `count` pages from one rank: uint8 [count, page_bytes]."""
         held = self._staging.get(source)
         if held is None or len(held) < count:
-            held = self._staging[source] = np.empty((count, self.pool.page_bytes), dtype=np.uint8)
+            held = self._staging[source] = self.pool.empty(count)
         return held[:count]

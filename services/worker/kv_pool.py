@@ -12,9 +12,9 @@ import numpy as np
 import torch
 import xxhash
 
-_HUGE_PAGE = 2 << 20
+from services.worker.memory import Bytes, Memory
 
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+_HUGE_PAGE = 2 << 20
 
 
 class KVPool:
@@ -56,18 +56,18 @@ class KVPool:
         self._bytes = flat.view(torch.uint8).view(pages, self.page_bytes)
         self._host: Bytes | None = self._bytes.numpy() if self.device.type == "cpu" else None
 
-    def page(self, page_id: int) -> Bytes:
-        """One page as writable bytes, uint8 [page_bytes], without a copy. CPU pools only."""
-        if self._host is None:
-            raise TypeError("the pages of a pool on a GPU have no host view: use page_tensor")
+    def page(self, page_id: int) -> Memory:
+        """One page as writable bytes, uint8 [page_bytes] on the pool's device, without a copy."""
         if not 0 <= page_id < self.pages:
             raise IndexError(f"page {page_id} of {self.pages}")
-        page: Bytes = self._host[page_id]
+        page: Memory = self._bytes[page_id] if self._host is None else self._host[page_id]
         return page
 
-    def page_tensor(self, page_id: int) -> torch.Tensor:
-        """One page as a uint8 tensor [page_bytes] on the pool's device, without a copy."""
-        return self._bytes[page_id]
+    def empty(self, count: int) -> Memory:
+        """New memory for `count` pages on the pool's device: uint8 [count, page_bytes]."""
+        if self._host is None:
+            return torch.empty(count, self.page_bytes, dtype=torch.uint8, device=self.device)
+        return np.empty((count, self.page_bytes), dtype=np.uint8)
 
     def digest(self, pages: np.ndarray[Any, np.dtype[np.int32]], tokens: int) -> str:
         """xxh3-128 (hex) over the KV of tokens 0 .. tokens - 1 of a sequence, whichever pages hold them.

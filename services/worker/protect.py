@@ -5,10 +5,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
-from kernels.codec import Codec, checksum
-from services.worker.exchange import Bytes, Exchange
+from kernels.codec import checksum
+from services.worker.coder import Coder
+from services.worker.exchange import Exchange
+from services.worker.memory import Bytes
 from services.worker.stores import StoreClients
 from shared.errors import GhostError, StoreFull
 from shared.messages import ProtectDone, ProtectPlan
@@ -25,13 +25,13 @@ class Protector:
     def __init__(
         self,
         group: str,
-        codec: Codec,
+        coder: Coder,
         stores: StoreClients,
         loop: asyncio.AbstractEventLoop,
         report: Callable[[ProtectDone], None],
     ):
         self._group = group
-        self._codec = codec
+        self._coder = coder
         self._stores = stores
         self._loop = loop
         self._report = report
@@ -41,32 +41,28 @@ class Protector:
     def protect(self, plan: ProtectPlan, exchange: Exchange) -> None:
         """Protect the pages of a plan. Returns when all is encoded; acknowledgements are reported as they come."""
         pages = unpack_ids(plan.pages)
-        for start in range(0, len(pages), exchange.round_pages):
-            end = start + exchange.round_pages
-            self._round(plan, exchange, pages[start:end], plan.keys[start:end])
+        with self._coder.working():
+            for start in range(0, len(pages), exchange.round_pages):
+                end = start + exchange.round_pages
+                self._round(plan, exchange, pages[start:end], plan.keys[start:end])
 
     def _round(self, plan: ProtectPlan, exchange: Exchange, pages: Sequence[int], keys: Sequence[bytes]) -> None:
         began = time.monotonic()
-        k, m, length = self._codec.k, self._codec.m, exchange.pool.page_bytes
+        k, m, length = self._coder.k, self._coder.m, exchange.pool.page_bytes
         owners = [(encoding_rank(key, exchange.size),) for key in keys]
         slices = exchange.gather(pages, owners)
         if not slices:
             return
-        parity = np.empty((len(slices), m, length), dtype=np.uint8)
-        self._take_room(parity.nbytes)
-        labels: list[tuple[ShardLabel, ...]] = []
-        for row, (index, by_rank) in enumerate(slices.items()):
-            data = [by_rank[rank] for rank in range(k)]
-            shards = list(parity[row])
-            self._codec.encode(data, shards)
-            sums = tuple(checksum(shard) for shard in data)
-            labels.append(
-                tuple(
-                    ShardLabel(keys[index], k + number, k, m, length, checksum(shard), sums)
-                    for number, shard in enumerate(shards)
-                )
+        self._take_room(len(slices) * m * length)
+        encoded = self._coder.encode([[by_rank[rank] for rank in range(k)] for by_rank in slices.values()])
+        labels = [
+            tuple(
+                ShardLabel(keys[index], k + number, k, m, length, checksum(shard), sums)
+                for number, shard in enumerate(shards)
             )
-        work = self._put(plan, exchange.rank, labels, parity, began)
+            for index, shards, sums in zip(slices, encoded.parity, encoded.data_checksums, strict=True)
+        ]
+        work = self._put(plan, exchange.rank, labels, encoded.parity, began)
         asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def _put(

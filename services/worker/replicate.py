@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from kernels.codec import checksum
-from services.worker.exchange import Bytes, Exchange
+from services.worker.exchange import Exchange
+from services.worker.memory import Memory, to_host, write
 from services.worker.protect import Protector
 from services.worker.restore import Restorer, Stored
 from shared.messages import ProtectPlan, StripeRestore
@@ -29,7 +30,7 @@ class Replicator(Protector):
         self._take_room(copies.nbytes)
         labels = []
         for row, (page, key) in enumerate(zip(pages, keys, strict=True)):
-            copies[row, 0] = exchange.pool.page(page)
+            copies[row, 0] = to_host(exchange.pool.page(page))
             sums = [0] * size
             sums[rank] = checksum(copies[row, 0])
             labels.append((ShardLabel(key, size + rank, size, size, length, sums[rank], tuple(sums)),))
@@ -40,13 +41,13 @@ class Replicator(Protector):
 class CopyRestorer(Restorer):
     """Reads a lost rank's copies back. The survivors have no part in it."""
 
-    def _gather(self, stripes: Sequence[StripeRestore], exchange: Exchange) -> dict[int, dict[int, Bytes]]:
+    def _gather(self, stripes: Sequence[StripeRestore], exchange: Exchange) -> dict[int, dict[int, Memory]]:
         return {index: {} for index, stripe in enumerate(stripes) if exchange.rank in stripe.lost}
 
     def _share(self, stripe: StripeRestore, rank: int) -> Stored:
         size = len(stripe.data_checksums)
         return Stored(deque(shard for shard in stripe.parity if shard.shard == size + rank), 1)
 
-    def _decode(self, stripe: StripeRestore, by_rank: dict[int, Bytes], stored: Stored, exchange: Exchange) -> str:
-        exchange.pool.page(stripe.page)[:] = next(iter(stored.rows.values()))
+    def _decode(self, stripe: StripeRestore, by_rank: dict[int, Memory], stored: Stored, exchange: Exchange) -> str:
+        write(exchange.pool.page(stripe.page), next(iter(stored.rows.values())))
         return ""

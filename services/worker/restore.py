@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kernels.codec import Codec, checksum
-from services.worker.exchange import Bytes, Exchange
+from kernels.codec import checksum
+from services.worker.coder import Coder
+from services.worker.exchange import Exchange
+from services.worker.memory import Bytes, Memory
 from services.worker.stores import StoreClients
 from shared.errors import CommunicatorAborted
 from shared.messages import ParityShard, RestoreDone, RestorePlan, StripeRestore
@@ -54,9 +56,9 @@ class Read:
 class Restorer:
     """One rank's part in restoring: a sender where it survived, a decoder where it is new."""
 
-    def __init__(self, group: str, codec: Codec, stores: StoreClients, loop: asyncio.AbstractEventLoop):
+    def __init__(self, group: str, coder: Coder, stores: StoreClients, loop: asyncio.AbstractEventLoop):
         self._group = group
-        self._codec = codec
+        self._coder = coder
         self._stores = stores
         self._loop = loop
         self._fetches: dict[tuple[int, int], Future[dict[bytes, Stored]]] = {}
@@ -78,6 +80,10 @@ class Restorer:
 
         Raises CommunicatorAborted when the epoch ends; nothing is written to the pool any more then.
         """
+        with self._coder.working():
+            return self._restore(plan, exchange)
+
+    def _restore(self, plan: RestorePlan, exchange: Exchange) -> RestoreDone:
         fetch = self._fetches.get((plan.epoch, plan.plan))
         failed: dict[bytes, str] = {}
         began = time.monotonic()
@@ -117,7 +123,7 @@ class Restorer:
             damaged=damaged,
         )
 
-    def _gather(self, stripes: Sequence[StripeRestore], exchange: Exchange) -> dict[int, dict[int, Bytes]]:
+    def _gather(self, stripes: Sequence[StripeRestore], exchange: Exchange) -> dict[int, dict[int, Memory]]:
         """Bring the survivors' slices to the ranks that decode; see Exchange.gather."""
         return exchange.gather([stripe.page for stripe in stripes], [stripe.lost for stripe in stripes])
 
@@ -150,13 +156,13 @@ class Restorer:
             else:
                 read.stripe.rows[read.shard.shard] = read.into
 
-    def _decode(self, stripe: StripeRestore, by_rank: dict[int, Bytes], stored: Stored, exchange: Exchange) -> str:
+    def _decode(self, stripe: StripeRestore, by_rank: dict[int, Memory], stored: Stored, exchange: Exchange) -> str:
         """Decode this rank's slice straight into its pool. Returns what was wrong, or nothing."""
         target = exchange.pool.page(stripe.page)
-        data = {rank: shard for rank, shard in by_rank.items() if rank not in stripe.lost}
-        present = {**data, **stored.rows}
-        plan = self._codec.plan(present.keys(), [exchange.rank])
-        self._codec.reconstruct(plan, [present[source] for source in plan.sources], [target])
-        if checksum(target) != stripe.data_checksums[exchange.rank]:
+        present: dict[int, Memory] = {rank: shard for rank, shard in by_rank.items() if rank not in stripe.lost}
+        present |= stored.rows
+        plan = self._coder.codec.plan(present.keys(), [exchange.rank])
+        decoded = self._coder.decode(plan, [present[source] for source in plan.sources], target)
+        if decoded != stripe.data_checksums[exchange.rank]:
             return f"page {stripe.page}, decoded, {DAMAGED}"
         return ""

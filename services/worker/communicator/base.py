@@ -7,13 +7,13 @@ thread at a time; `abort` may come from any thread. After an error it is of no u
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 
+from services.worker.memory import Memory
+
 Kind = Literal["shm", "gloo", "nccl"]
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 DEFAULT_SLOT_BYTES = 2 << 20
 
 
@@ -46,10 +46,11 @@ class Communicator(ABC):
         """Fill out [size, *tensor.shape] with every rank's tensor. Both contiguous, of one dtype."""
 
     @abstractmethod
-    def all_to_all(self, send: Sequence[Sequence[Bytes]], receive: Sequence[Sequence[Bytes]]) -> None:
+    def all_to_all(self, send: Sequence[Sequence[Memory]], receive: Sequence[Sequence[Memory]]) -> None:
         """Send the bytes of the buffers send[r] to each rank r, and fill the buffers receive[r] with what r sends here.
 
-        Buffers are contiguous uint8 [n]. The totals must agree between the two ranks; how they are cut need not.
+        Buffers are contiguous uint8 [n], in host memory, or for NCCL on its device. The totals must agree between the
+        two ranks; how they are cut need not.
         """
 
     @abstractmethod
@@ -64,7 +65,7 @@ class Communicator(ABC):
         if out.shape != (self.size, *tensor.shape) or out.dtype != tensor.dtype:
             raise ValueError(f"all_gather of {tuple(tensor.shape)} into {tuple(out.shape)}")
 
-    def _check_exchange(self, send: Sequence[Sequence[Bytes]], receive: Sequence[Sequence[Bytes]]) -> None:
+    def _check_exchange(self, send: Sequence[Sequence[Memory]], receive: Sequence[Sequence[Memory]]) -> None:
         if len(send) != self.size or len(receive) != self.size:
             raise ValueError(f"all_to_all takes one list for each of {self.size} ranks")
 

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from services.worker.communicator.base import Bytes, Communicator, cut
+from services.worker.communicator.base import Communicator, cut
+from services.worker.memory import Memory, to_host
 from shared.errors import CommunicatorAborted, ConfigError, DeadlineExceeded, ProtocolError
 
 _SYS_FUTEX = 202  # x86-64
@@ -152,8 +153,10 @@ class ShmCommunicator(Communicator):
             for rank, slot in enumerate(slots):
                 flat_out[rank, start : start + step].copy_(slot)
 
-    def all_to_all(self, send: Sequence[Sequence[Bytes]], receive: Sequence[Sequence[Bytes]]) -> None:
+    def all_to_all(self, send: Sequence[Sequence[Memory]], receive: Sequence[Sequence[Memory]]) -> None:
         self._check_exchange(send, receive)
+        sources = [[to_host(buffer) for buffer in buffers] for buffers in send]
+        targets = [[to_host(buffer) for buffer in buffers] for buffers in receive]
         send_sizes = [[len(buffer) for buffer in buffers] for buffers in send]
         receive_sizes = [[len(buffer) for buffer in buffers] for buffers in receive]
         totals = self._gather_totals([sum(sizes) for sizes in send_sizes])  # [from, to] bytes
@@ -167,14 +170,14 @@ class ShmCommunicator(Communicator):
             for to in range(self.size):
                 at = to * part
                 for piece in cut(send_sizes[to], start, part):
-                    source = send[to][piece.buffer][piece.offset : piece.offset + piece.length]
+                    source = sources[to][piece.buffer][piece.offset : piece.offset + piece.length]
                     self._slots_np[self.rank, buffer, at : at + piece.length] = source
                     at += piece.length
             self._barrier()
             for source_rank in range(self.size):
                 at = self.rank * part
                 for piece in cut(receive_sizes[source_rank], start, part):
-                    target = receive[source_rank][piece.buffer]
+                    target = targets[source_rank][piece.buffer]
                     target[piece.offset : piece.offset + piece.length] = self._slots_np[
                         source_rank, buffer, at : at + piece.length
                     ]

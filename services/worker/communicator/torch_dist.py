@@ -10,7 +10,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch._C import _distributed_c10d as c10d
 
-from services.worker.communicator.base import Bytes, Communicator, cut
+from services.worker.communicator.base import Communicator, cut
+from services.worker.memory import Memory, to_host
 from shared.errors import CommunicatorAborted, CutOff, DeadlineExceeded, ProtocolError
 
 _ROUND_BYTES = 8 << 20  # all_to_all: how much one rank sends at a time
@@ -98,38 +99,43 @@ class _GroupCommunicator(Communicator):
         self._check_gather(tensor, out)
         self._run(lambda: self._group.allgather([list(out.unbind(0))], [tensor]))
 
-    def all_to_all(self, send: Sequence[Sequence[Bytes]], receive: Sequence[Sequence[Bytes]]) -> None:
+    def all_to_all(self, send: Sequence[Sequence[Memory]], receive: Sequence[Sequence[Memory]]) -> None:
         self._check_exchange(send, receive)
         send_sizes = [[len(buffer) for buffer in buffers] for buffers in send]
         receive_sizes = [[len(buffer) for buffer in buffers] for buffers in receive]
-        totals = torch.empty(self.size, self.size, dtype=torch.int64, device=self._device)
-        self.all_gather(torch.tensor([sum(sizes) for sizes in send_sizes], device=self._device), totals)
-        if totals[:, self.rank].tolist() != [sum(sizes) for sizes in receive_sizes]:
-            self.abort()
-            raise ProtocolError(f"all_to_all: rank {self.rank} expects other sizes than its peers send")
+        most = self._agree([sum(sizes) for sizes in send_sizes], [sum(sizes) for sizes in receive_sizes])
         part = _ROUND_BYTES // self.size
-        for start in range(0, int(totals.max()), part):
+        for start in range(0, most, part):
             lengths_out = [max(0, min(part, sum(sizes) - start)) for sizes in send_sizes]
             lengths_in = [max(0, min(part, sum(sizes) - start)) for sizes in receive_sizes]
             outgoing = np.empty(sum(lengths_out), dtype=np.uint8)
             at = 0
             for buffers, sizes in zip(send, send_sizes, strict=True):
                 for piece in cut(sizes, start, part):
-                    outgoing[at : at + piece.length] = buffers[piece.buffer][piece.offset : piece.offset + piece.length]
+                    outgoing[at : at + piece.length] = to_host(buffers[piece.buffer])[piece.offset :][: piece.length]
                     at += piece.length
-            incoming = self._exchange(torch.from_numpy(outgoing), lengths_out, lengths_in)
+            incoming = self._exchange(torch.from_numpy(outgoing), lengths_out, lengths_in).numpy()
             at = 0
             for buffers, sizes in zip(receive, receive_sizes, strict=True):
                 for piece in cut(sizes, start, part):
-                    buffers[piece.buffer][piece.offset : piece.offset + piece.length] = incoming[at : at + piece.length]
+                    into = to_host(buffers[piece.buffer])[piece.offset :][: piece.length]
+                    into[:] = incoming[at : at + piece.length]
                     at += piece.length
 
-    def _exchange(self, outgoing: torch.Tensor, lengths_out: list[int], lengths_in: list[int]) -> Bytes:
-        """Send uint8 `outgoing`, cut by lengths_out; return what came, in rank order."""
-        sent = outgoing.to(self._device)
+    def _agree(self, sent: list[int], received: list[int]) -> int:
+        """Make sure that all ranks expect what the others send; returns the most bytes from one rank to another."""
+        totals = torch.empty(self.size, self.size, dtype=torch.int64, device=self._device)
+        self.all_gather(torch.tensor(sent, device=self._device), totals)
+        if totals[:, self.rank].tolist() != received:
+            self.abort()
+            raise ProtocolError(f"all_to_all: rank {self.rank} expects other sizes than its peers send")
+        return int(totals.max())
+
+    def _exchange(self, sent: torch.Tensor, lengths_out: list[int], lengths_in: list[int]) -> torch.Tensor:
+        """Send uint8 `sent`, cut by lengths_out; return what came, in rank order."""
         came = torch.empty(sum(lengths_in), dtype=torch.uint8, device=self._device)
         self._run(lambda: self._group.alltoall_base(came, sent, lengths_in, lengths_out, c10d.AllToAllOptions()))
-        return came.numpy(force=True)
+        return came
 
     @property
     def _device(self) -> torch.device:
@@ -215,6 +221,28 @@ class NcclCommunicator(_GroupCommunicator):
     def all_gather(self, tensor: torch.Tensor, out: torch.Tensor) -> None:
         self._check_gather(tensor, out)
         self._run(lambda: self._group._allgather_base(out, tensor))
+
+    def all_to_all(self, send: Sequence[Sequence[Memory]], receive: Sequence[Sequence[Memory]]) -> None:
+        self._check_exchange(send, receive)
+        lengths_out = [sum(map(len, buffers)) for buffers in send]
+        lengths_in = [sum(map(len, buffers)) for buffers in receive]
+        if not self._agree(lengths_out, lengths_in):
+            return
+        sent = self._flat(buffer for buffers in send for buffer in buffers)
+        came = self._exchange(sent, lengths_out, lengths_in)
+        into = [self._here(buffer) for buffers in receive for buffer in buffers]
+        for buffer, part in zip(into, torch.split(came, [len(buffer) for buffer in into]), strict=True):
+            buffer.copy_(part)
+
+    def _flat(self, buffers: Iterable[Memory]) -> torch.Tensor:
+        """The buffers end to end, on this rank's device."""
+        return torch.cat([torch.empty(0, dtype=torch.uint8, device=self._device), *map(self._here, buffers)])
+
+    def _here(self, buffer: Memory) -> torch.Tensor:
+        """A buffer as a tensor. Raises ProtocolError if it is in host memory: NCCL does not go there."""
+        if not isinstance(buffer, torch.Tensor):
+            raise ProtocolError("the buffers that NCCL exchanges are on a GPU")
+        return buffer
 
     def _run(self, start: _Start) -> None:
         """Start an operation and wait until the device has done it: the host polls, so that it can see an abort."""

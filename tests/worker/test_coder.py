@@ -1,0 +1,75 @@
+"""The coders of pages: the one for GPUs, whose kernel runs on the CPU here, beside the one for host memory."""
+
+import numpy as np
+import pytest
+import torch
+
+from kernels.checksum import sum_checksum
+from kernels.codec import checksum, make_codec
+from kernels.cuda import CudaCodec
+from services.worker.coder import CudaCoder, HostCoder, make_coder
+from tests.pure.kernels_on_cpu import COMPILER, CpuRunner
+
+K, M, LENGTH = 3, 2, 1000
+
+
+@pytest.fixture
+def stripes() -> list[list[torch.Tensor]]:
+    """Four stripes of K pages."""
+    dice = np.random.default_rng(7)
+    return [[torch.from_numpy(dice.integers(0, 256, LENGTH, dtype=np.uint8)) for _ in range(K)] for _ in range(4)]
+
+
+@pytest.fixture
+def on_gpu() -> CudaCoder:
+    if COMPILER is None:
+        pytest.skip("NO C++ COMPILER: the CUDA kernel's source can't be run on the CPU")
+    return CudaCoder(CudaCodec(K, M, CpuRunner()), torch.device("cpu"))
+
+
+@pytest.fixture
+def in_host() -> HostCoder:
+    return HostCoder(make_codec(K, M))
+
+
+def test_both_coders_make_the_same_parity_and_sums_of_the_data(
+    stripes: list[list[torch.Tensor]], on_gpu: CudaCoder, in_host: HostCoder
+) -> None:
+    there, here = on_gpu.encode(stripes), in_host.encode([[page.numpy() for page in data] for data in stripes])
+    assert (there.parity == here.parity).all()
+    for data, sums, sums_here in zip(stripes, there.data_checksums, here.data_checksums, strict=True):
+        assert sums == tuple(sum_checksum(page.numpy()) for page in data)
+        assert sums_here == tuple(checksum(page.numpy()) for page in data)
+
+
+@pytest.mark.parametrize("lost", range(K))
+def test_a_lost_page_comes_back_with_its_recorded_checksum(
+    stripes: list[list[torch.Tensor]], on_gpu: CudaCoder, in_host: HostCoder, lost: int
+) -> None:
+    for coder in (on_gpu, in_host):
+        pages = stripes if coder is on_gpu else [[page.numpy() for page in data] for data in stripes]
+        encoded = coder.encode(pages)
+        for data, parity, sums in zip(pages, encoded.parity, encoded.data_checksums, strict=True):
+            present = {rank: page for rank, page in enumerate(data) if rank != lost}
+            present |= {K + number: shard for number, shard in enumerate(parity)}
+            plan = coder.codec.plan(present, [lost])
+            target = np.zeros(LENGTH, dtype=np.uint8)
+            memory = torch.from_numpy(target) if coder is on_gpu else target
+            assert coder.decode(plan, [present[source] for source in plan.sources], memory) == sums[lost]
+            assert (target == np.asarray(data[lost])).all()
+
+
+def test_a_damaged_survivor_shows_in_the_checksum(stripes: list[list[torch.Tensor]], on_gpu: CudaCoder) -> None:
+    encoded = on_gpu.encode(stripes[:1])
+    present: dict[int, object] = {1: stripes[0][1].clone(), 2: stripes[0][2], K: encoded.parity[0][0]}
+    present[1][5] ^= 1  # type: ignore[index]
+    target = torch.zeros(LENGTH, dtype=torch.uint8)
+    plan = on_gpu.codec.plan(present.keys(), [0])
+    decoded = on_gpu.decode(plan, [present[source] for source in plan.sources], target)  # type: ignore[misc]
+    assert decoded != encoded.data_checksums[0][0]
+
+
+def test_a_cpu_gets_the_coder_of_host_memory() -> None:
+    coder = make_coder(K, 1, torch.device("cpu"))
+    coder.prepare()
+    assert isinstance(coder, HostCoder)
