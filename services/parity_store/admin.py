@@ -3,6 +3,8 @@
 import hmac
 import json
 import time
+import typing
+from collections import Counter
 from dataclasses import asdict
 
 from aiohttp import web
@@ -18,7 +20,7 @@ from services.parity_store.store import Store
 from services.parity_store.upkeep import Upkeep
 from services.parity_store.views import CapacityView, DrainView, ShardView, StatusView
 from shared.errors import ConfigError
-from shared.transport.server import BulkServer
+from shared.transport.server import BulkServer, Refused
 from shared.types import PAGE_KEY_BYTES, PageKey, StoreInfo
 
 _OPEN_PATHS = ("/health", "/live", "/openapi.json")
@@ -38,12 +40,15 @@ class Admin:
         self.info = info
         self._started = time.monotonic()
         self._registry = CollectorRegistry()
-        self._registry.register(_StoreCollector(store, arena, bulk))
+        self._refused: Counter[int] = Counter()  # calls, by status
+        self._registry.register(_StoreCollector(store, arena, bulk, self._refused))
         ProcessCollector(registry=self._registry)
 
     def application(self, token: str | None) -> web.Application:
         """Return the aiohttp application; with a token, all but /health and /live need it as a bearer token."""
-        application = web.Application(middlewares=[_errors_as_json, _guard(token)], client_max_size=64 * 1024)
+        application = web.Application(
+            middlewares=[_errors_as_json(self._refused), _guard(token)], client_max_size=64 * 1024
+        )
         application.add_routes(
             [
                 web.get("/health", self._health),
@@ -152,10 +157,11 @@ class Admin:
 class _StoreCollector(Collector):
     """The store's figures for Prometheus, read when it asks."""
 
-    def __init__(self, store: Store, arena: Arena, bulk: BulkServer):
+    def __init__(self, store: Store, arena: Arena, bulk: BulkServer, requests: Counter[int]):
         self._store = store
         self._arena = arena
         self._bulk = bulk
+        self._requests = requests
 
     def collect(self) -> list[Metric]:
         """Return all metrics of the store."""
@@ -172,14 +178,21 @@ class _StoreCollector(Collector):
         transferred = CounterMetricFamily("ghostserve:store_bytes", "Shard bytes moved", labels=["direction"])
         transferred.add_metric(["in"], totals.bytes_in)
         transferred.add_metric(["out"], totals.bytes_out)
-        refused = CounterMetricFamily(
-            "ghostserve:store_refused_connections", "Bulk connections closed for what they said"
+        connections = CounterMetricFamily(
+            "ghostserve:store_refused_connections", "Bulk connections closed for what they said", labels=["reason"]
         )
-        refused.add_metric([], self._bulk.refused)
+        for reason in typing.get_args(Refused):
+            connections.add_metric([reason], self._bulk.refused[reason])
+        requests = CounterMetricFamily(
+            "ghostserve:store_refused_requests", "Calls of the admin endpoint refused, by status", labels=["code"]
+        )
+        for code, count in sorted(self._requests.items()):
+            requests.add_metric([str(code)], count)
         return [
             shards,
             transferred,
-            refused,
+            connections,
+            requests,
             GaugeMetricFamily("ghostserve:store_capacity_bytes", "Size of the arena", self._arena.capacity_bytes),
             GaugeMetricFamily("ghostserve:store_used_bytes", "Bytes of the arena in use", self._arena.used_bytes),
             GaugeMetricFamily("ghostserve:store_stripes", "Stripes with a shard here", table.stripe_count),
@@ -203,15 +216,21 @@ def _guard(token: str | None) -> Middleware:
     return guard
 
 
-@web.middleware
-async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    try:
-        return await handler(request)
-    except web.HTTPException as error:
-        if error.status >= 400:
-            error.text = json.dumps({"error": {"message": error.text, "code": error.status}})
-            error.content_type = "application/json"
-        raise
+def _errors_as_json(refused: Counter[int]) -> Middleware:
+    """Return the middleware that puts refusals into JSON, and counts them."""
+
+    @web.middleware
+    async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except web.HTTPException as error:
+            if error.status >= 400:
+                refused[error.status] += 1
+                error.text = json.dumps({"error": {"message": error.text, "code": error.status}})
+                error.content_type = "application/json"
+            raise
+
+    return errors_as_json
 
 
 def _page_key(text: str, name: str) -> PageKey:

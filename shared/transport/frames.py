@@ -64,6 +64,10 @@ _ERRORS = {cls.__name__: cls for cls in vars(errors).values() if isinstance(cls,
 del _ERRORS[errors.RequestRejected.__name__]  # an HTTP matter, and built differently
 
 
+class Oversized(ProtocolError):
+    """A header longer than its reader allows."""
+
+
 def encode(frame: Frame) -> bytes:
     """Return prefix and header as bytes."""
     body: bytes = msgpack.packb(_to_wire(frame))
@@ -98,7 +102,7 @@ def header_length(prefix: bytes | bytearray, limit: int) -> int:
     if magic != MAGIC:
         raise ProtocolError("not a GhostServe bulk frame")
     if not 0 < length <= limit:
-        raise ProtocolError(f"a header of {length} bytes; at most {limit} are allowed")
+        raise Oversized(f"a header of {length} bytes; at most {limit} are allowed")
     return int(length)
 
 

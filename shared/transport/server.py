@@ -3,8 +3,10 @@
 import asyncio
 import hmac
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import Literal
 
 from shared.errors import ConfigError, GhostError, PeerLost, ProtocolError
 from shared.transport import backends, frames
@@ -25,6 +27,24 @@ from shared.transport.frames import Hello, Numbered, Reply, Welcome
 log = logging.getLogger(__name__)
 
 
+Refused = Literal["token", "version", "silent", "oversized", "frame", "too many"]
+"""Why a connection was closed: what its hello said, or that it said none; a header too long, or not a valid frame."""
+
+
+class _HelloRefused(ProtocolError):
+    """The handshake failed, for a reason that is counted by itself."""
+
+    def __init__(self, message: str, kind: Refused):
+        super().__init__(message)
+        self.kind = kind
+
+
+def _kind(error: ProtocolError) -> Refused:
+    if isinstance(error, _HelloRefused):
+        return error.kind
+    return "oversized" if isinstance(error, frames.Oversized) else "frame"
+
+
 class BulkServer:
     """Serves puts and gets of all who know the token. Made by serve."""
 
@@ -35,14 +55,14 @@ class BulkServer:
         self._token = token.encode()
         self._limits = limits
         self._streams: set[Stream] = set()
-        self.refused = 0  # connections that were closed for what they sent
+        self.refused: Counter[Refused] = Counter()  # connections that were closed for what they sent, or did not
 
     async def accept_forever(self, tasks: asyncio.TaskGroup) -> None:
         """Give each peer a task of its own, up to the limit of connections."""
         while True:
             stream = await self._listener.accept()
             if len(self._streams) >= self._limits.connections:
-                self.refused += 1
+                self.refused["too many"] += 1
                 stream.close()
                 continue
             self._streams.add(stream)
@@ -58,7 +78,7 @@ class BulkServer:
             await self._shake_hands(stream)
             await connection.run()
         except ProtocolError as error:
-            self.refused += 1
+            self.refused[_kind(error)] += 1
             log.info("bulk connection closed: %s", error)
         except PeerLost as error:
             log.debug("bulk connection ended: %s", error)
@@ -76,17 +96,18 @@ class BulkServer:
                 if not isinstance(hello, Hello):
                     raise ProtocolError("a bulk connection that did not begin with hello")
                 refusal: Outcome = None
+                kind: Refused = "version"
                 if hello.version != frames.VERSION:
                     refusal = ProtocolError(f"bulk protocol version {hello.version}; this side speaks {frames.VERSION}")
                 elif not hmac.compare_digest(hello.token.encode(), self._token):
-                    refusal = ConfigError("the cluster token is wrong")
+                    refusal, kind = ConfigError("the cluster token is wrong"), "token"
                 welcome = frames.pieces(Welcome(frames.VERSION, refusal))
                 await stream.send(welcome, self._limits.stall_s)
                 if refusal is not None:
-                    raise ProtocolError(str(refusal))
+                    raise _HelloRefused(str(refusal), kind)
                 await stream.upgrade(self._limits.stall_s)
         except TimeoutError:
-            raise ProtocolError("a bulk connection without a hello") from None
+            raise _HelloRefused("a bulk connection without a hello", "silent") from None
 
 
 class _Connection:

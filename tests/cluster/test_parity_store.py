@@ -258,7 +258,7 @@ async def test_garbage_on_every_port_leaves_the_store_working(
     put, payloads = stripes(group, 3)
     assert await client.put(put, payloads, timeout=DEADLINE_S) == (None, None, None)
     assert (await store.admin("GET", "/health"))[0] == 200
-    refused = f"ghostserve:store_refused_connections_total {len(attacks)}.0"
+    refused = f'ghostserve:store_refused_connections_total{{reason="frame"}} {len(attacks)}.0'
     assert refused in (await store.admin("GET", "/metrics"))[1]
 
 

@@ -267,7 +267,7 @@ async def test_a_wrong_token_is_refused(server: BulkServer) -> None:
     for token in ("", "Secret", "secret ", "sécret"):
         with pytest.raises(ConfigError, match="token"):
             await BulkClient.connect(server.address, token=token, timeout=TIMEOUT)
-    assert server.refused == 4
+    assert server.refused == {"token": 4}
 
 
 async def test_another_protocol_version_is_refused_by_name(server: BulkServer) -> None:
@@ -524,6 +524,25 @@ async def test_connections_beyond_the_limit_are_closed(listen_at: str, shelf: Sh
         await first.close()
         assert await second.put(*batch([10]), timeout=TIMEOUT) == (None,)
         await second.close()
+
+
+async def test_refusals_are_counted_by_their_reason(server: BulkServer) -> None:
+    for sent, reason in (
+        (frames.encode(frames.Hello(99, "secret")), "version"),
+        (frames.encode(frames.Hello(frames.VERSION, "wrong")), "token"),
+        (frames.PREFIX.pack(frames.MAGIC, frames.HELLO_BYTES + 1), "oversized"),
+        (b"GET / HTTP/1.1\r\n\r\n", "frame"),
+        (frames.encode(frames.Reply(1, (None,))), "frame"),
+    ):
+        before = server.refused[reason]
+        stream = await backends.connect(server.address)
+        await stream.send([memoryview(sent)], TIMEOUT)
+        with suppress(PeerLost):
+            while True:
+                await stream.receive([memoryview(bytearray(1))], TIMEOUT)
+        stream.close()
+        assert server.refused[reason] == before + 1, sent
+    assert server.refused.total() == 5
 
 
 async def test_garbage_is_closed_and_others_are_served_on(server: BulkServer, client: BulkClient) -> None:
