@@ -120,7 +120,7 @@ class LocalCluster:
             self._start_service(
                 "workers",
                 [*dial, "--name", "worker", "--count", str(settings.tp + settings.spares), "--threads", str(threads)],
-                ("device",),
+                ("device", "transport"),
             ),
             self._start_service("gateway", dial, ("host", "port", "tls_cert_file", "tls_key_file")),
         ]

@@ -127,6 +127,7 @@ class WorkerSettings(CommonSettings):
         "", description="address by which other ranks reach this host; empty: the one that reaches the coordinator"
     )
     threads: int = Field(1, ge=0, description="compute threads of a CPU worker; 0: cores / workers, at least 1")
+    transport: Literal["auto", "tcp", "ucx"] = Field("auto", description="bulk transport; auto: ucx with RDMA or CUDA")
     hold_weights: bool = Field(
         True, description="a spare holds all ranks' slices ready, for the memory of a whole model"
     )

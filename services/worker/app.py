@@ -44,6 +44,8 @@ from shared.messages import (
     WorkerReady,
 )
 from shared.tls import client_context
+from shared.transport import ucx_engine
+from shared.transport.backends import choose
 from shared.transport.server import serve
 from shared.types import GroupConfig
 
@@ -167,6 +169,8 @@ class Worker:
         return self._runner
 
     def _make_runner(self, config: GroupConfig) -> Runner:
+        if choose(self._settings.transport)[0] == "ucx":
+            ucx_engine.library()  # most of a second, which no recovery shall wait for
         device = torch.device(self._device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"device {self._device}: no CUDA device here")

@@ -79,6 +79,8 @@ async def test_what_goes_wrong_is_said_in_a_line_and_the_exit_code(store: StoreP
     code, _, errors = await ghostserve("store", "status", "--url", store.admin_url, token="wrong")
     assert (code, errors.count("\n")) == (1, 1)
     assert "401" in errors
+    _, metrics = await store.admin("GET", "/metrics", token=TOKEN)
+    assert 'ghostserve:store_refused_requests_total{code="401"} 1.0' in metrics
     code, _, errors = await ghostserve("store", "stripes", "--url", store.admin_url, "--key", "xyz")
     assert code == 1
     assert "page_key must be" in errors
