@@ -18,13 +18,13 @@ Each setting yields to a variable of the same name in the environment (UCX_...).
     ucx, it sleeps after 500 us                              0.6 / 0.85     spinning takes the cores that the peer needs
     ucx, it never sleeps, on cores that were idle            2.2 / 3.0      beside tcp 1.35 / 1.6, and a core for ever
 
-Over plain sockets this stays behind tcp (python -m tests.bench.transport): 0.7 to 0.8 of its speed for 120 KiB buffers and
-0.8 to 0.95 for 16 MiB, for 1.5 and 1.2 times the processor time. UCX gives no remote-memory lane to an endpoint that handles
-errors (it could not take the keys back), so its rendezvous sends active messages, which the receiver copies once more,
-and two more small messages travel for each buffer. Tried in turns with tcp, without gain: waiting for UCX's descriptor
-outside of the loop, spinning 50 to 1,000 us, eager messages up to 512 KiB (and then what a slow reader has not asked for
-piles up in its memory), segments of 64 KiB to 1 MiB, socket buffers of 256 KiB to 4 MiB, shared memory with
-UCX_POSIX_ERROR_HANDLING=y (no single-copy lane either). It is for RDMA and CUDA, and `auto` takes it only there.
+Over plain sockets this stays behind tcp (python -m tests.bench.transport): 0.7 to 0.8 of its speed for 120 KiB buffers
+and 0.8 to 0.95 for 16 MiB, for 1.5 and 1.2 times the processor time. UCX gives no remote-memory lane to an endpoint
+that handles errors (it could not take the keys back), so its rendezvous sends active messages, which the receiver
+copies once more, and two more small messages travel for each buffer. Tried in turns with tcp, without gain: waiting for
+UCX's descriptor outside of the loop, spinning 50 to 1,000 us, eager messages up to 512 KiB (and then what a slow reader
+has not asked for piles up in its memory), segments of 64 KiB to 1 MiB, socket buffers of 256 KiB to 4 MiB, and shared
+memory with UCX_POSIX_ERROR_HANDLING=y (no single-copy lane either). UCX is for RDMA and CUDA, where `auto` takes it.
 """
 
 import asyncio
