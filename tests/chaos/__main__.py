@@ -1,6 +1,6 @@
 """`make chaos MINUTES=30 SEED=1`: break a cluster at random under steady load; the last line sums up.
 
-Exits 1 on any broken promise; then the logs, with the coordinator's record of events, stay in the folder that it names.
+Exits 1 on any broken promise; then the services' logs stay in the folder that it names.
 """
 
 import argparse
