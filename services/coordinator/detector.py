@@ -17,8 +17,11 @@ from typing import Literal
 from services.coordinator.membership import Member, Membership, Pace
 from shared.messages import Heartbeat, StepDone
 
-SILENCE_BEATS = 4.5
-"""Heartbeats that a rank misses before it is given up, where all others beat and a step waits for it."""
+SILENCE_BEATS = 10.0
+"""Heartbeats that a rank misses before it is given up, where all others beat and a step waits for it.
+
+A stopped one is killed by its supervisor long before; a process that only lacks processors has been silent for 1.5 s.
+"""
 FRESH_BEATS = 2.5
 AWAY_S = 1.0
 """A pause of the coordinator itself, after which nobody is blamed for what happened in it."""

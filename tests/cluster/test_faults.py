@@ -32,6 +32,13 @@ async def drilled(cluster: LocalCluster, fault: str, *targets: str, **changes: o
     return report
 
 
+async def protected(cluster: LocalCluster) -> None:
+    """Wait until nothing runs and every page is protected: what failed is tried again every two seconds."""
+    async with asyncio.timeout(30):
+        while (await quiet(cluster))["stripes_unprotected"]:
+            await asyncio.sleep(0.05)
+
+
 # -- workers ---------------------------------------------------------------------------------------------------------
 
 
@@ -59,7 +66,7 @@ async def test_a_worker_that_wakes_up_finds_itself_fenced_and_becomes_a_spare(cl
         finally:
             for pid in both:
                 os.kill(pid, signal.SIGCONT)
-        assert time.monotonic() - began < 2.0, status["recoveries"][-1:]
+        assert time.monotonic() - began < 2.9, status["recoveries"][-1:]
 
     struck: list[asyncio.Task[None]] = []
 
@@ -183,7 +190,7 @@ async def test_flipped_bits_never_reach_a_restored_page(cluster: LocalCluster, f
 async def test_bits_flipped_on_the_wire_are_refused_by_the_store_and_put_again(cluster: LocalCluster) -> None:
     report = await drilled(cluster, "corrupt:wire", "rank:0", for_s=2.0, when="token:10", max_tokens=160)
     assert any("arrived damaged" in event for event in report.events), report.events
-    assert (await quiet(cluster))["stripes_unprotected"] == 0
+    await protected(cluster)
 
 
 # -- gateways and all ------------------------------------------------------------------------------------------------
@@ -207,5 +214,4 @@ async def test_after_everything_was_killed_it_comes_up_clean(cluster: LocalClust
     report = await drilled(cluster, "kill", *targets)
     assert report.broken == report.streams
     assert report.restored_pages == 0
-    status = await quiet(cluster)
-    assert status["stripes_unprotected"] == 0
+    await protected(cluster)

@@ -46,9 +46,10 @@ class Watched:
         return {}
 
 
-def test_a_rank_that_falls_silent_while_others_wait_for_it_is_lost_within_a_second() -> None:
+def test_a_rank_that_falls_silent_while_others_wait_for_it_is_lost_before_the_timeout() -> None:
     watched = Watched().serves()
-    assert watched.until_lost("w0", "w2", "w3", limit_s=1.01) == {"w1": "silent"}
+    assert watched.until_lost("w0", "w2", "w3", limit_s=1.7) == {}
+    assert watched.until_lost("w0", "w2", "w3", limit_s=2.3) == {"w1": "silent"}
 
 
 def test_silence_without_a_step_in_flight_is_given_the_whole_timeout() -> None:
@@ -64,7 +65,7 @@ def test_silence_of_all_at_once_accuses_nobody() -> None:
 
 def test_two_that_stop_at_once_are_both_lost() -> None:
     watched = Watched().serves()
-    assert watched.until_lost("w0", "w3", limit_s=1.01) == {"w1": "silent", "w2": "silent"}
+    assert watched.until_lost("w0", "w3", limit_s=2.3) == {"w1": "silent", "w2": "silent"}
 
 
 def test_ranks_are_excused_for_what_happened_while_the_coordinator_was_away() -> None:
