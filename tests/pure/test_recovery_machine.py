@@ -67,21 +67,30 @@ class Recovery(RuleBasedStateMachine):
         held = None if worker.rank is None else Held(worker.epoch, worker.rank, dict(worker.has))
         self.members.ready(worker.name, self.now, held if self.members.state == "forming" else None)
 
-    @rule(which=pick, dies=st.booleans())
+    @rule(which=pick, dies=st.booleans(), replaced=st.booleans())
     @precondition(lambda self: self.members.members)
-    def a_worker_is_lost(self, which: int, dies: bool) -> None:
+    def a_worker_is_lost(self, which: int, dies: bool, replaced: bool) -> None:
         name = sorted(self.members.members)[which % len(self.members.members)]
         self.members.gone(name, "lost")
         assert self.members.gone(name, "once more") is None
         if dies:
             del self.workers[name]
+        if replaced:
+            self._comes(None)
+            self.forms(2.0, joins=True)
 
-    @rule(returning=st.integers(0, 1 << (SIZE + 2)))
-    def the_coordinator_dies(self, returning: int) -> None:
+    @rule(
+        away=st.sets(st.integers(0, SIZE + 1), max_size=2), spares=st.integers(0, 2), later=st.sampled_from([0.0, 2.0])
+    )
+    @precondition(lambda self: self.pool.keys)
+    def the_coordinator_dies(self, away: set[int], spares: int, later: float) -> None:
         self.coordinator_starts()
         for number, worker in enumerate(list(self.workers.values())):
-            if returning >> number & 1:
+            if number not in away:
                 self._comes(worker)
+        for _ in range(spares):
+            self._comes(None)
+        self.forms(later, joins=True)
 
     @rule()
     @precondition(lambda self: self.members.state != "forming")
@@ -132,23 +141,24 @@ class Recovery(RuleBasedStateMachine):
     def serving(self) -> bool:
         return self.members.state == "serving"
 
-    @rule(salt=st.integers(0, 3))
+    @rule(salts=st.lists(st.integers(0, 3), min_size=1, max_size=3))
     @precondition(serving)
-    def a_page_is_computed(self, salt: int) -> None:
-        taken = self.pool.allocate(1)
-        if taken is None:
-            return
-        key = next_page_key(b"", [salt])
-        for name in self.members.ranks:
-            self.workers[str(name)].has.pop(taken[0], None)
-            self.workers[str(name)].has[taken[0]] = key
-        self.tables.append([self.pool.seal(taken[0], key)])
-        self.seen.append(key)
+    def pages_are_computed(self, salts: list[int]) -> None:
+        for salt in salts:
+            taken = self.pool.allocate(1)
+            if taken is None:
+                return
+            key = next_page_key(b"", [salt])
+            for name in self.members.ranks:
+                self.workers[str(name)].has[taken[0]] = key
+            self.tables.append([self.pool.seal(taken[0], key)])
+            self.seen.append(key)
 
-    @rule(which=pick)
-    @precondition(lambda self: self.tables)
-    def a_sequence_ends(self, which: int) -> None:
-        self.pool.release(self.tables.pop(which % len(self.tables)))
+    @rule(which=st.lists(pick, max_size=3))
+    def sequences_end(self, which: list[int]) -> None:
+        for number in which:
+            if self.tables:
+                self.pool.release(self.tables.pop(number % len(self.tables)))
 
     @rule(which=pick, whole=st.booleans())
     @precondition(lambda self: self.seen)
@@ -171,9 +181,10 @@ class Recovery(RuleBasedStateMachine):
         assert plan.key in self.stored
         assert len(plan.lost) == 1
         assert self._has(1 - plan.lost[0], page.number) == plan.key
+        self.pool.restored(plan.page, b"what was there before")
+        assert self.pool.pages[plan.page].missing
         self.workers[str(self.members.ranks[plan.lost[0]])].has[page.number] = plan.key
         self.pool.restored(plan.page, plan.key)
-        self.pool.restored(plan.page, b"another page's key")
 
     # -- protection --------------------------------------------------------------------------------------------------
 
@@ -234,4 +245,4 @@ class Recovery(RuleBasedStateMachine):
 
 
 TestRecovery = Recovery.TestCase
-TestRecovery.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+TestRecovery.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
