@@ -272,11 +272,15 @@ class Prepare(Message):
 
 @dataclass(frozen=True, slots=True)
 class CopyPages(Message):
-    """To a spare: read these pages from the worker at `address` into the own pool. Answered by PagesCopied."""
+    """To a spare: read these pages from the worker at `address` into the own pool. Answered by PagesCopied.
+
+    `keys` are the pages', 16 bytes each; zeros for one that is not sealed.
+    """
 
     move: int
     address: str
     pages: bytes
+    keys: bytes
 
 
 @dataclass(frozen=True, slots=True)

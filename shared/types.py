@@ -22,6 +22,8 @@ Fault = Literal["kill"]
 GroupState = Literal["forming", "assigning", "joining", "restoring", "serving"]
 
 PAGE_KEY_BYTES = 16
+OPEN_KEY: PageKey = bytes(PAGE_KEY_BYTES)
+"""In place of the key of a page that is not sealed."""
 ROUND_BYTES = 8 << 20
 
 

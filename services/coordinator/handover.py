@@ -15,7 +15,7 @@ from services.coordinator.pages import PagePool
 from services.coordinator.scheduler import Scheduler
 from shared.errors import RequestRejected
 from shared.messages import CopyPages, Message, PagesCopied, Prepare, Prepared, StandBy
-from shared.types import HandoverStatus, OperatorAction, pack_ids
+from shared.types import OPEN_KEY, HandoverStatus, OperatorAction, pack_ids, pack_keys
 
 log = logging.getLogger(__name__)
 
@@ -215,7 +215,8 @@ class Handover:
         for number in pages:
             self._pool.pin(number)
         move.copying = tuple(pages)
-        self._send(move.new, CopyPages(move.number, address, pack_ids(pages)))
+        keys = pack_keys(self._pool.pages[number].key or OPEN_KEY for number in pages)
+        self._send(move.new, CopyPages(move.number, address, pack_ids(pages), keys))
 
     def _again(self, reason: str, not_before: float = 0.0) -> None:
         """Begin with a spare anew, where the rank is still with its worker."""

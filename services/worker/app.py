@@ -47,7 +47,7 @@ from shared.tls import client_context
 from shared.transport import ucx_engine
 from shared.transport.backends import choose
 from shared.transport.server import serve
-from shared.types import GroupConfig
+from shared.types import GroupConfig, unpack_ids, unpack_keys
 
 log = logging.getLogger(__name__)
 
@@ -205,6 +205,7 @@ class Worker:
                 self._stop_copying()
                 self._copying = asyncio.create_task(self._copy(runner, message))
             case Prepare():
+                self._inventory.prepare(message.rank)
                 runner.submit(message)
             case Join() | StepPlan() | DigestPlan():
                 runner.submit(message)
@@ -223,7 +224,10 @@ class Worker:
                 log.warning("the coordinator sent %s", type(message).__name__)
 
     async def _copy(self, runner: Runner, message: CopyPages) -> None:
-        self._report(await copy_pages(message, runner.pool, self._stores, runner.config.group))
+        copied = await copy_pages(message, runner.pool, self._stores, runner.config.group)
+        if not copied.reason:
+            self._inventory.copied(unpack_ids(message.pages), unpack_keys(message.keys))
+        self._report(copied)
 
     def _stop_copying(self) -> None:
         """Nothing is copied into the pool any more: it is another rank's now, or nobody asks."""

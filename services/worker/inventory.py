@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from shared.errors import CommunicatorAborted
 from shared.messages import Claim
-from shared.types import PageKey, pack_ids, pack_keys
+from shared.types import OPEN_KEY, PageKey, pack_ids, pack_keys
 
 MAX_PAGES = 1 << 19
 """In one claim: far below the largest frame."""
@@ -23,13 +23,29 @@ class Inventory:
         self._rank: int | None = None
         self._open = False
         self._keys: dict[int, PageKey] = {}
+        self._next_rank: int | None = None
+        self._next_keys: dict[int, PageKey] = {}
 
     def begin(self, epoch: int, rank: int) -> None:
-        """An epoch begins. The pages of another rank are of no use in it."""
+        """An epoch begins. The pages of another rank are of no use in it, but those that were copied for this one."""
         with self._lock:
             if rank != self._rank:
-                self._keys.clear()
+                self._keys = self._next_keys if rank == self._next_rank else {}
+            self._next_rank, self._next_keys = None, {}
             self._epoch, self._rank, self._open = epoch, rank, True
+
+    def prepare(self, rank: int) -> None:
+        """This spare may take a rank, whose pages will be copied to it."""
+        with self._lock:
+            self._next_rank, self._next_keys = rank, {}
+
+    def copied(self, pages: Iterable[int], keys: Iterable[PageKey]) -> None:
+        """Pages of the rank that is to be taken are copied, sealed ones and others."""
+        with self._lock:
+            for page, key in zip(pages, keys, strict=True):
+                self._next_keys.pop(page, None)
+                if key != OPEN_KEY:
+                    self._next_keys[page] = key
 
     def strike(self, epoch: int, pages: Iterable[int]) -> None:
         """These pages are about to be written. Raises CommunicatorAborted if the epoch is over: then write nothing."""
@@ -57,5 +73,5 @@ class Inventory:
     def forget(self) -> None:
         """The coordinator has given this worker up: it is a spare."""
         with self._lock:
-            self._rank, self._open = None, False
-            self._keys.clear()
+            self._rank, self._open, self._next_rank = None, False, None
+            self._keys, self._next_keys = {}, {}

@@ -599,3 +599,22 @@ async def test_parity_that_is_lost_while_the_index_is_read_is_not_believed(monke
         await finish(world)
         world.check_parity()
         assert len(world.parity_of) == len(world.group.pool.keys)
+
+
+async def test_a_rank_that_has_moved_keeps_its_pages_when_the_coordinator_is_back() -> None:
+    world = World(11, pages=128)
+    async with running(world):
+        await decoding(world)
+        old = str(world.group.membership.ranks[1])
+        assert isinstance(world.operate("replace", "rank:1"), Applied)
+        await moved(world, 1, old)
+        await world.crash()
+        world.group.membership.return_grace_s = 60.0
+        await serving(world)
+        assert world.group.membership.ranks[1] != old
+        assert world.group.pool.lost == 0
+        assert world.group.pool.held > 0
+        await finish(world)
+        record = world.group.status().recoveries[0]
+        assert record.restored_pages == 0
+        assert record.recomputed_tokens < world.page_tokens

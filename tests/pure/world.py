@@ -54,6 +54,7 @@ from shared.messages import (
 )
 from shared.stripe_index import ShardEntry, Stripe
 from shared.types import (
+    OPEN_KEY,
     GenerationRequest,
     ModelInfo,
     OperatorAction,
@@ -99,6 +100,7 @@ class SimWorker:
     out: deque[Message] = field(default_factory=deque)
     kv: dict[int, list[int]] = field(default_factory=dict)
     sealed: dict[int, PageKey] = field(default_factory=dict)
+    copied: dict[int, PageKey] = field(default_factory=dict)
     assign: Assign | None = None
     joined: bool = False
     step: int = 0
@@ -442,7 +444,8 @@ class World:
         match message:
             case Assign():
                 if worker.assign is None or worker.assign.rank != message.rank:
-                    worker.sealed.clear()
+                    worker.sealed = dict(worker.copied) if worker.loaded == message.rank else {}
+                worker.copied.clear()
                 worker.assign, worker.joined, worker.step = message, False, 0
                 worker.copying = None
                 if worker.loaded is not None and worker.loaded == message.rank:
@@ -458,12 +461,14 @@ class World:
                 worker.out.append(Joined(message.epoch, worker.assign.rank, 0.0, 0.0))
             case StandBy():
                 worker.sealed.clear()
+                worker.copied.clear()
                 worker.assign, worker.joined, worker.copying = None, False, None
                 worker.stalled.clear()
                 for lane in worker.lanes.values():
                     lane.clear()
             case Prepare() if worker.assign is None:
                 worker.loaded = message.rank
+                worker.copied.clear()
                 worker.out.append(Prepared(message.move))
             case CopyPages() if worker.assign is None:
                 worker.copying = message
@@ -485,8 +490,11 @@ class World:
         if source is None or self.dice.random() < self.copy_failures:
             worker.out.append(PagesCopied(message.move, message.pages, "it can't be reached"))
             return
-        for page in unpack_ids(message.pages):
+        for page, key in zip(unpack_ids(message.pages), unpack_keys(message.keys), strict=True):
             worker.kv[page] = list(source.kv.get(page, [GARBAGE] * self.page_tokens))
+            worker.copied.pop(page, None)
+            if key != OPEN_KEY:
+                worker.copied[page] = key
         worker.out.append(PagesCopied(message.move, message.pages, ""))
 
     def operate(self, action: OperatorAction, target: str) -> Applied | Refused:

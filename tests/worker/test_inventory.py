@@ -4,9 +4,9 @@ import pytest
 
 from services.worker.inventory import Inventory
 from shared.errors import CommunicatorAborted
-from shared.types import pack_ids
+from shared.types import OPEN_KEY, pack_ids
 
-A, B, C = (bytes([number]) * 16 for number in range(3))
+A, B, C = (bytes([number]) * 16 for number in range(1, 4))
 
 
 def claimed(inventory: Inventory) -> tuple[int, int, bytes, bytes] | None:
@@ -55,3 +55,18 @@ def test_a_worker_that_was_given_up_claims_nothing() -> None:
     inventory.note(1, [(5, A)])
     inventory.forget()
     assert inventory.claim() is None
+
+
+def test_pages_that_were_copied_count_when_the_rank_is_taken() -> None:
+    inventory = Inventory()
+    inventory.prepare(1)
+    inventory.copied([5, 6, 7], [A, B, C])
+    inventory.copied([6], [OPEN_KEY])
+    assert inventory.claim() is None
+    inventory.begin(4, 1)
+    assert claimed(inventory) == (4, 1, pack_ids([5, 7]), A + C)
+    inventory.forget()
+    inventory.prepare(1)
+    inventory.copied([5], [A])
+    inventory.begin(5, 2)
+    assert claimed(inventory) == (5, 2, b"", b"")
