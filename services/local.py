@@ -47,6 +47,7 @@ class ServeSettings(CommonSettings):
     stores: int = Field(1, ge=0, le=64, description="parity stores")
     parity: int = Field(1, ge=1, le=8, description="parity shards a stripe (m): how many ranks may be lost at once")
     protection: Protection = Field("parity", description="parity, replicate (raw copies), or none (recompute)")
+    protect_tail: bool = Field(False, description="protect each token's KV at its step, not only full pages")
     restore: Literal["auto", "always"] = Field("auto", description="always, or auto: recompute where that is faster")
     device: str = Field("cpu", description="cpu, or cuda: worker i takes cuda:i")
     threads: int = Field(0, ge=0, description="compute threads a CPU worker; 0: cores / ranks, at least 1")
@@ -111,8 +112,8 @@ class LocalCluster:
             "coordinator",
             ["--host", "127.0.0.1", "--port", "0", "--redis-url", redis_url, "--model", str(self.model_dir),
              "--served-name", settings.served_name or self._model_name()],
-            ("dtype", "tp", "parity", "protection", "restore", "page_tokens", "kv_memory_mb", "max_model_len",
-             "max_step_tokens", "max_batch", "max_waiting", "communicator", "replace_stragglers"),
+            ("dtype", "tp", "parity", "protection", "protect_tail", "restore", "page_tokens", "kv_memory_mb",
+             "max_model_len", "max_step_tokens", "max_batch", "max_waiting", "communicator", "replace_stragglers"),
         )  # fmt: skip
         dial = ["--coordinator-url", coordinator.address]
         threads = settings.threads or max(1, (os.cpu_count() or 1) // settings.tp)

@@ -91,6 +91,7 @@ class CoordinatorSettings(CommonSettings):
     tp: int = Field(3, ge=1, le=64, description="ranks in the group (k)")
     parity: int = Field(1, ge=1, le=8, description="parity shards a stripe (m): how many ranks may be lost at once")
     protection: Protection = Field("parity", description="parity, replicate (raw copies), or none (recompute)")
+    protect_tail: bool = Field(False, description="protect each token's KV at its step, not only full pages")
     restore: Literal["auto", "always"] = Field("auto", description="always, or auto: recompute where that is faster")
     page_tokens: int = Field(16, ge=1, le=1024, description="tokens a page")
     kv_memory_mb: int = Field(384, ge=1, description="KV pool of each rank, MiB")

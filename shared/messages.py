@@ -335,6 +335,8 @@ class ProtectPlan(Message):
     stores: tuple[StoreInfo, ...]
     serial: int
     """Goes with every shard that is put for this plan; see ReleaseStripes."""
+    tail: bool = False
+    """The stripes are single tokens: `pages` are slots, page * page_tokens + offset."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,6 +369,8 @@ class RestorePlan(Message):
     epoch: int
     plan: int
     stripes: tuple[StripeRestore, ...]
+    tail: bool = False
+    """The stripes are single tokens, see ProtectPlan."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -258,6 +258,8 @@ class RecoveryRecord:
     exchange_s: float = 0.0
     decode_s: float = 0.0
     streams: tuple[StreamRecovery, ...] = ()
+    tail_tokens: int = 0
+    """Tokens whose KV was restored one by one."""
     planned: bool = False
     """A rank was moved to a spare; from `started` to `ended` no step could begin."""
 

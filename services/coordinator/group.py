@@ -21,6 +21,7 @@ from services.coordinator.requests import Requests
 from services.coordinator.restoration import Restoration
 from services.coordinator.scheduler import Scheduler
 from services.coordinator.stores import Stores
+from services.coordinator.tails import Tails
 from services.coordinator.timeline import Recovery, Timeline
 from services.coordinator.traces import Traces, tell_recovery
 from services.coordinator.views import cluster_status
@@ -319,6 +320,8 @@ class Group:
             self._to_ranks,
             always=self._settings.restore == "always",
         )
+        if self._settings.protect_tail and config.protection == "parity":
+            self.protection.tails = self.restoration.tails = Tails(self.scheduler)
         self.handover = Handover(self.membership, self.pool, self.scheduler, model.page_bytes, self._to_worker)
         early, self._early = self._early, {}
         for gateway, submit in early.values():
@@ -509,7 +512,7 @@ class Group:
         self.rates.saw_prefill(self._step_tokens, done.seconds)
         for output in self.scheduler.complete(done.samples):
             self.requests.deliver(output)
-        self.protection.flow(self._step)
+        self.protection.step_done(self._step)
         self._hand_over()
         self.step()
         self._progressed()

@@ -309,6 +309,13 @@ class PagePool:
             self._whole(page)
             self._enter(page, Shadow.QUEUED if page.doubtful else Shadow.PROTECTED)
 
+    def mend(self, number: int) -> None:
+        """All that was written to a page is there again, token by token; its own parity is not known to be."""
+        page = self.pages[number]
+        self._whole(page)
+        if page.shadow is Shadow.PROTECTED:
+            self._enter(page, Shadow.UNPROTECTED)
+
     def forget(self, pages: Iterable[int]) -> None:
         """Those of these pages that have a slice missing won't be restored, and lose their key: so the same tokens can
         be computed anew on another page. Sequences that hold one see by the key that it is not theirs any more.

@@ -11,6 +11,7 @@ from services.coordinator.membership import Membership
 from services.coordinator.pages import PagePool, Shadow
 from services.coordinator.recovery import Stripe
 from services.coordinator.stores import Stores
+from services.coordinator.tails import Tails
 from shared.channel import Channel
 from shared.errors import GhostError
 from shared.messages import (
@@ -49,6 +50,8 @@ class Protection:
         spawn: Callable[[Coroutine[Any, Any, None]], None],
     ):
         self.pool = pool
+        self.tails: Tails | None = None
+        """Where tails are protected too."""
         self.stores = stores
         self.parity_bytes = 0
         """Acknowledged since the start."""
@@ -71,10 +74,12 @@ class Protection:
         """Why the last stripe that could not be protected was not."""
         return self.pool.unprotected_reason if self.stores.infos() else "no parity store is connected"
 
-    def flow(self, step: int | None = None) -> None:
-        """Send sealed pages to the shadow, and tell the stores which stripes are gone. `step`: the last one done."""
-        if step is not None:
-            self._step = step
+    def flow(self) -> None:
+        """Send sealed pages to the shadow, and tell the stores which stripes are gone."""
+        if self.tails is not None:
+            self.tails.prune()
+            if released := self.tails.take_released():
+                self._release(released)
         epoch = self._membership.epoch
         if keys := self.pool.take_released():
             self._release(keys)
@@ -93,12 +98,29 @@ class Protection:
         self.stores.send(ReleaseStripes(self._group, keys, self._membership.epoch, self._serial))
         self._serial += 1
 
+    def step_done(self, step: int) -> None:
+        """A step is done: the pages that it filled are protected, where it is asked also the tokens of others."""
+        self._step = step
+        stores = self.stores.open()
+        if self.tails is not None and stores and (begun := self.tails.computed(self._membership.epoch, step)):
+            slots, keys = pack_ids(token.slot for token in begun), tuple(token.key for token in begun)
+            plan = ProtectPlan(self._membership.epoch, step, slots, keys, stores, self._serial, tail=True)
+            self._to_ranks(plan)
+        self.flow()
+
     def interrupted(self) -> None:
         """The epoch is over: in the next one no step is done yet, and none needs to be waited for."""
         self._step = 0
+        if self.tails is not None:
+            self.tails.interrupted()
 
     def done(self, message: ProtectDone) -> None:
         """A rank tells what became of the stripes that it encoded."""
+        if self.tails is not None and any(map(self.tails.knows, (*message.protected, *message.failed))):
+            for key in (*message.protected, *message.failed):
+                self.tails.ended(key, protected=key not in message.failed)
+            self.flow()
+            return
         self.pool.end_protection(message.protected, message.rank, protected=True)
         self.parity_bytes += message.parity_bytes
         if message.failed:

@@ -121,12 +121,17 @@ def restorable(page: Page, stripes: Mapping[PageKey, Stripe], *, copies: bool = 
 
     `copies`: the stripes' stored shards are raw copies of each rank's page, not parity.
     """
-    stripe = stripes.get(page.key) if page.key is not None else None
-    lost = tuple(sorted(page.missing))
-    shards = _enough(stripe, lost, copies=copies) if stripe is not None else None
-    if page.key is None or stripe is None or shards is None:
-        return None
-    return StripeRestore(page.number, page.key, lost, shards, stripe.data_checksums)
+    return rebuilt(page.number, page.key, page.missing, stripes, copies=copies) if page.key is not None else None
+
+
+def rebuilt(
+    place: int, key: PageKey, missing: Iterable[int], stripes: Mapping[PageKey, Stripe], *, copies: bool = False
+) -> StripeRestore | None:
+    """How to rebuild what the ranks `missing` lack of a stripe; None if too little of it is stored."""
+    stripe = stripes.get(key)
+    lost = tuple(sorted(missing))
+    shards = _enough(stripe, lost, copies=copies) if stripe is not None and lost else None
+    return StripeRestore(place, key, lost, shards, stripe.data_checksums) if stripe is not None and shards else None
 
 
 def _enough(stripe: Stripe, lost: tuple[int, ...], *, copies: bool) -> tuple[ParityShard, ...] | None:

@@ -5,14 +5,15 @@ there. Cached pages follow when the group serves, a few at a time.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from services.coordinator.membership import Membership
 from services.coordinator.pages import PagePool
-from services.coordinator.recovery import Rates, Stripe, plan_restore, restorable, valid_tokens, wanted_keys
-from services.coordinator.scheduler import Scheduler
+from services.coordinator.recovery import Rates, Stripe, plan_restore, rebuilt, restorable, valid_tokens, wanted_keys
+from services.coordinator.scheduler import Scheduler, Sequence
 from services.coordinator.stores import Stores
+from services.coordinator.tails import Tails
 from services.coordinator.timeline import Timeline
 from shared.errors import GhostError
 from shared.messages import Message, RestoreDone, RestorePlan, StripeRestore
@@ -33,6 +34,7 @@ class Batch:
     """A RestorePlan under way: the stripes in it, and the ranks' answers."""
 
     stripes: tuple[StripeRestore, ...]
+    tail: bool
     answers: dict[int, RestoreDone] = field(default_factory=dict)
 
 
@@ -63,7 +65,11 @@ class Restoration:
         self._to_ranks = to_ranks
         self._always = always
         self._planned = False
+        self.tails: Tails | None = None
         self._queue: deque[StripeRestore] = deque()
+        self._tail_queue: deque[StripeRestore] = deque()
+        self._slots_back: set[int] = set()
+        """Single tokens whose KV is there again, in this epoch."""
         self._batches: dict[int, Batch] = {}
         self._plans = 0
 
@@ -73,13 +79,17 @@ class Restoration:
         """The epoch is over, and with it the plans under way."""
         self._planned = False
         self._queue.clear()
+        self._tail_queue.clear()
+        self._slots_back.clear()
         for batch in self._batches.values():
             self._unpin(batch)
         self._batches.clear()
 
     async def plan(self, epoch: int) -> None:
         """Look up what the running sequences lack, while the ranks still connect, and begin to restore it."""
-        stripes = await self._look_up(wanted_keys(self._pool, self._scheduler.running))
+        running = self._scheduler.running
+        tails = self.tails.keys(running) if self.tails is not None else []
+        stripes = await self._look_up([*wanted_keys(self._pool, running), *tails])
         if epoch != self._membership.epoch or self._membership.state == "forming":
             return
         returns = plan_restore(
@@ -105,8 +115,28 @@ class Restoration:
                 },
             )
             self._queue.extend(each.stripes)
+        coming = {stripe.page for stripe in self._queue}
+        for each in returns:
+            self._tail_queue.extend(self._tail_stripes(each.sequence, coming, stripes or {}))
         self._planned = True
         self._send()
+
+    def _tail_stripes(
+        self, sequence: Sequence, coming: Collection[int], stripes: Mapping[PageKey, Stripe]
+    ) -> Iterator[StripeRestore]:
+        """How to rebuild the tokens after the pages that are there or `coming`, as far as they have stripes."""
+        if self.tails is None:
+            return
+        there = 0
+        for page, key in zip(sequence.pages, sequence.keys, strict=False):
+            if (self._pool.pages[page].missing and page not in coming) or self._pool.pages[page].key != key:
+                break
+            there += 1
+        for token in self.tails.run(sequence, there * self._config.page_tokens):
+            stripe = rebuilt(token.slot, token.key, self._pool.pages[token.page].missing, stripes)
+            if stripe is None:
+                return
+            yield stripe
 
     def done(self, message: RestoreDone) -> None:
         """A rank's part in a plan is over; with the last one, what came back counts as there."""
@@ -122,9 +152,14 @@ class Restoration:
             log.warning("%d pages could not be restored: %s", len(failed), trouble)
         good = [stripe for stripe in batch.stripes if stripe.key not in failed]
         for stripe in good:
-            self._pool.restored(stripe.page, stripe.key)
+            if batch.tail:
+                self._slots_back.add(stripe.page)
+            else:
+                self._pool.restored(stripe.page, stripe.key)
         self._unpin(batch)
-        if self._membership.state != "serving":
+        if batch.tail:
+            self._timeline.tail_decoded(len(good))
+        elif self._membership.state != "serving":
             self._timeline.decoded(len(good), batch.answers.values())
         else:
             self._pool.forget(stripe.page for stripe in batch.stripes if stripe.key in failed)
@@ -133,20 +168,40 @@ class Restoration:
     @property
     def idle(self) -> bool:
         """Whether nothing is to be restored."""
-        return not self._queue and not self._batches
+        return not self._queue and not self._tail_queue and not self._batches
 
     def settle(self, now: float) -> bool:
         """Let sequences take part in steps of which nothing more will come back. True when none is left."""
         if not self._planned:
             return False
         under_way = {stripe.page for stripe in self._queue}
-        under_way.update(stripe.page for batch in self._batches.values() for stripe in batch.stripes)
+        under_way.update(self._page(stripe, tail=True) for stripe in self._tail_queue)
+        for batch in self._batches.values():
+            under_way.update(self._page(stripe, tail=batch.tail) for stripe in batch.stripes)
         for sequence in [each for each in self._scheduler.running if each.lost]:
             if under_way.isdisjoint(sequence.pages):
-                valid = valid_tokens(self._pool, sequence, self._config.page_tokens)
+                valid = self._with_tail(sequence, valid_tokens(self._pool, sequence, self._config.page_tokens))
                 recomputed = self._scheduler.truncate(sequence, valid)
                 self._timeline.returned(sequence, recomputed, now)
         return not any(each.lost for each in self._scheduler.running)
+
+    def _with_tail(self, sequence: Sequence, valid: int) -> int:
+        """The tokens that are valid, with those whose KV came back one by one."""
+        size = self._config.page_tokens
+        while valid < sequence.computed:
+            index = valid // size
+            end = min(sequence.computed, (index + 1) * size)
+            slots = range(
+                sequence.pages[index] * size + valid % size, sequence.pages[index] * size + (end - 1) % size + 1
+            )
+            back = next((i for i, slot in enumerate(slots) if slot not in self._slots_back), len(slots))
+            if not back or (index < len(sequence.keys) and back < len(slots)):
+                return valid
+            self._pool.mend(sequence.pages[index])
+            valid += back
+            if back < len(slots):
+                return valid
+        return valid
 
     def measured(self, now: float) -> None:
         """The running sequences' pages are all back: how fast that was counts for the next time."""
@@ -196,23 +251,29 @@ class Restoration:
 
     def _send(self) -> None:
         """Keep PLANS_IN_FLIGHT plans at the ranks, each of one round of exchange."""
-        most = round_pages(self._page_bytes)
-        while self._queue and len(self._batches) < PLANS_IN_FLIGHT:
-            stripes = [self._queue.popleft() for _ in range(min(most, len(self._queue)))]
-            stripes = [each for each in stripes if self._current(each)]
+        while (self._tail_queue or self._queue) and len(self._batches) < PLANS_IN_FLIGHT:
+            tail = bool(self._tail_queue)
+            queue = self._tail_queue or self._queue
+            most = round_pages(self._page_bytes // self._config.page_tokens if tail else self._page_bytes)
+            stripes = [queue.popleft() for _ in range(min(most, len(queue)))]
+            stripes = [each for each in stripes if self._current(each, tail=tail)]
             if not stripes:
                 continue
             for stripe in stripes:
-                self._pool.pin(stripe.page)
+                self._pool.pin(self._page(stripe, tail=tail))
             self._plans += 1
-            self._batches[self._plans] = Batch(tuple(stripes))
-            self._to_ranks(RestorePlan(self._membership.epoch, self._plans, tuple(stripes)))
+            self._batches[self._plans] = Batch(tuple(stripes), tail)
+            self._to_ranks(RestorePlan(self._membership.epoch, self._plans, tuple(stripes), tail))
 
-    def _current(self, stripe: StripeRestore) -> bool:
+    def _current(self, stripe: StripeRestore, *, tail: bool) -> bool:
         """Whether that is still to be done: its request may have ended meanwhile, and the page have been given away."""
-        page = self._pool.pages[stripe.page]
-        return page.key == stripe.key and tuple(sorted(page.missing)) == stripe.lost
+        page = self._pool.pages[self._page(stripe, tail=tail)]
+        known = page.holders > 0 if tail else page.key == stripe.key
+        return known and tuple(sorted(page.missing)) == stripe.lost
+
+    def _page(self, stripe: StripeRestore, *, tail: bool) -> int:
+        return stripe.page // self._config.page_tokens if tail else stripe.page
 
     def _unpin(self, batch: Batch) -> None:
         for stripe in batch.stripes:
-            self._pool.unpin(stripe.page)
+            self._pool.unpin(self._page(stripe, tail=batch.tail))

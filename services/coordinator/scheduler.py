@@ -48,6 +48,10 @@ class Sequence:
         return self.goal - self.computed
 
 
+Computed = tuple[Sequence, int, int]
+"""A sequence, and the first and the last position but one whose KV a step computed."""
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """A sequence's share of the step in flight: so many tokens, which fill pages of these keys."""
@@ -93,6 +97,8 @@ class Scheduler:
         self.preemptions = 0
         self.prompt_tokens = 0
         self.generated_tokens = 0
+        self.computed: list[Computed] = []
+        """What the last step that was completed computed."""
         self._in_flight: list[Part] = []
         self._next_number = 0
 
@@ -168,12 +174,14 @@ class Scheduler:
         drawn = {sample.sequence: sample for sample in samples}
         outputs = []
         in_flight, self._in_flight = self._in_flight, []
+        self.computed = []
         for part in in_flight:
             sequence, start = part.sequence, part.sequence.computed
             if sequence not in self.running:
                 continue
             sequence.computed += part.count
             self._seal(part)
+            self.computed.append((sequence, start, sequence.computed))
             sample = drawn.get(sequence.number)
             if sample is None:
                 continue

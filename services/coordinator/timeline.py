@@ -28,6 +28,7 @@ class Recovery:
     restored: float = 0.0
     """When the last running sequence had all pages back that can be restored."""
     restored_pages: int = 0
+    tail_tokens: int = 0
     recomputed_tokens: int = 0
     kv_bytes: int = 0
     fetch_s: float = 0.0
@@ -82,6 +83,11 @@ class Timeline:
             self.current.exchange_s += max(each.exchange_s for each in answers)
             self.current.decode_s += max(each.decode_s for each in answers)
 
+    def tail_decoded(self, tokens: int) -> None:
+        """So many tokens came back one by one."""
+        if self.current is not None:
+            self.current.tail_tokens += tokens
+
     def returned(self, sequence: Sequence, recomputed_tokens: int, now: float) -> None:
         """A sequence takes part in steps again, of which the first ones recompute so many tokens."""
         recovery = self.current
@@ -90,6 +96,8 @@ class Timeline:
         recovery.recomputed_tokens += recomputed_tokens
         stream = recovery.streams.get(sequence.number)
         if stream is not None:
+            if stream.way == "recompute" and not recomputed_tokens:
+                stream = replace(stream, way="restore")  # all of it was tail
             resumed_s = 0.0 if sequence.remaining else now - recovery.started
             recovery.streams[sequence.number] = replace(
                 stream, recomputed_tokens=recomputed_tokens, resumed_s=resumed_s
@@ -143,6 +151,7 @@ class Timeline:
             exchange_s=recovery.exchange_s,
             decode_s=recovery.decode_s,
             streams=tuple(slowest[:STREAMS_TOLD]),
+            tail_tokens=recovery.tail_tokens,
             planned=recovery.planned and not recovery.lost,
             detect_s=recovery.detect_s,
             fence_s=recovery.fence_s,

@@ -74,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="tokens of each prompt [512]")
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="tokens of each answer [64]")
     parser.add_argument("--streams", type=int, default=1, metavar="S", help="clients at once [1]")
+    parser.add_argument("--protect-tail", action="store_true", help="protect each token's KV at its step")
     parser.add_argument("--protection", choices=["parity", "none"], default="parity", help="[parity]")
     parser.add_argument("--parity", type=int, default=1, metavar="M", help="parity shards a stripe [1]")
     parser.add_argument("--tp", type=int, default=3, metavar="K", help="ranks [3]")

@@ -39,6 +39,8 @@ class Report:
     ways: list[dict[str, Any]]
     """How each stream came back, and what both ways were expected to take."""
     restored_pages: int
+    tail_tokens: int
+    """Restored one by one."""
     recomputed_tokens: int
     kv_bytes_restored: int
     parity_bytes_stored: int
@@ -86,6 +88,7 @@ def make_report(
         restore={name: record[name] for name in RESTORE} if record else {},
         ways=record["streams"] if record else [],
         restored_pages=record["restored_pages"] if record else 0,
+        tail_tokens=record["tail_tokens"] if record else 0,
         recomputed_tokens=record["recomputed_tokens"] if record else 0,
         kv_bytes_restored=record["kv_bytes_restored"] if record else 0,
         parity_bytes_stored=status["parity_bytes_stored"],
@@ -143,7 +146,7 @@ def print_report(report: Report, console: Console) -> None:
     console.print(
         f"longest stall {report.stall_s:.3f} s; fault-free gap {report.baseline_gap_s:.3f} s; "
         f"{report.restored_pages} pages ({report.kv_bytes_restored / 1e6:.1f} MB) restored, "
-        f"{report.recomputed_tokens} tokens recomputed"
+        f"{report.tail_tokens} tokens of tails restored, {report.recomputed_tokens} tokens recomputed"
     )
     if report.broken:
         console.print(f"{report.broken} stream(s) broke off with their gateway and were asked for again")

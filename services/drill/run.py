@@ -52,6 +52,7 @@ async def _in_own_cluster(arguments: argparse.Namespace, options: Options, conso
             stores=arguments.stores or arguments.parity,
             parity=arguments.parity,
             protection=arguments.protection,
+            protect_tail=arguments.protect_tail,
             transport=arguments.transport,
             communicator=arguments.communicator,
             dtype=arguments.dtype,

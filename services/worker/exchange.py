@@ -20,7 +20,11 @@ class PageBytes(Protocol):
     page_bytes: int
 
     def page(self, page_id: int, /) -> Memory:
-        """One page: writable, uint8 [page_bytes], without a copy."""
+        """One page: writable, uint8 [page_bytes]; `wrote` says that it was changed."""
+        ...
+
+    def wrote(self, page_id: int, content: Memory, /) -> None:
+        """`content`, which `page` returned, was changed: it counts from now on."""
         ...
 
     def empty(self, count: int, /) -> Memory:

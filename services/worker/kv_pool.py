@@ -69,6 +69,14 @@ class KVPool:
             return torch.empty(count, self.page_bytes, dtype=torch.uint8, device=self.device)
         return np.empty((count, self.page_bytes), dtype=np.uint8)
 
+    def wrote(self, page_id: int, content: Memory) -> None:
+        """Nothing to do: what `page` returns is the pool itself."""
+
+    @property
+    def tokens(self) -> "TokenSlots":
+        """The same KV token by token."""
+        return TokenSlots(self)
+
     def digest(self, pages: np.ndarray[Any, np.dtype[np.int32]], tokens: int) -> str:
         """xxh3-128 (hex) over the KV of tokens 0 .. tokens - 1 of a sequence, whichever pages hold them.
 
@@ -80,6 +88,36 @@ class KVPool:
             content = self.kv[int(pages[index]), :, :, :valid].contiguous().cpu()
             state.update(content.view(-1).view(torch.uint8).numpy().data)
         return state.hexdigest()
+
+
+class TokenSlots:
+    """The KV of single tokens of a pool as pages of bytes: token `slot` is at slot % page_tokens of its page."""
+
+    def __init__(self, pool: KVPool) -> None:
+        self._pool = pool
+        self.page_bytes = pool.page_bytes // pool.page_tokens
+
+    def page(self, slot: int) -> Memory:
+        """A token's KV in all layers, put together: uint8 [page_bytes], a copy."""
+        return self._rows(slot).reshape(-1)
+
+    def wrote(self, slot: int, content: Memory) -> None:
+        """Put a token's KV back to where its layers have it."""
+        rows = self._rows(slot)
+        if isinstance(rows, torch.Tensor):
+            rows.copy_(torch.as_tensor(content).reshape(rows.shape))
+        else:
+            rows[:] = content.reshape(rows.shape)
+
+    def empty(self, count: int) -> Memory:
+        """New memory for `count` tokens on the pool's device: uint8 [count, page_bytes]."""
+        return self._pool.empty(-(-count // self._pool.page_tokens)).reshape(-1, self.page_bytes)[:count]
+
+    def _rows(self, slot: int) -> Memory:
+        """uint8 [layers * 2, bytes of a token's keys or values in one layer], a view of the pool."""
+        pool = self._pool
+        page, offset = divmod(slot, pool.page_tokens)
+        return pool.page(page).reshape(pool.layers * 2, pool.page_tokens, -1)[:, offset]
 
 
 def _zeros(size: int, device: torch.device) -> torch.Tensor:

@@ -165,4 +165,5 @@ class Restorer:
         decoded = self._coder.decode(plan, [present[source] for source in plan.sources], target)
         if decoded != stripe.data_checksums[exchange.rank]:
             return f"page {stripe.page}, decoded, {DAMAGED}"
+        exchange.pool.wrote(stripe.page, target)
         return ""

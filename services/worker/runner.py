@@ -136,7 +136,8 @@ class Runner:
 
     def restore(self, plan: RestorePlan) -> None:
         """Hand a plan to the shadow; its parity is read at once."""
-        self.shadow.prefetch(plan, self._assigned, self.pool.page_bytes)
+        shard_bytes = (self.pool.tokens if plan.tail else self.pool).page_bytes
+        self.shadow.prefetch(plan, self._assigned, shard_bytes)
         self.shadow.submit(plan)
 
     @property
@@ -263,7 +264,7 @@ class Runner:
                 made.append(communicator)
             undo.pop_all()
         self._communicator, exchange = made
-        self.shadow.enter(join.epoch, exchange, self.pool)
+        self.shadow.enter(join.epoch, exchange, self.pool, self.pool.tokens)
         for handle in self._rendezvous:
             handle.close()
         self._rendezvous.clear()

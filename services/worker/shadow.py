@@ -36,6 +36,7 @@ class Shadow:
         self._epoch = 0
         self._step = 0
         self._exchange: Exchange | None = None
+        self._tail_exchange: Exchange | None = None
         self._stale: list[Communicator] = []
         self._state = threading.Condition()
         self._jobs: queue.Queue[ProtectPlan | RestorePlan | None] = queue.Queue(MAX_JOBS)
@@ -53,13 +54,14 @@ class Shadow:
         if plan.epoch == self._epoch:
             self._restorer.prefetch(plan, rank, page_bytes)
 
-    def enter(self, epoch: int, communicator: Communicator, pool: PageBytes) -> None:
-        """The epoch's exchange communicator is there."""
+    def enter(self, epoch: int, communicator: Communicator, pool: PageBytes, tokens: PageBytes) -> None:
+        """The epoch's exchange communicator is there. `tokens`: the pool token by token."""
         with self._state:
             if epoch != self._epoch:
                 self._stale.append(communicator)
                 return
             self._exchange = Exchange(communicator, pool)
+            self._tail_exchange = Exchange(communicator, tokens)
             self._step = 0
             self._state.notify_all()
 
@@ -68,10 +70,11 @@ class Shadow:
         with self._state:
             self._epoch = epoch
             self._restorer.forget()
-            if self._exchange is not None:
+            if self._exchange is not None and self._tail_exchange is not None:
                 self._exchange.end()
+                self._tail_exchange.end()
                 self._stale.append(self._exchange.communicator)
-                self._exchange = None
+                self._exchange = self._tail_exchange = None
             self._state.notify_all()
 
     def step_done(self, step: int) -> None:
@@ -106,6 +109,9 @@ class Shadow:
         self._drop_stale()
 
     def _restore(self, plan: RestorePlan, exchange: Exchange) -> None:
+        if plan.tail:  # no sealed pages
+            self._report(self._restorer.restore(plan, exchange))
+            return
         mine = {stripe.key: stripe.page for stripe in plan.stripes if exchange.rank in stripe.lost}
         self._inventory.strike(plan.epoch, mine.values())
         done = self._restorer.restore(plan, exchange)
@@ -119,7 +125,9 @@ class Shadow:
             self._state.wait_for(
                 lambda: plan.epoch != self._epoch or (self._exchange is not None and self._step >= step)
             )
-            return self._exchange if plan.epoch == self._epoch else None
+            if plan.epoch != self._epoch:
+                return None
+            return self._tail_exchange if plan.tail else self._exchange
 
     def _failed(self, epoch: int, rank: int, reason: str, *, fatal: bool) -> None:
         with self._state:

@@ -74,8 +74,8 @@ def table(rows: Sequence[Row]) -> Table:
     return shown
 
 
-async def _main(dtype: str, rounds: int, console: Console) -> list[Row]:
-    async with peers(list(MODES), dtype) as clusters:
+async def _main(modes: Sequence[str], dtype: str, rounds: int, console: Console) -> list[Row]:
+    async with peers(modes, dtype) as clusters:
         return await measure(clusters, rounds, console)
 
 
@@ -83,11 +83,12 @@ def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="3 rounds instead of 9")
+    parser.add_argument("--modes", default=",".join(MODES), metavar="M,M", help="which, none among them")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--json", default="", metavar="FILE")
     arguments = parser.parse_args()
     console = Console(width=120)
-    rows = asyncio.run(_main(arguments.dtype, 3 if arguments.quick else 9, console))
+    rows = asyncio.run(_main(arguments.modes.split(","), arguments.dtype, 3 if arguments.quick else 9, console))
     console.print(table(rows))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")

@@ -33,6 +33,7 @@ Drill = tuple[str, str, bool]
             ],
             id="two parity shards",
         ),
+        pytest.param({"protect_tail": True}, [("kill", "rank:1", True)], id="protected tails"),
         pytest.param({"tp": 2, "protection": "none", "stores": 0}, [("kill", "rank:0", False)], id="no protection"),
         pytest.param(
             {"tp": 2, "protection": "replicate", "spares": 2, "stores": 2},
@@ -54,8 +55,11 @@ async def test_other_shapes_survive(
                 assert report.identical, (fault, targets, report.events)
                 assert report.kv_identical, (fault, targets, report.events)
                 assert (report.restored_pages >= 2 * (200 // 16)) == restores, (fault, targets, report.events)
+                if shape.get("protect_tail"):
+                    assert report.tail_tokens > 0
+                    assert report.recomputed_tokens <= 2, "more than the token of each stream that was just computed"
                 await whole(cluster)
-        assert (report.parity_bytes_stored > 0) == (shape.get("stores") != 0 and shape["tp"] > 1)
+        assert (report.parity_bytes_stored > 0) == (shape.get("stores") != 0 and shape.get("tp") != 1)
 
 
 @pytest.mark.slow

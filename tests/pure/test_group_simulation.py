@@ -69,7 +69,7 @@ async def finish(world: World) -> None:
 @pytest.mark.parametrize("seed", range(40))
 async def test_streams_are_right_whatever_dies_when(seed: int, parity: int) -> None:
     silent_loss = seed % 4 == 3
-    world = World(seed, parity=parity)
+    world = World(seed, parity=parity, protect_tail=seed % 8 >= 4)
     world.room = 5 if seed % 5 == 2 else world.room
     dice = world.dice
     async with running(world):
@@ -165,6 +165,42 @@ async def test_each_stream_goes_on_when_its_own_pages_are_back() -> None:
         assert streams[short].resumed_s < streams[long].resumed_s
         assert {stream.way for stream in record.streams} == {"restore"}
         assert streams[long].restored_pages >= 160 // world.page_tokens
+
+
+@pytest.mark.parametrize("length", [2, 23])
+@pytest.mark.parametrize("parity", [1, 2])
+async def test_with_tails_protected_nothing_is_recomputed(parity: int, length: int) -> None:
+    world = World(11, pages=64, parity=parity, protect_tail=True)
+    async with running(world):
+        for _ in range(world.size + parity):
+            world.add_worker()
+        world.add_store()
+        await serving(world)
+        name = world.submit(length=length, max_tokens=60, digest=True)
+        for had in (1, 12, 13, 14, 15):
+            while len(world.received[name]) < had:
+                await world.move()
+            pool = world.group.pool
+            while any(page.pins or page.shadow in (Shadow.QUEUED, Shadow.PENDING) for page in pool.pages):
+                await world.move()
+            epoch = world.group.membership.epoch
+            for rank in range(parity):
+                world.kill(world.workers[str(world.group.membership.ranks[(had + rank) % world.size])])
+            while len(world.workers) < world.size + parity:
+                world.add_worker()
+            while world.group.membership.epoch == epoch or world.group.membership.state != "serving":
+                if not await world.move():
+                    await asyncio.sleep(0.001)
+        await finish(world)
+        records = world.group.status().recoveries
+        assert len(records) == 5
+        assert [record.recomputed_tokens for record in records] == [0] * 5
+        assert sum(record.tail_tokens for record in records) > 0
+        world.group.protection.flow()  # as it does every two seconds
+        while world.store_wire is not None and world.store_wire.sent:
+            await world.settle()
+        kept = [page.key for page in world.group.pool.pages]
+        assert all(key in kept for key in world.parity_of), "stripes of tails are left"
 
 
 @pytest.mark.parametrize("parity", [1, 2])

@@ -26,6 +26,20 @@ def test_a_page_is_its_bytes_without_a_copy(dtype: torch.dtype) -> None:
         kv.page(7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_is_put_together_and_back(dtype: torch.dtype) -> None:
+    kv = pool(dtype)
+    tokens = kv.tokens
+    assert tokens.page_bytes * 4 == kv.page_bytes
+    content = tokens.page(5 * 4 + 2)
+    assert content.tobytes() == kv.kv[5, :, :, 2].contiguous().view(torch.uint8).numpy().tobytes()
+    before = kv.kv.clone()
+    tokens.wrote(3 * 4 + 1, content)
+    assert torch.equal(kv.kv[3, :, :, 1], before[5, :, :, 2])
+    before[3, :, :, 1] = before[5, :, :, 2]
+    assert torch.equal(kv.kv, before)
+
+
 def test_the_views_of_the_pool_agree() -> None:
     kv = pool()
     assert torch.equal(kv.blocks[(5 * 3 + 1) * 2 + 1].view(4, 2, 8), kv.kv[5, 1, 1])

@@ -168,7 +168,16 @@ class SimIndex:
 class World:
     """The dice, the workers, one store, one client."""
 
-    def __init__(self, seed: int, *, size: int = 3, parity: int = 1, pages: int = 24, page_tokens: int = 4):
+    def __init__(
+        self,
+        seed: int,
+        *,
+        size: int = 3,
+        parity: int = 1,
+        pages: int = 24,
+        page_tokens: int = 4,
+        protect_tail: bool = False,
+    ):
         self.dice = random.Random(seed)
         self.size, self.parity, self.pages, self.page_tokens = size, parity, pages, page_tokens
         self.settings = CoordinatorSettings(
@@ -179,6 +188,7 @@ class World:
             max_batch=self.dice.choice((2, 8)),
             heartbeat_timeout_s=3600,
             restore="always",
+            protect_tail=protect_tail,
         )
         self.index = SimIndex(self)
         self.group = self._make_group()
@@ -573,7 +583,7 @@ class World:
             ]
             stored, refused = [], []
             for page, key in mine:
-                slices = [list(by_rank[each].kv[page]) for each in range(self.size)]
+                slices = [self._slice(by_rank[each], page, tail=plan.tail) for each in range(self.size)]
                 assert slices.count(slices[0]) == self.size, "ranks disagree on a sealed page"
                 assert GARBAGE not in slices[0]
                 there = self.store_there and plan.epoch >= self.store_epoch
@@ -587,6 +597,18 @@ class World:
                 full = bool(refused) and self.store_there
                 worker.out.append(ProtectDone(plan.epoch, rank, tuple(stored), tuple(refused), "no room", 1, 0.0, full))
 
+    def _slice(self, worker: SimWorker, place: int, *, tail: bool) -> list[int]:
+        """The tokens that a rank has on a page, or at a slot."""
+        if not tail:
+            return list(worker.kv[place])
+        page, offset = divmod(place, self.page_tokens)
+        return [worker.kv[page][offset]]
+
+    def _put(self, worker: SimWorker, place: int, content: list[int], *, tail: bool) -> None:
+        page, offset = divmod(place, self.page_tokens) if tail else (place, 0)
+        kept = worker.kv.setdefault(page, [GARBAGE] * self.page_tokens)
+        kept[offset : offset + len(content)] = content
+
     def _decode(self, plan: RestorePlan, by_rank: dict[int, SimWorker]) -> None:
         for rank, worker in by_rank.items():
             failed = []
@@ -595,16 +617,20 @@ class World:
                 assert len(stripe.lost) <= self.parity
                 if rank not in stripe.lost:
                     continue
-                worker.sealed.pop(stripe.page, None)
+                if not plan.tail:
+                    worker.sealed.pop(stripe.page, None)
                 if encoded is None:
                     failed.append(stripe.key)
-                    worker.kv[stripe.page] = [GARBAGE] * self.page_tokens
+                    garbage = [GARBAGE] * (1 if plan.tail else self.page_tokens)
+                    self._put(worker, stripe.page, garbage, tail=plan.tail)
                     continue
                 for other, peer in by_rank.items():
                     if other not in stripe.lost:
-                        assert peer.kv[stripe.page] == encoded[other], "a survivor's sealed page has changed"
-                worker.kv[stripe.page] = list(encoded[rank])
-                worker.sealed[stripe.page] = stripe.key
+                        kept = self._slice(peer, stripe.page, tail=plan.tail)
+                        assert kept == encoded[other], "what a survivor has of a stripe has changed"
+                self._put(worker, stripe.page, encoded[rank], tail=plan.tail)
+                if not plan.tail:
+                    worker.sealed[stripe.page] = stripe.key
                 self.restored += 1
             worker.out.append(
                 RestoreDone(plan.epoch, plan.plan, rank, tuple(failed), "gone" if failed else "", 1, 0.0, 0.0, 0.0, 0.0)
