@@ -21,6 +21,7 @@ MODES: dict[str, dict[str, Any]] = {
     "replicate": {"protection": "replicate", "stores": 2},
     "parity": {"protection": "parity", "parity": 1, "stores": 1},
     "parity m=2": {"protection": "parity", "parity": 2, "stores": 2},
+    "parity tail=on": {"protection": "parity", "parity": 1, "stores": 1, "protect_tail": True},
 }
 """`none`: recompute after a loss. `replicate`: raw copies at host stores, the usual checkpoint."""
 
