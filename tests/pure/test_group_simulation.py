@@ -18,9 +18,14 @@ MOVES = 100_000
 
 @pytest.fixture(autouse=True)
 def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cached pages come back, and those of a rank that moves are copied, without pauses."""
-    monkeypatch.setattr("services.coordinator.group.TICK_S", 0.001)
+    """Cached pages come back without a pause."""
     monkeypatch.setattr("services.coordinator.restoration.CACHED_PAUSE_S", 0.001)
+
+
+@pytest.fixture
+def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that moves goes on with each tick."""
+    monkeypatch.setattr("services.coordinator.group.TICK_S", 0.001)
 
 
 @asynccontextmanager
@@ -65,6 +70,7 @@ async def finish(world: World) -> None:
     world.check_nothing_stale()
 
 
+@pytest.mark.usefixtures("ticking")
 @pytest.mark.parametrize("parity", [1, 2])
 @pytest.mark.parametrize("seed", range(40))
 async def test_streams_are_right_whatever_dies_when(seed: int, parity: int) -> None:
@@ -295,6 +301,7 @@ async def moved(world: World, rank: int, old: str) -> None:
                 await asyncio.sleep(0.001)
 
 
+@pytest.mark.usefixtures("ticking")
 @pytest.mark.parametrize("action", ["drain", "replace"])
 async def test_a_rank_moves_to_a_spare_and_nothing_is_restored_or_recomputed(action: OperatorAction) -> None:
     world = World(20, pages=128)
@@ -319,6 +326,7 @@ async def test_a_rank_moves_to_a_spare_and_nothing_is_restored_or_recomputed(act
         assert world.prepared_switches == 1 + 2  # the successor, and the two ranks that stay
 
 
+@pytest.mark.usefixtures("ticking")
 async def test_a_drained_worker_is_not_taken_before_it_is_resumed() -> None:
     world = World(21, pages=128)
     async with running(world):
@@ -336,6 +344,7 @@ async def test_a_drained_worker_is_not_taken_before_it_is_resumed() -> None:
         await finish(world)
 
 
+@pytest.mark.usefixtures("ticking")
 @pytest.mark.parametrize("dies", ["old", "new", "other"])
 @pytest.mark.parametrize("after", [3, 10, 20, 40])
 async def test_a_rank_that_moves_and_a_loss_on_the_way(dies: str, after: int) -> None:
@@ -358,6 +367,7 @@ async def test_a_rank_that_moves_and_a_loss_on_the_way(dies: str, after: int) ->
         await finish(world)
 
 
+@pytest.mark.usefixtures("ticking")
 async def test_without_a_spare_a_rank_waits_to_move_and_the_group_serves() -> None:
     world = World(23, pages=128)
     async with running(world):
