@@ -1,0 +1,145 @@
+"""Pages, and single tokens, through the ranks' own exchange, code and decoding; the stores are a dictionary."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import pytest_asyncio
+import torch
+
+from services.worker.coder import make_coder
+from services.worker.communicator import create, open_rendezvous
+from services.worker.exchange import Exchange
+from services.worker.kv_pool import KVPool
+from services.worker.protect import Protector
+from services.worker.restore import Restorer
+from shared.errors import ShardMissing
+from shared.messages import ParityShard, ProtectDone, ProtectPlan, RestoreDone, RestorePlan, StripeRestore
+from shared.transport.base import GetShards, Outcome, PutShards, ShardLabel
+from shared.types import StoreInfo, pack_ids
+
+K, M, PAGE_TOKENS = 3, 2, 4
+STORE = StoreInfo("store", "one", "tcp://store:1", "http://store:1", 1)
+CPU = torch.device("cpu")
+
+
+class Stores:
+    """What the ranks put, by key and number."""
+
+    def __init__(self) -> None:
+        self.shards: dict[tuple[bytes, int], tuple[ShardLabel, bytes]] = {}
+
+    async def put(self, address: str, request: PutShards, payloads: Sequence[memoryview]) -> tuple[Outcome, ...]:
+        for label, payload in zip(request.shards, payloads, strict=True):
+            self.shards[label.page_key, label.number] = label, bytes(payload)
+        return (None,) * len(request.shards)
+
+    async def get(self, address: str, request: GetShards, into: Sequence[memoryview]) -> tuple[Outcome, ...]:
+        outcomes: list[Outcome] = []
+        for ref, place in zip(request.shards, into, strict=True):
+            known = self.shards.get((ref.page_key, ref.number))
+            outcomes.append(None if known else ShardMissing("not here"))
+            if known:
+                place[:] = known[1]
+        return tuple(outcomes)
+
+    def stripe(self, place: int, key: bytes, lost: tuple[int, ...]) -> StripeRestore:
+        labels = [label for (of, _), (label, _) in sorted(self.shards.items()) if of == key]
+        parity = tuple(ParityShard(label.number, STORE.bulk_address, label.checksum) for label in labels[: len(lost)])
+        return StripeRestore(place, key, lost, parity, labels[0].data_checksums)
+
+
+class Ranks:
+    """K ranks in threads, each with a pool of random KV, a protector and a restorer."""
+
+    def __init__(self) -> None:
+        self.stores, self.told = Stores(), list[ProtectDone]()
+        self.pools = [
+            KVPool(pages=5, layers=3, page_tokens=PAGE_TOKENS, kv_heads=2, head_dim=8, dtype=torch.float32)
+            for _ in range(K)
+        ]
+        for rank, pool in enumerate(self.pools):
+            pool.kv.copy_(torch.randn(pool.kv.shape, generator=torch.Generator().manual_seed(rank)))
+        self._threads = ThreadPoolExecutor(K)
+        handle = open_rendezvous("shm", K)
+        connecting = [self._threads.submit(create, "shm", handle.address, rank, K, timeout=30) for rank in range(K)]
+        self.communicators = [future.result(30) for future in connecting]
+        handle.close()
+        loop = asyncio.get_running_loop()
+        coders = [make_coder(K, M, CPU) for _ in range(K)]
+        stores = self.stores
+        self.protectors = [Protector("g", coder, stores, loop, self.told.append) for coder in coders]  # type: ignore[arg-type]
+        self.restorers = [Restorer("g", coder, stores, loop) for coder in coders]  # type: ignore[arg-type]
+
+    def _exchange(self, rank: int, *, tail: bool) -> Exchange:
+        pool = self.pools[rank]
+        return Exchange(self.communicators[rank], pool.tokens if tail else pool)
+
+    async def protect(self, places: list[int], keys: list[bytes], *, tail: bool) -> None:
+        plan = ProtectPlan(1, 0, pack_ids(places), tuple(keys), (STORE,), 0, tail)
+        loop = asyncio.get_running_loop()
+        await asyncio.gather(
+            *(
+                loop.run_in_executor(self._threads, each.protect, plan, self._exchange(rank, tail=tail))
+                for rank, each in enumerate(self.protectors)
+            )
+        )
+        async with asyncio.timeout(10):
+            while {key for done in self.told for key in done.protected} != set(keys):
+                await asyncio.sleep(0.001)
+
+    async def restore(self, stripes: list[StripeRestore], *, tail: bool) -> list[RestoreDone]:
+        plan = RestorePlan(1, 1, tuple(stripes), tail)
+        loop = asyncio.get_running_loop()
+        for rank, restorer in enumerate(self.restorers):
+            restorer.prefetch(plan, rank, (self.pools[rank].tokens if tail else self.pools[rank]).page_bytes)
+        return await asyncio.gather(
+            *(
+                loop.run_in_executor(self._threads, each.restore, plan, self._exchange(rank, tail=tail))
+                for rank, each in enumerate(self.restorers)
+            )
+        )
+
+    def close(self) -> None:
+        for communicator in self.communicators:
+            communicator.close()
+        self._threads.shutdown()
+
+
+@pytest_asyncio.fixture
+async def ranks() -> AsyncIterator[Ranks]:
+    group = Ranks()
+    yield group
+    group.close()
+
+
+@pytest.mark.parametrize("lost", [(1,), (0, 2)])
+@pytest.mark.parametrize("tail", [False, True])
+async def test_what_ranks_lose_comes_back_bit_for_bit(ranks: Ranks, tail: bool, lost: tuple[int, ...]) -> None:
+    places = [3 * PAGE_TOKENS + 1, 4 * PAGE_TOKENS, 2] if tail else [3, 0]
+    keys = [bytes([place]) * 16 for place in places]
+    before = [pool.kv.clone() for pool in ranks.pools]
+    await ranks.protect(places, keys, tail=tail)
+    assert len(ranks.stores.shards) == len(places) * M
+    for rank in lost:
+        for place in places:
+            page, offset = divmod(place, PAGE_TOKENS) if tail else (place, slice(None))
+            ranks.pools[rank].kv[page, :, :, offset] = 0
+    done = await ranks.restore([ranks.stores.stripe(*pair, lost) for pair in zip(places, keys, strict=True)], tail=tail)
+    assert not any(each.failed for each in done)
+    for pool, kv in zip(ranks.pools, before, strict=True):
+        assert torch.equal(pool.kv, kv)
+
+
+async def test_a_token_whose_parity_is_gone_is_told_and_not_written(ranks: Ranks) -> None:
+    await ranks.protect([6, 7], [b"a" * 16, b"b" * 16], tail=True)
+    stripes = [ranks.stores.stripe(6, b"a" * 16, (1,)), ranks.stores.stripe(7, b"b" * 16, (1,))]
+    for number in range(K, K + M):
+        del ranks.stores.shards[b"a" * 16, number]
+    ranks.pools[1].kv.zero_()
+    done = await ranks.restore(stripes, tail=True)
+    assert [each.failed for each in done] == [(), (b"a" * 16,), ()]
+    assert not np.any(ranks.pools[1].tokens.page(6))
+    assert np.any(ranks.pools[1].tokens.page(7))
