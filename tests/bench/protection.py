@@ -60,7 +60,8 @@ async def measure(clusters: Mapping[str, LocalCluster], rounds: int, console: Co
         for name in names:
             ratios = [ours / none for ours, none in zip(rates[name], rates["none"], strict=True)]
             rows.append(Row(what, streams, name, statistics.median(rates[name]), statistics.median(ratios)))
-        console.print(f"{what}, {streams} stream(s): done")
+        shown = ", ".join(f"{row.mode} {row.tokens_s:.1f} ({row.ratio:.3f})" for row in rows[-len(names) :])
+        console.print(f"{what}, {streams} stream(s): {shown}")
     return rows
 
 
