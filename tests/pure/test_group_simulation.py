@@ -647,6 +647,7 @@ async def test_parity_that_is_lost_while_the_index_is_read_is_not_believed(monke
         assert len(world.parity_of) == len(world.group.pool.keys)
 
 
+@pytest.mark.usefixtures("ticking")
 async def test_a_rank_that_has_moved_keeps_its_pages_when_the_coordinator_is_back() -> None:
     world = World(11, pages=128)
     async with running(world):
