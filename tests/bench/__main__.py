@@ -40,11 +40,11 @@ async def with_clusters(quick: bool, console: Console) -> tuple[Any, Any, Any]:
     """The sections that need whole clusters, which share them."""
     modes = [mode for mode in MODES if not quick or "=" not in mode]
     async with peers(modes) as clusters:
-        cost = await protection.measure(clusters, 2 if quick else 7, console)
+        cost = await protection.measure(clusters, 3 if quick else 5, console, quick=quick)
         stalls = await recovery.measure(clusters, recovery.QUICK if quick else recovery.FULL, console)
         shares = (0.15,) if quick else serving.SHARES
         loaded = {mode: clusters[mode] for mode in (("none", "parity") if quick else serving.MODES)}
-        responses = await serving.measure(loaded, shares, 8 if quick else 20, console)
+        responses = await serving.measure(loaded, shares, 8 if quick else 14, console)
     return cost, stalls, responses
 
 

@@ -206,7 +206,7 @@ def rank_processes(model_dir: Path, dtype: torch.dtype, size: int) -> Iterator[C
 def measure(dtype_name: str, sizes: Sequence[int], *, quick: bool, generate: bool = True) -> list[dict[str, Any]]:
     """All rows; the peers take turns at each case. `quick`: one turn, and no contexts of 4,000 tokens."""
     model_dir, dtype = resolve_model(None), getattr(torch, dtype_name)
-    cases = [case for case in CASES if not quick or (case.context <= 2000 and case.streams <= 8)]
+    cases = [case for case in CASES if not quick or (case.context <= 2000 and case.streams <= 4)]
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         peers: dict[str, Callable[[Case, int], float]] = {}

@@ -41,11 +41,11 @@ class Case:
     repeats: int = 1
 
 
-QUICK = (Case(256), Case(1024), Case(4096, repeats=2))
+QUICK = (Case(1024), Case(4096))
 FULL = (
-    Case(256, repeats=3),
-    Case(1024, repeats=3),
-    Case(2048, repeats=2),
+    Case(256, repeats=2),
+    Case(1024, repeats=2),
+    Case(2048),
     Case(4096, repeats=3),
     Case(8000),
     Case(1024, streams=4),

@@ -174,13 +174,13 @@ def table(rows: Sequence[Row]) -> Table:
 
 async def _main(quick: bool, console: Console) -> list[Row]:
     async with peers(("none", "parity") if quick else MODES) as clusters:
-        return await measure(clusters, (0.15,) if quick else SHARES, 10 if quick else 20, console)
+        return await measure(clusters, (0.15,) if quick else SHARES, 8 if quick else 14, console)
 
 
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="10 requests, none and parity, 15% hit")
+    parser.add_argument("--quick", action="store_true", help="8 requests, none and parity, 15% hit")
     parser.add_argument("--json", default="", metavar="FILE")
     arguments = parser.parse_args()
     console = Console(width=120)
