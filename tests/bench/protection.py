@@ -50,7 +50,7 @@ async def _rate(cluster: LocalCluster, what: str, streams: int, seed: int) -> fl
 async def measure(
     clusters: Mapping[str, LocalCluster], rounds: int, console: Console, *, quick: bool = False
 ) -> list[Row]:
-    """All rows; `quick`: without batches of 1 and 8. The clusters take turns, in an order that rotates; `none` must be among them."""
+    """All rows. The clusters take turns, in an order that rotates; `none` must be among them. `quick`: half the cases."""
     rows = []
     names = list(clusters)
     for case, (what, streams) in enumerate(CASES):
