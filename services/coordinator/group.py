@@ -72,7 +72,7 @@ from shared.types import (
 log = logging.getLogger(__name__)
 
 TICK_S = 0.05
-STATUS_S = 1.0
+STATUS_S = 0.5
 RESTORING_STEP_TOKENS = 64
 """Tokens a step while pages are restored: nobody whose pages are back waits long behind another's prefill."""
 BROKEN_GRACE_S = 1.0

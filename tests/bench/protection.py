@@ -50,7 +50,7 @@ async def _rate(cluster: LocalCluster, what: str, streams: int, seed: int) -> fl
 async def measure(
     clusters: Mapping[str, LocalCluster], rounds: int, console: Console, *, quick: bool = False
 ) -> list[Row]:
-    """All rows. The clusters take turns, in an order that rotates; `none` must be among them. `quick`: half the cases."""
+    """All rows. The clusters take turns, in an order that rotates; `none` must be among them. `quick`: half of them."""
     rows = []
     names = list(clusters)
     for case, (what, streams) in enumerate(CASES):
