@@ -32,10 +32,10 @@ def plot(
         stall.plot(*zip(*points, strict=True), marker="o", color=COLOURS[mode], label=mode)
     stall.set(yscale="log", xlabel="tokens of context", ylabel="stall of the stream, s", title="One rank killed")
     for mode in dict.fromkeys(row.mode for row in serving):
-        shares = [(row.wanted_share * 100, row.latency["p50"]) for row in serving if row.mode == mode]
+        shares = [(row.share * 100, row.latency["p50"]) for row in serving if row.mode == mode]
         response.plot(*zip(*shares, strict=True), marker="o", color=COLOURS[mode], label=mode)
     response.set(
-        ylim=0, xlabel="% of requests hit by a failure", ylabel="median response, s", title="Serving while ranks fail"
+        ylim=0, xlabel="% of requests with a failure", ylabel="median response, s", title="Serving while ranks fail"
     )
     shaped = [row for row in checkpoint if row.link_gbit]
     for index, row in enumerate(shaped):
