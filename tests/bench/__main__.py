@@ -44,7 +44,7 @@ async def with_clusters(quick: bool, console: Console) -> tuple[Any, Any, Any]:
         stalls = await recovery.measure(clusters, recovery.QUICK if quick else recovery.FULL, console)
         shares = (0.15,) if quick else serving.SHARES
         loaded = {mode: clusters[mode] for mode in (("none", "parity") if quick else serving.MODES)}
-        responses = await serving.measure(loaded, shares, 14, console)
+        responses = await serving.measure(loaded, shares, 10 if quick else 14, console)
     return cost, stalls, responses
 
 
