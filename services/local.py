@@ -226,13 +226,17 @@ class LocalCluster:
                 return response.status, body if isinstance(body, dict) else {}
         return 0, {}
 
+    @property
+    def api_headers(self) -> dict[str, str]:
+        """What a client of the REST API sends: the first API key, where there are any."""
+        if not self.settings.api_keys:
+            return {}
+        return {"Authorization": f"Bearer {self.settings.api_keys.get_secret_value().split(',')[0]}"}
+
     async def status(self) -> dict[str, Any]:
         """The cluster's status, from the gateway."""
-        headers = {}
-        if self.settings.api_keys:
-            headers["Authorization"] = f"Bearer {self.settings.api_keys.get_secret_value().split(',')[0]}"
         async with (
-            aiohttp.ClientSession(headers=headers, connector=self._connector()) as session,
+            aiohttp.ClientSession(headers=self.api_headers, connector=self._connector()) as session,
             session.get(self.base_url + "/v1/fault_tolerance/status", timeout=aiohttp.ClientTimeout(5.0)) as response,
         ):
             response.raise_for_status()

@@ -56,11 +56,8 @@ async def stream_all(
     Raises GhostError for a stream that breaks off or ends with an error; if `tolerant`, the stream says so instead.
     """
     model, tokens = (await cluster.status())["served_name"], max_tokens or options.max_tokens
-    headers = {}
-    if cluster.settings.api_keys:
-        headers["Authorization"] = f"Bearer {cluster.settings.api_keys.get_secret_value().split(',')[0]}"
     async with (
-        aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(STREAM_DEADLINE_S)) as session,
+        aiohttp.ClientSession(headers=cluster.api_headers, timeout=aiohttp.ClientTimeout(STREAM_DEADLINE_S)) as session,
         asyncio.TaskGroup() as tasks,
     ):
         if background is not None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -12,7 +11,6 @@ from services.local import LocalCluster, ServeSettings
 from services.serve import fetch_model
 
 SERVING_S = 300.0
-QUIET_S = 120.0
 TOKEN_IDS = (100, 40_000)
 """Random prompts draw from these; the default model has 49,152."""
 
@@ -56,17 +54,3 @@ async def stream(
     """Complete random prompts, all at once."""
     prompts = random_prompts(seed, streams, prompt)
     return await stream_all(cluster, prompts, Options(max_tokens=tokens), f"bench-{seed}", digest=False, **more)
-
-
-async def whole(cluster: LocalCluster) -> dict[str, Any]:
-    """Wait until all workers are ready again and nothing runs or waits for protection. Returns the status."""
-    end = time.monotonic() + QUIET_S
-    wanted = cluster.settings.tp + cluster.settings.spares
-    while True:
-        status = await cluster.wait_serving(SERVING_S)
-        ready = sum(worker["state"] != "loading" for worker in status["workers"])
-        if ready == wanted and not (status["running"] or status["waiting"] or status["stripes_pending"]):
-            return status
-        if time.monotonic() > end:
-            raise AssertionError(f"not whole after {QUIET_S:.0f} s: {status}\n{cluster.logs()}")
-        await asyncio.sleep(0.1)

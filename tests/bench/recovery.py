@@ -24,7 +24,8 @@ from rich.table import Table
 
 from services.drill import Stream
 from services.local import LocalCluster
-from tests.bench.clusters import MODES, peers, stream, whole
+from tests.bench.clusters import MODES, peers, stream
+from tests.cluster.conftest import quiet
 
 TOKENS = 24
 RECORD_S = 60.0
@@ -86,9 +87,9 @@ async def measure(clusters: Mapping[str, LocalCluster], cases: Sequence[Case], c
 
 
 async def _strike(cluster: LocalCluster, mode: str, case: Case, seed: int) -> Row:
-    await whole(cluster)
+    await quiet(cluster)
     calm = await stream(cluster, seed, streams=case.streams, prompt=case.context, tokens=TOKENS)
-    status = await whole(cluster)
+    status = await quiet(cluster)
     pids = {worker["rank"]: worker["pid"] for worker in status["workers"]}
     struck: list[float] = []
 

@@ -24,7 +24,8 @@ from rich.table import Table
 
 from services.drill import Stream
 from services.local import LocalCluster
-from tests.bench.clusters import peers, stream, whole
+from tests.bench.clusters import peers, stream
+from tests.cluster.conftest import quiet
 
 PROMPTS = (256, 512, 1024, 3000)
 """Tokens of the prompts, as likely as each other: chats and agents with long contexts."""
@@ -140,7 +141,7 @@ async def measure(
     rows = []
     for number, share in enumerate(shares):
         for mode in (mode for mode in MODES if mode in clusters):
-            await whole(clusters[mode])
+            await quiet(clusters[mode])
             run = _Run(clusters[mode], trace(count, 20_000 + number), share, number)
             goodput = await run.run()
             rows.append(
