@@ -309,9 +309,15 @@ class PagePool:
             self._whole(page)
             self._enter(page, Shadow.QUEUED if page.doubtful else Shadow.PROTECTED)
 
-    def mend(self, number: int) -> None:
-        """All that was written to a page is there again, token by token; its own parity is not known to be."""
+    def mend(self, number: int, *, whole: bool) -> None:
+        """What was written to a page is there again, token by token; its own parity is not known to be.
+
+        Not `whole`: its last tokens are not back. A sealed page is open again then; other sequences that hold it see by
+        the key that it is not theirs any more.
+        """
         page = self.pages[number]
+        if not whole:
+            self._unseal(page)
         self._whole(page)
         if page.shadow is Shadow.PROTECTED:
             self._enter(page, Shadow.UNPROTECTED)

@@ -195,9 +195,8 @@ class Restoration:
                 sequence.pages[index] * size + valid % size, sequence.pages[index] * size + (end - 1) % size + 1
             )
             back = next((i for i, slot in enumerate(slots) if slot not in self._slots_back), len(slots))
-            if not back or (index < len(sequence.keys) and back < len(slots)):
-                return valid
-            self._pool.mend(sequence.pages[index])
+            if back:
+                self._pool.mend(sequence.pages[index], whole=back == len(slots))
             valid += back
             if back < len(slots):
                 return valid

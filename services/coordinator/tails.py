@@ -105,20 +105,14 @@ class Tails:
         return tuple(released)
 
     def run(self, sequence: Sequence, start: int) -> list[TailToken]:
-        """The tokens from position `start` on that have stripes, without a gap; of a sealed page all or none."""
-        tokens, size = self._tokens.get(sequence.number, {}), self._page_tokens
+        """The tokens from position `start` on that have stripes, without a gap."""
+        tokens = self._tokens.get(sequence.number, {})
         run: list[TailToken] = []
-        while start < sequence.computed:
-            end = min(sequence.computed, (start // size + 1) * size)
-            part = [tokens.get(position) for position in range(start, end)]
-            have = [token for token in part if token is not None and token.page == sequence.pages[start // size]]
-            whole = len(have) == len(part)
-            if not whole and start // size < len(sequence.keys):
+        for position in range(start, sequence.computed):
+            token = tokens.get(position)
+            if token is None or token.page != sequence.pages[position // self._page_tokens]:
                 break
-            run += have[: next((i for i, token in enumerate(part) if token is None), len(part))]
-            if not whole:
-                break
-            start = end
+            run.append(token)
         return run
 
     def keys(self, sequences: Iterable[Sequence]) -> list[PageKey]:

@@ -1,6 +1,7 @@
 """The whole coordinator under random faults at random moments: no token is wrong, lost or sent twice, no page leaks."""
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -8,6 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from services.coordinator.pages import Shadow
+from services.coordinator.scheduler import Sequence
 from shared.messages import Applied, RankFailed, Refused, StoreDrains
 from shared.stripe_index import Stripe
 from shared.types import OperatorAction, PageKey, StoreInfo
@@ -207,6 +209,47 @@ async def test_with_tails_protected_nothing_is_recomputed(parity: int, length: i
             await world.settle()
         kept = [page.key for page in world.group.pool.pages]
         assert all(key in kept for key in world.parity_of), "stripes of tails are left"
+
+
+def stored(world: World, sequence: Sequence) -> int:
+    """Tokens from a sequence's start whose parity the store has."""
+    tails = world.group.protection.tails
+    assert tails is not None
+    pages = list(itertools.takewhile(world.parity_of.__contains__, sequence.keys))
+    run = tails.run(sequence, len(pages) * world.page_tokens)
+    return len(pages) * world.page_tokens + len(
+        list(itertools.takewhile(lambda token: token.key in world.parity_of, run))
+    )
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+@pytest.mark.parametrize("seed", range(4))
+async def test_of_a_page_that_has_just_sealed_only_tokens_without_a_stripe_are_recomputed(
+    seed: int, missing: int
+) -> None:
+    world = World(seed, pages=64, protect_tail=True)
+    async with running(world):
+        for _ in range(world.size + 1):
+            world.add_worker()
+        world.add_store()
+        await serving(world)
+        name = world.submit(length=6, max_tokens=200, digest=True)
+        while len(world.received[name]) < 3:
+            await world.move()
+        assert world.group.scheduler is not None
+        (sequence,) = world.group.scheduler.running
+
+        def sealed_alone() -> bool:
+            """Whether its last page is full, has no parity of its own, and its tokens have, but for those `missing`."""
+            full = sequence.computed == len(sequence.keys) * world.page_tokens
+            have = stored(world, sequence)
+            return full and sequence.keys[-1] not in world.parity_of and have == sequence.computed - missing
+
+        while not sealed_alone():
+            await world.move()
+        world.kill(world.workers[str(world.group.membership.ranks[seed % world.size])])
+        await finish(world)
+        assert world.group.status().recoveries[-1].recomputed_tokens == missing
 
 
 @pytest.mark.parametrize("parity", [1, 2])
