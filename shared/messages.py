@@ -421,7 +421,34 @@ class KeepStripes(Message):
     serial: int
 
 
+@dataclass(frozen=True, slots=True)
+class FindStripes(Message):
+    """Which shards of these stripes are here? Asked where Redis does not answer. Answered by StripesFound."""
+
+    question: int
+    group: str
+    keys: tuple[PageKey, ...]
+
+
 # -- parity store to coordinator -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class HeldShard(Message):
+    """A parity shard that the store has, as its index entry tells it. Part of StripesFound."""
+
+    key: PageKey
+    shard: int
+    checksum: int
+    data_checksums: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StripesFound(Message):
+    """What of the stripes in FindStripes, with this number, is here."""
+
+    question: int
+    shards: tuple[HeldShard, ...]
 
 
 @dataclass(frozen=True, slots=True)

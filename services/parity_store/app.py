@@ -21,7 +21,17 @@ from services.parity_store.upkeep import Upkeep
 from shared import channel
 from shared.config import ParityStoreSettings, default_name
 from shared.errors import ConfigError, GhostError, PeerLost, ProtocolError
-from shared.messages import EpochNow, Goodbye, KeepStripes, Message, ReleaseStripes, StoreHello, Welcome
+from shared.messages import (
+    EpochNow,
+    FindStripes,
+    Goodbye,
+    KeepStripes,
+    Message,
+    ReleaseStripes,
+    StoreHello,
+    StripesFound,
+    Welcome,
+)
 from shared.service import check_bind
 from shared.stripe_index import StripeIndex
 from shared.tls import client_context, server_context
@@ -115,12 +125,12 @@ async def _follow(settings: ParityStoreSettings, store: Store, admin: Admin, inf
         try:
             dialled = channel.dial(settings.coordinator_url, settings.secret, hello, settings.dial_deadline_s, tls)
             async with dialled as (link, answer):
-                _obey(store, answer)
+                _obey(store, answer, link.send)
                 admin.connected = True
                 upkeep.channel = link
                 upkeep.say_drains()
                 async for message in link:
-                    _obey(store, message)
+                    _obey(store, message, link.send)
             log.warning("the coordinator closed the channel")
         except (PeerLost, ProtocolError) as error:
             log.log(logging.DEBUG if str(error) == told else logging.WARNING, "%s", error)
@@ -131,7 +141,7 @@ async def _follow(settings: ParityStoreSettings, store: Store, admin: Admin, inf
         await asyncio.sleep(channel.REDIAL_S)
 
 
-def _obey(store: Store, message: Message) -> None:
+def _obey(store: Store, message: Message, answer: Callable[[Message], None]) -> None:
     match message:
         case Welcome():
             store.advance_epoch(message.config.group, message.epoch)
@@ -141,6 +151,8 @@ def _obey(store: Store, message: Message) -> None:
             store.release(message.group, message.keys, (message.epoch, message.serial))
         case KeepStripes():
             store.keep(message.group, message.keys, (message.epoch, message.serial))
+        case FindStripes():
+            answer(StripesFound(message.question, store.find(message.group, message.keys)))
         case Goodbye(final=True):
             raise GhostError(f"the coordinator does not want this store: {message.reason}")
         case Goodbye():

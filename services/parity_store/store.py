@@ -11,6 +11,7 @@ from xxhash import xxh3_64_intdigest
 from services.parity_store.index_writer import IndexWriter
 from services.parity_store.shards import Shard, ShardTable
 from shared.errors import ChecksumMismatch, GhostError, ShardMissing, StoreFull
+from shared.messages import HeldShard
 from shared.transport.base import GetShards, Outcome, PutShards
 from shared.types import PageKey
 
@@ -60,6 +61,11 @@ class Store:
         """Forget all stripes of the group but these, as `release` does. Return how many shards."""
         kept = set(page_keys)
         return self.release(group, [key for key in self.table.keys(group) if key not in kept], up_to)
+
+    def find(self, group: str, page_keys: Collection[PageKey]) -> tuple[HeldShard, ...]:
+        """The shards of these stripes that can be read here, also those that the index does not name yet."""
+        labels = (shard.label for key in page_keys for shard in self.table.stripe(key) if shard.group == group)
+        return tuple(HeldShard(each.page_key, each.number, each.checksum, each.data_checksums) for each in labels)
 
     def advance_epoch(self, group: str, epoch: int) -> None:
         """Refuse writes of older epochs from now on."""
