@@ -26,6 +26,7 @@ from shared.types import Protection
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
 POLL_S = 0.05
+REST_DEADLINE_S = 5.0
 QUICK_DEATH_S = 10.0
 """A service that lives shorter than this has not got over what killed it."""
 MAX_QUICK_DEATHS = 5
@@ -203,7 +204,7 @@ class LocalCluster:
         """Wait until the group serves. Returns the cluster's status. Raises GhostError when a child dies."""
         end = time.monotonic() + deadline_s
         told = ""
-        async with aiohttp.ClientSession(connector=self._connector()) as session:
+        async with self.client(REST_DEADLINE_S) as session:
             while True:
                 await self.check_alive()
                 status, body = await self._health(session)
@@ -221,32 +222,32 @@ class LocalCluster:
 
     async def _health(self, session: aiohttp.ClientSession) -> tuple[int, dict[str, Any]]:
         with contextlib.suppress(aiohttp.ClientError, TimeoutError, ValueError):
-            async with session.get(self.base_url + "/health", timeout=aiohttp.ClientTimeout(5.0)) as response:
+            async with session.get(self.base_url + "/health") as response:
                 body = await response.json(content_type=None)
                 return response.status, body if isinstance(body, dict) else {}
         return 0, {}
 
-    @property
-    def api_headers(self) -> dict[str, str]:
-        """What a client of the REST API sends: the first API key, where there are any."""
-        if not self.settings.api_keys:
-            return {}
-        return {"Authorization": f"Bearer {self.settings.api_keys.get_secret_value().split(',')[0]}"}
+    def client(self, deadline_s: float) -> aiohttp.ClientSession:
+        """A client of the REST API: with the first API key, where there are any, and this gateway's certificate.
+
+        Takes the gateway for what it is by its certificate, whatever names that is made out for.
+        """
+        own, keys = self.settings.tls_cert_file, self.settings.api_keys
+        return aiohttp.ClientSession(
+            headers={"Authorization": f"Bearer {keys.get_secret_value().split(',')[0]}"} if keys else {},
+            connector=aiohttp.TCPConnector(ssl=pinned_context(own) if own else True),
+            timeout=aiohttp.ClientTimeout(deadline_s),
+        )
 
     async def status(self) -> dict[str, Any]:
         """The cluster's status, from the gateway."""
         async with (
-            aiohttp.ClientSession(headers=self.api_headers, connector=self._connector()) as session,
-            session.get(self.base_url + "/v1/fault_tolerance/status", timeout=aiohttp.ClientTimeout(5.0)) as response,
+            self.client(REST_DEADLINE_S) as session,
+            session.get(self.base_url + "/v1/fault_tolerance/status") as response,
         ):
             response.raise_for_status()
             body: dict[str, Any] = await response.json()
             return body
-
-    def _connector(self) -> aiohttp.TCPConnector:
-        """Takes the gateway for what it is by its certificate, whatever names that is made out for."""
-        own = self.settings.tls_cert_file
-        return aiohttp.TCPConnector(ssl=pinned_context(own) if own else True)
 
     async def check_alive(self) -> None:
         """Raise GhostError if a child has died, with the end of its log; of a kept cluster, if it was given up."""

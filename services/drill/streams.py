@@ -56,10 +56,7 @@ async def stream_all(
     Raises GhostError for a stream that breaks off or ends with an error; if `tolerant`, the stream says so instead.
     """
     model, tokens = (await cluster.status())["served_name"], max_tokens or options.max_tokens
-    async with (
-        aiohttp.ClientSession(headers=cluster.api_headers, timeout=aiohttp.ClientTimeout(STREAM_DEADLINE_S)) as session,
-        asyncio.TaskGroup() as tasks,
-    ):
+    async with cluster.client(STREAM_DEADLINE_S) as session, asyncio.TaskGroup() as tasks:
         if background is not None:
             tasks.create_task(_awaited(background()))
         running = [
