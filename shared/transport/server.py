@@ -123,6 +123,7 @@ class _Connection:
 
     async def run(self) -> None:
         """Serve until the peer goes away, then raise what ended it."""
+        ended: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
                 while True:
@@ -135,10 +136,11 @@ class _Connection:
                     else:
                         self._take_get(frame.request_id, frame.request, tasks)
         except* GhostError as group:
-            first: BaseException = group
-            while isinstance(first, BaseExceptionGroup):
-                first = first.exceptions[0]
-            raise first from None
+            ended = group
+        while isinstance(ended, BaseExceptionGroup):
+            ended = ended.exceptions[0]
+        if ended is not None:
+            raise ended from None  # out here, for what is raised in an except* is a group again before Python 3.11.4
 
     def undo(self) -> None:
         """Give back all that is still out. For the end of the connection."""

@@ -152,16 +152,27 @@ class TcpListener(Listener):
         return self._address
 
     async def accept(self) -> TcpStream:
-        loop = asyncio.get_running_loop()
         while True:
             try:
-                sock, _ = await loop.sock_accept(self._sock)
+                sock, _ = self._sock.accept()
+            except BlockingIOError:
+                await self._readable()
             except OSError:
                 if self._sock.fileno() == -1:
                     raise PeerLost("the listener was closed") from None
                 await asyncio.sleep(0.1)  # out of descriptors, or the peer was gone already
-                continue
-            return TcpStream(sock)
+            else:
+                sock.setblocking(False)
+                return TcpStream(sock)
+
+    async def _readable(self) -> None:
+        """Wait for a connection. Unlike loop.sock_accept it has none in hand that a cancellation would lose."""
+        loop, fd, ready = asyncio.get_running_loop(), self._sock.fileno(), asyncio.Event()
+        loop.add_reader(fd, ready.set)
+        try:
+            await ready.wait()
+        finally:
+            loop.remove_reader(fd)
 
     def close(self) -> None:
         self._sock.close()
