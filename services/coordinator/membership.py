@@ -189,13 +189,18 @@ class Membership:
     def cut_off(self, apart: Set[int]) -> list[str]:
         """The workers to give up when the ranks `apart` can't reach rank 0: the smaller part of the two, by name.
 
-        Until a rank of their hosts has joined an epoch again, spares there are taken last.
+        The larger one instead when the hosts that it may reach have too few workers for a group, and those without it
+        have enough. Until a rank of their hosts has joined an epoch again, spares there are taken last.
         """
+        if not apart:
+            return []
         rest = set(range(self.size)) - apart
-        lost = apart if len(apart) <= len(rest) else rest
-        names = [name for rank, name in enumerate(self.ranks) if name is not None and rank in lost]
-        self._apart.update(self.members[name].host for name in names)
-        return names
+        kept, lost = (rest, apart) if len(apart) <= len(rest) else (apart, rest)
+        hosts_kept = self._hosts(kept)
+        self._apart |= self._hosts(lost)
+        if self._usable(self._apart) < self.size <= self._usable(hosts_kept):
+            lost, self._apart = kept, hosts_kept
+        return [name for rank, name in enumerate(self.ranks) if name is not None and rank in lost]
 
     def can_form(self, now: float) -> bool:
         """Whether an epoch can begin: forming, a worker for every rank, and nobody more to wait for."""
@@ -290,6 +295,13 @@ class Membership:
             return False
         back = [member for member in self._returning().values() if member.held and member.held.epoch == newest]
         return len(back) < self.size and now - self._first_ready < self.return_grace_s
+
+    def _hosts(self, ranks: Set[int]) -> set[str]:
+        return {member.host for member in self._ranked() if member.rank in ranks}
+
+    def _usable(self, without: Set[str]) -> int:
+        """Workers that could make up a group without these hosts."""
+        return sum(each.ready and not each.cordoned and each.host not in without for each in self.members.values())
 
     def _fill(self, rank: int, member: Member) -> None:
         member.rank = rank

@@ -109,6 +109,21 @@ def test_the_smaller_part_of_a_group_cut_in_two_is_given_up(apart: set[int], los
     assert membership.cut_off(apart) == lost
 
 
+def test_a_host_that_no_other_can_reach_gives_its_ranks_away_though_they_are_the_most() -> None:
+    membership = Membership(3, heartbeat_timeout_s=1.0, join_timeout_s=5.0)
+    for name in ("b0", "b1", "a0", "a1", "c0", "c1"):
+        membership.hello(Member(name, name[0], name[0], 1, "cpu", seen=0.0))
+        membership.ready(name, 0.0)
+    assert membership.form(1, now=0.0).ranks == ("b0", "b1", "a0")
+    assert membership.cut_off({2}) == ["a0"]  # it may be a's fault
+    membership.gone("a0", "cut off")
+    assert membership.form(2, now=0.0).ranks == ("b0", "b1", "c0")
+    assert membership.cut_off({2}) == ["b0", "b1"]  # nobody is left whom b may reach
+    membership.gone("b0", "cut off")
+    membership.gone("b1", "cut off")
+    assert set(membership.form(3, now=0.0).ranks) == {"a1", "c0", "c1"}
+
+
 def test_a_host_that_was_cut_off_is_asked_last_until_one_of_its_ranks_has_joined() -> None:
     membership = made(workers=2)
     for name, host in (("apart", "b"), ("also apart", "b"), ("near", "c")):
