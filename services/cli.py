@@ -126,7 +126,7 @@ def _gateway(arguments: argparse.Namespace) -> int:
     from shared.service import run_service
 
     settings = load_settings(GatewaySettings, arguments)
-    return run_service("gateway", lambda stop: run(settings, stop, _announce), settings)
+    return run_service("gateway", lambda stop: run(settings, stop, _announce), settings, grace_s=settings.drain_s)
 
 
 def _coordinator(arguments: argparse.Namespace) -> int:

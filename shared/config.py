@@ -170,6 +170,9 @@ class GatewaySettings(CommonSettings):
     max_connections: int = Field(2048, ge=1, description="open client connections; more are refused with 503")
     log_prompts: bool = Field(False, description="log what is asked; without it no text of a request is logged")
     reconnect_s: Seconds = Field(30.0, description="time that streams wait for a coordinator that is away")
+    drain_s: float = Field(
+        3.0, ge=0, description="time that requests in work get to end after SIGTERM, while no new ones are taken"
+    )
     stream_buffer_tokens: int = Field(65536, ge=1, description="tokens held for a client that reads too slowly")
 
 

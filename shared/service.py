@@ -24,8 +24,10 @@ Service = Callable[[asyncio.Event], Awaitable[None]]
 """A service's life: runs until the event is set, then cleans up and returns."""
 
 
-def run_service(name: str, service: Service, settings: CommonSettings) -> int:
+def run_service(name: str, service: Service, settings: CommonSettings, *, grace_s: float = 0.0) -> int:
     """Run a service until SIGINT or SIGTERM. Returns its exit code: 0, or after a crash 1, with a line that says why.
+
+    It may take `grace_s` to end its work before the time to clean up begins.
 
     EXIT_CONFIG instead of 1 says that another start would end the same way. A second signal ends the process at once.
     """
@@ -38,7 +40,7 @@ def run_service(name: str, service: Service, settings: CommonSettings) -> int:
             print(f"ghostserve {name}: {why}", file=sys.stderr, flush=True)
 
     try:
-        asyncio.run(_until_signal(name, service))
+        asyncio.run(_until_signal(name, service, grace_s + SHUTDOWN_DEADLINE_S))
     except GhostError as error:
         say(str(error))
         return EXIT_CONFIG if isinstance(error, ConfigError | ModelError) else 1
@@ -61,7 +63,7 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
     return found
 
 
-async def _until_signal(name: str, service: Service) -> None:
+async def _until_signal(name: str, service: Service, deadline_s: float) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -78,11 +80,11 @@ async def _until_signal(name: str, service: Service) -> None:
     await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
     if not task.done():
-        _, late = await asyncio.wait({task}, timeout=SHUTDOWN_DEADLINE_S)
+        _, late = await asyncio.wait({task}, timeout=deadline_s)
         if late:
             task.cancel()
             await asyncio.wait({task}, timeout=SHUTDOWN_DEADLINE_S)
-            raise GhostError(f"{name} did not stop within {SHUTDOWN_DEADLINE_S:.0f} s")
+            raise GhostError(f"{name} did not stop within {deadline_s:.0f} s")
     await task
 
 

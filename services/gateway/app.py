@@ -42,7 +42,10 @@ Json = dict[str, Any]
 async def run(
     settings: GatewaySettings, stop: asyncio.Event, on_listening: Callable[[str], None] | None = None
 ) -> None:
-    """Serve until `stop` is set. `on_listening` is told the base URL once the port is open."""
+    """Serve until `stop` is set, and what was taken before that to its end, or for `drain_s`.
+
+    `on_listening` is told the base URL once the port is open.
+    """
     with tracing("gateway") as traces:
         await _run(Gateway(settings, traces), settings, stop, on_listening)
 
@@ -76,6 +79,7 @@ async def _run(
             background = [tasks.create_task(gateway.cluster.run()), tasks.create_task(gateway.keep_tokenizer())]
             await stop.wait()
             await site.stop()
+            await gateway.cluster.drain(settings.drain_s)
             gateway.cluster.stop()
             for task in background:
                 task.cancel()

@@ -2,6 +2,7 @@
 dials again when the coordinator is away, to go on where it was."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -58,7 +59,9 @@ class Cluster:
         self._status: ClusterStatus | None = None
         self._heard = 0.0
         self._reason = "the coordinator has not been reached yet"
-        self.stopped = False
+        self._at_rest = asyncio.Event()  # set when the last sequence in work has ended
+        self.leaving = False
+        """Set once the gateway is to end: it takes no new work."""
         self.changed = asyncio.Event()
         """Set at the next change of the status; then another one stands here. So any number can wait for changes."""
 
@@ -69,7 +72,9 @@ class Cluster:
 
     @property
     def absence(self) -> str | None:
-        """Why the coordinator can't be counted on now; None if it can."""
+        """Why nothing can be asked of the coordinator now; None if it can."""
+        if self.leaving:
+            return "the gateway is shutting down"
         if self._channel is None or self._channel.closed:
             return self._reason
         if self._status is None:
@@ -129,7 +134,10 @@ class Cluster:
 
     def forget(self, request_id: str, *, abort: bool) -> None:
         """Nobody waits for this sequence any more; tell the coordinator if it still works on it."""
-        if self._works.pop(request_id, None) is None or not abort or self._channel is None:
+        work = self._works.pop(request_id, None)
+        if not self._works:
+            self._at_rest.set()
+        if work is None or not abort or self._channel is None:
             return
         try:
             self._channel.send(Abort(request_id))
@@ -137,11 +145,11 @@ class Cluster:
             log.debug("no channel to abort %s on", request_id)
 
     async def run(self) -> None:
-        """Keep a channel to the coordinator until cancelled or stopped."""
+        """Keep a channel to the coordinator until cancelled."""
         name = default_name("gateway")
         settings = self._settings
         tls = client_context(settings.tls_ca_file)
-        while not self.stopped:
+        while True:
             try:
                 async with dial(
                     settings.coordinator_url,
@@ -162,9 +170,21 @@ class Cluster:
                 self._lose(reason)
             await asyncio.sleep(REDIAL_S)
 
+    async def drain(self, deadline_s: float) -> None:
+        """Take no new work, and wait until what is in work has ended, or for `deadline_s`."""
+        self.leaving = True
+        self._tell()
+        if self._works:
+            log.info("waiting for %d sequences to end, for up to %g s", len(self._works), deadline_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(deadline_s):
+                while self._works:
+                    self._at_rest.clear()
+                    await self._at_rest.wait()
+
     def stop(self) -> None:
-        """End all calls, and accept no more: the gateway shuts down."""
-        self.stopped = True
+        """End all calls, and take no more."""
+        self.leaving = True
         self._lose("the gateway is shutting down")
         self._fail_all("the gateway is shutting down")
 
@@ -213,6 +233,7 @@ class Cluster:
             self._patience = None
         calls = {work.call for work in self._works.values()}
         self._works.clear()
+        self._at_rest.set()
         for call in calls:
             call.fail(StreamLost(message))
 

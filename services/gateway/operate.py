@@ -66,7 +66,7 @@ class Operate:
         """The state now and at each change, at least once a second, as events `status` or `absent`."""
         response = web.StreamResponse(headers=sse.HEADERS)
         await response.prepare(request)
-        while not self._cluster.stopped:
+        while not self._cluster.leaving:
             changed = self._cluster.changed
             status = self._cluster.status
             if status is not None:

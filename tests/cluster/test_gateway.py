@@ -520,10 +520,29 @@ async def test_a_request_that_is_refused_when_it_is_submitted_again_ends_with_an
             await bench.coordinator.start()
 
 
-async def test_a_shutdown_in_mid_stream_raises_in_the_client(model_dir: Path) -> None:
+async def test_a_shutdown_lets_streams_end_and_takes_nothing_new(bench: Bench, tokenizer: Tokenizer) -> None:
+    gate = asyncio.Event()
+    script = Script(tuple(tokenizer.encode(TEXT, special=False)), gate=gate, gate_at=1)
+    bench.coordinator.script = lambda request: script
+    stream = await bench.client.completions.create(model="tiny", prompt="x", max_tokens=60, stream=True)
+    chunks = [await anext(stream)]
+    async with bench.http.get(bench.url + "/v1/fault_tolerance/events") as events:
+        await events.content.readline()
+        bench.stop.set()
+        async with asyncio.timeout(DEADLINE_S):
+            await events.content.read()  # a watcher is not waited for
+    with pytest.raises(aiohttp.ClientConnectorError):
+        async with aiohttp.ClientSession() as another:
+            await another.get(bench.url + "/health")
+    gate.set()
+    chunks += [chunk async for chunk in stream]
+    assert "".join(chunk.choices[0].text for chunk in chunks) == TEXT
+
+
+async def test_a_shutdown_in_mid_stream_raises_in_the_client_when_its_time_is_over(model_dir: Path) -> None:
     async with FakeCoordinator(a_status(str(model_dir), 400, (2,))) as coordinator:
         coordinator.script = lambda request: Script((5, 6, 7), gate=asyncio.Event(), gate_at=1)
-        async with a_gateway(coordinator) as bench:
+        async with a_gateway(coordinator, drain_s=0.1) as bench:
             await bench.until_health(200)
             stream = await bench.client.completions.create(model="tiny", prompt="x", stream=True)
             with pytest.raises(openai.APIError, match="shutting down"):  # noqa: PT012
