@@ -422,8 +422,8 @@ class KeepStripes(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class FindStripes(Message):
-    """Which shards of these stripes are here? Asked where Redis does not answer. Answered by StripesFound."""
+class FindShards(Message):
+    """Which shards of these stripes are here? Asked where Redis does not answer. Answered by ShardsFound."""
 
     question: int
     group: str
@@ -435,7 +435,7 @@ class FindStripes(Message):
 
 @dataclass(frozen=True, slots=True)
 class HeldShard(Message):
-    """A parity shard that the store has, as its index entry tells it. Part of StripesFound."""
+    """A parity shard that the store has, as its index entry tells it. Part of ShardsFound."""
 
     key: PageKey
     shard: int
@@ -444,8 +444,8 @@ class HeldShard(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class StripesFound(Message):
-    """What of the stripes in FindStripes, with this number, is here."""
+class ShardsFound(Message):
+    """What of the stripes in FindShards, with this number, is here."""
 
     question: int
     shards: tuple[HeldShard, ...]

