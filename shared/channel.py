@@ -62,9 +62,12 @@ class Channel:
 
     def send(self, message: Message) -> None:
         """Queue one message. Raises PeerLost if the channel is closed or its queue is full."""
+        self.send_frame(wire.encode(message))
+
+    def send_frame(self, frame: bytes) -> None:
+        """Queue a message that is encoded already: one that goes to several peers."""
         if self.closed:
             raise PeerLost(f"channel to {self.peer} is closed")
-        frame = wire.encode(message)
         if self._queued_bytes + len(frame) > MAX_QUEUED_BYTES:
             self._closed = True
             self._wake.set()

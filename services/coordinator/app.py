@@ -12,12 +12,12 @@ from aiohttp import web
 
 from services.coordinator.group import Group
 from services.coordinator.journal import Journal
-from services.coordinator.membership import Member
 from services.coordinator.metrics import CONTENT_TYPE
+from services.coordinator.shell import Shell
 from shared.channel import CHANNEL_PATH, Channel, accept
 from shared.config import CoordinatorSettings
 from shared.errors import ConfigError, GhostError
-from shared.messages import GatewayHello, Goodbye, StoreHello, Welcome, WorkerHello
+from shared.messages import GatewayHello, Goodbye, StoreHello, WorkerHello
 from shared.service import check_bind
 from shared.stripe_index import StripeIndex
 from shared.tls import server_context
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 REDIS_DEADLINE_S = 30.0
 CLOSE_DEADLINE_S = 2.0
 
-GROUP = web.AppKey("group", Group)
+SHELL = web.AppKey("shell", Shell)
 TOKEN = web.AppKey("token", object)
 
 
@@ -44,9 +44,9 @@ async def run(
         index = await stack.enter_async_context(StripeIndex(settings.redis_url, timeout=2.0))
         traces = stack.enter_context(tracing("coordinator"))
         epoch = await Journal(index, config.group).open(REDIS_DEADLINE_S)
-        group = Group(config, settings, index, epoch, tracing=traces)
+        shell = Shell(Group(config, settings, epoch, time.monotonic(), traces), index)
         runner = web.AppRunner(
-            application(group, settings.secret), handle_signals=False, shutdown_timeout=CLOSE_DEADLINE_S
+            application(shell, settings.secret), handle_signals=False, shutdown_timeout=CLOSE_DEADLINE_S
         )
         await runner.setup()
         try:
@@ -59,7 +59,7 @@ async def run(
             log.info("coordinator of group %s listens on %s, epoch %d", config.group, url, epoch)
             if on_listening:
                 on_listening(url)
-            await group.run(stop)
+            await shell.run(stop)
         finally:
             await runner.cleanup()
 
@@ -89,10 +89,10 @@ def group_config(settings: CoordinatorSettings) -> GroupConfig:
     return replace(config, protection="none") if settings.tp == 1 else config
 
 
-def application(group: Group, token: str | None) -> web.Application:
+def application(shell: Shell, token: str | None) -> web.Application:
     """The HTTP side: the control channel, and health for those who watch."""
     app = web.Application()
-    app[GROUP] = group
+    app[SHELL] = shell
     app[TOKEN] = token
     app.router.add_get(CHANNEL_PATH, _channel)
     app.router.add_get("/live", _live)
@@ -106,17 +106,16 @@ async def _live(request: web.Request) -> web.Response:
 
 
 async def _health(request: web.Request) -> web.Response:
-    status = request.app[GROUP].status()
+    status = request.app[SHELL].group.status()
     body = {"state": status.state, "detail": status.detail, "epoch": status.epoch}
     return web.json_response(body, status=200 if status.state == "serving" else 503, dumps=json.dumps)
 
 
 async def _metrics(request: web.Request) -> web.Response:
-    return web.Response(body=request.app[GROUP].metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+    return web.Response(body=request.app[SHELL].group.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
 
 async def _channel(request: web.Request) -> web.WebSocketResponse:
-    group = request.app[GROUP]
     token = request.app[TOKEN]
     socket, hello = await accept(request, str(token) if token is not None else None)
     if hello is None:
@@ -124,50 +123,10 @@ async def _channel(request: web.Request) -> web.WebSocketResponse:
     peer = getattr(hello, "name", None) or type(hello).__name__
     async with Channel(socket, peer) as channel:
         try:
-            match hello:
-                case WorkerHello():
-                    await _worker(group, hello, channel)
-                case StoreHello():
-                    await _store(group, hello, channel)
-                case GatewayHello():
-                    await _gateway(group, channel)
-                case _:
-                    channel.send(Goodbye(f"a hello was expected, not {type(hello).__name__}", final=True))
+            if isinstance(hello, WorkerHello | StoreHello | GatewayHello):
+                await request.app[SHELL].serve(hello, channel)
+            else:
+                channel.send(Goodbye(f"a hello was expected, not {type(hello).__name__}", final=True))
         except (GhostError, ConnectionError) as error:
             log.warning("channel to %s: %s", peer, error)
     return socket
-
-
-async def _worker(group: Group, hello: WorkerHello, channel: Channel) -> None:
-    member = Member(hello.name, hello.host, hello.host_id, hello.pid, hello.device, seen=time.monotonic())
-    channel.send(Welcome(group.config, group.membership.epoch))
-    group.worker_joins(member, channel)
-    reason = "its channel closed"
-    try:
-        async for message in channel:
-            group.from_worker(hello.name, message)
-    except GhostError as error:
-        reason = str(error)
-        raise
-    finally:
-        group.worker_gone(hello.name, reason, channel)
-
-
-async def _store(group: Group, hello: StoreHello, channel: Channel) -> None:
-    channel.send(Welcome(group.config, group.membership.epoch))
-    group.store_joins(hello.store, channel)
-    try:
-        async for message in channel:
-            group.from_store(hello.store.store_id, message)
-    finally:
-        group.store_gone(hello.store.store_id, channel)
-
-
-async def _gateway(group: Group, channel: Channel) -> None:
-    channel.send(Welcome(group.config, group.membership.epoch))
-    group.gateway_joins(channel)
-    try:
-        async for message in channel:
-            group.from_gateway(channel, message)
-    finally:
-        group.gateway_gone(channel)

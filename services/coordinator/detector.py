@@ -108,6 +108,7 @@ class Detector:
 
     def lost(self, membership: Membership, busy_since: float | None, now: float) -> Iterator[Suspicion]:
         """Workers to be given up, or, if they straggle, replaced. `busy_since`: when the step in flight began."""
+        self._note_slow(now)
         overdue = list(membership.overdue(now))
         late = self.behind([name for name, kind, _ in overdue if kind == "late"], membership.epoch)
         for name, kind, reason in overdue:
@@ -116,7 +117,7 @@ class Detector:
         if busy_since is not None and not overdue:
             ranks = [membership.members[name] for name in membership.ranks if name is not None]
             yield from self._standing(ranks, membership.epoch, busy_since, now)
-            slow = self.stragglers([each.name for each in ranks], now)
+            slow = self._stragglers([each.name for each in ranks], now)
             if slow and self._replace_stragglers and membership.spares():
                 ratio = self._ratio(slow[0], [each.name for each in ranks])
                 yield slow[0], "straggler", f"it computes {ratio:.1f} times as long as the other ranks"
@@ -157,24 +158,25 @@ class Detector:
         self._failed_first = [*before, (now, first)]
         return first if first in (name for _, name in before) else None
 
-    def stragglers(self, names: Collection[str], now: float) -> list[str]:
-        """Ranks that have computed far longer than the others, step after step, for some time."""
-        found = []
+    def _note_slow(self, now: float) -> None:
+        """Note since when ranks compute far longer than the others, step after step."""
+        names = [name for name, signs in self._signs.items() if signs.steps]
         for name in names:
-            signs = self._signs.get(name)
-            if signs is None or signs.steps < PACE_STEPS or self._ratio(name, names) < STRAGGLER_RATIO:
-                if signs is not None:
-                    signs.slow_since = None
+            signs = self._signs[name]
+            if signs.steps < PACE_STEPS or self._ratio(name, names) < STRAGGLER_RATIO:
+                signs.slow_since = None
             elif signs.slow_since is None:
                 signs.slow_since = now
-            elif now - signs.slow_since >= STRAGGLER_S:
-                found.append(name)
-        return found
+
+    def _stragglers(self, names: Collection[str], now: float) -> list[str]:
+        """Those of these ranks that have been slow for some time."""
+        since = ((name, signs.slow_since) for name in names if (signs := self._signs.get(name)) is not None)
+        return [name for name, slow_since in since if slow_since is not None and now - slow_since >= STRAGGLER_S]
 
     def paces(self, now: float) -> dict[str, Pace]:
         """How fast each worker computes that has taken part in steps."""
         names = [name for name, signs in self._signs.items() if signs.steps]
-        slow = self.stragglers(names, now)
+        slow = self._stragglers(names, now)
         return {name: Pace(self._signs[name].compute_s, name in slow) for name in names}
 
     def _ratio(self, name: str, names: Collection[str]) -> float:

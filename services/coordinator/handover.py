@@ -6,15 +6,15 @@ What fails on the way leaves the group as it is: copies count only where an epoc
 
 import logging
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from services.coordinator.membership import Formation, Member, Membership
+from services.coordinator.outside import Outside
 from services.coordinator.pages import PagePool
 from services.coordinator.scheduler import Scheduler
 from shared.errors import RequestRejected
-from shared.messages import CopyPages, Message, PagesCopied, Prepare, Prepared, StandBy
+from shared.messages import CopyPages, PagesCopied, Prepare, Prepared, StandBy
 from shared.types import OPEN_KEY, HandoverStatus, OperatorAction, pack_ids, pack_keys
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Move:
 
 
 class Handover:
-    """The move under way, if one. `send` sends a message to a worker, by name."""
+    """The move under way, if one."""
 
     def __init__(
         self,
@@ -56,14 +56,14 @@ class Handover:
         pool: PagePool,
         scheduler: Scheduler,
         page_bytes: int,
-        send: Callable[[str, Message], None],
+        outside: Outside,
     ):
         self.move: Move | None = None
         self._membership = membership
         self._pool = pool
         self._scheduler = scheduler
         self._batch = max(1, COPY_BYTES // page_bytes)
-        self._send = send
+        self._outside = outside
         self._attempts = 0
 
     # -- the operator ------------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ class Handover:
                 self._end("the operator changed their mind")
             member.cordoned = False
             if member.rank is None:
-                self._send(member.name, StandBy(self._membership.epoch, hold=True))
+                self._outside.to_worker(member.name, StandBy(self._membership.epoch, hold=True))
             return f"{member.name} may be taken again"
         if member.rank is None:
             if action == "replace":
@@ -114,7 +114,7 @@ class Handover:
             self._attempts += 1
             move.new, move.number, move.phase = spares[0].name, self._attempts, "preparing"
             log.info("a rank begins to move", extra={"rank": move.rank, "worker": move.old, "successor": move.new})
-            self._send(move.new, Prepare(move.number, move.rank))
+            self._outside.to_worker(move.new, Prepare(move.number, move.rank))
         elif move.phase == "copying" and not move.copying:
             self._copy_on(move, now)
 
@@ -216,7 +216,7 @@ class Handover:
             self._pool.pin(number)
         move.copying = tuple(pages)
         keys = pack_keys(self._pool.pages[number].key or OPEN_KEY for number in pages)
-        self._send(move.new, CopyPages(move.number, address, pack_ids(pages), keys))
+        self._outside.to_worker(move.new, CopyPages(move.number, address, pack_ids(pages), keys))
 
     def _again(self, reason: str, not_before: float = 0.0) -> None:
         """Begin with a spare anew, where the rank is still with its worker."""

@@ -4,18 +4,17 @@ The pool keeps each page's state; this sends what follows from it to ranks and s
 """
 
 import logging
-from collections.abc import Callable, Coroutine, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import partial
 
+from services.coordinator.events import FindStripes, Peer, StripesFound
 from services.coordinator.membership import Membership
+from services.coordinator.outside import Outside
 from services.coordinator.pages import PagePool, Shadow
 from services.coordinator.recovery import Stripe
 from services.coordinator.stores import Stores
 from services.coordinator.tails import Tails
-from shared.channel import Channel
-from shared.errors import GhostError
 from shared.messages import (
-    EpochNow,
     KeepStripes,
     Message,
     ProtectDone,
@@ -24,7 +23,7 @@ from shared.messages import (
     ShardsLost,
     StoreDrains,
 )
-from shared.types import GroupConfig, PageKey, StoreInfo, pack_ids
+from shared.types import GroupConfig, PageKey, pack_ids
 
 log = logging.getLogger(__name__)
 
@@ -38,20 +37,19 @@ IN_FLIGHT_PAGES = 1024
 
 
 class Protection:
-    """Sealed pages on their way to the stores. `to_ranks` sends a message to every rank, `spawn` begins a task."""
+    """Sealed pages on their way to the stores. `tails`: where those are protected too."""
 
     def __init__(
         self,
         config: GroupConfig,
         membership: Membership,
         pool: PagePool,
+        tails: Tails | None,
         stores: Stores,
-        to_ranks: Callable[[Message], None],
-        spawn: Callable[[Coroutine[Any, Any, None]], None],
+        outside: Outside,
     ):
         self.pool = pool
-        self.tails: Tails | None = None
-        """Where tails are protected too."""
+        self.tails = tails
         self.stores = stores
         self.parity_bytes = 0
         """Acknowledged since the start."""
@@ -59,8 +57,7 @@ class Protection:
         self._parity = config.parity if config.protection == "parity" else 0
         self._shards = config.size if config.protection == "replicate" else config.parity  # of a complete stripe
         self._membership = membership
-        self._to_ranks = to_ranks
-        self._spawn = spawn
+        self._outside = outside
         self._serial = 0  # of releases sent
         self._step = 0  # the last one done in this epoch: the KV of all before it is there
         self._tried = 0.0
@@ -91,7 +88,7 @@ class Protection:
         while pages := self.pool.start_protection(BATCH_PAGES, IN_FLIGHT_PAGES):
             numbers = pack_ids(page.number for page in pages)
             keys = tuple(page.key for page in pages if page.key is not None)
-            self._to_ranks(ProtectPlan(epoch, self._step, numbers, keys, stores, self._serial))
+            self._outside.to_ranks(ProtectPlan(epoch, self._step, numbers, keys, stores, self._serial))
 
     def _release(self, keys: tuple[PageKey, ...]) -> None:
         self._outdated(keys)
@@ -105,7 +102,7 @@ class Protection:
         if self.tails is not None and stores and (begun := self.tails.computed(self._membership.epoch, step)):
             slots, keys = pack_ids(token.slot for token in begun), tuple(token.key for token in begun)
             plan = ProtectPlan(self._membership.epoch, step, slots, keys, stores, self._serial, tail=True)
-            self._to_ranks(plan)
+            self._outside.to_ranks(plan)
         self.flow()
 
     def interrupted(self) -> None:
@@ -159,34 +156,21 @@ class Protection:
 
     # -- stores ------------------------------------------------------------------------------------------------------
 
-    def store_joins(self, store: StoreInfo, channel: Channel) -> None:
+    def store_joined(self, peer: Peer) -> None:
         """A parity store offers its memory: what it has is recognised, and all else that lacks protection gets it."""
-        self.stores.join(store, channel)
-        channel.send(EpochNow(self._group, self._membership.epoch))
         self._room = None
         if len(self.stores.open()) <= self._parity:
             self.pool.protect_again(Shadow.PROTECTED)  # before, shards of one stripe had to share a store
         if self._open:
-            self._keep(channel.send)
+            self._keep(partial(self._outside.send, peer))
 
-    def store_gone(self, store_id: str, channel: Channel) -> bool:
-        """A parity store is lost, and with it the parity that it held: all is encoded anew where there is room.
-
-        False if another has taken its place already.
-        """
-        if not self.stores.leave(store_id, channel):
-            return False
-        log.warning("parity store %s is lost", store_id)
+    def store_gone(self) -> None:
+        """A parity store is lost, and with it the parity that it held: all is encoded anew where there is room."""
         self.pool.protection_lost()
         self.flow()
-        return True
 
-    def from_store(self, store_id: str, message: ShardsLost | StoreDrains) -> None:
+    def parity_gone(self, message: ShardsLost | StoreDrains) -> None:
         """A store gave parity up, or wants to be rid of it: it is encoded anew from the live pages."""
-        if isinstance(message, ShardsLost):
-            log.warning("a store lost damaged stripes", extra={"store": store_id, "stripes": len(message.keys)})
-        else:
-            self.stores.drain(store_id)
         if message.group == self._group:
             self._outdated(message.keys)
             self.pool.shards_lost(message.keys)
@@ -208,25 +192,24 @@ class Protection:
         send(KeepStripes(self._group, self.pool.keys, self._membership.epoch, self._serial))
         self._serial += 1
         if self._looking is None:
-            self._looking = set()
-            self._spawn(self._recognise())
+            self._look()
 
-    async def _recognise(self) -> None:
-        """Ask the index for the stripes of unprotected pages: the complete ones are protected, others are tried again.
+    def _look(self) -> None:
+        """Ask the index for the stripes of unprotected pages."""
+        self._looking = set()
+        keys, epoch = tuple(self.pool.unprotected()), self._membership.epoch
+        self._outside.ask(FindStripes("recognise", epoch, keys, self.stores.open()))
 
-        Asked again where stores come or go meanwhile.
-        """
-        try:
-            stripes: dict[PageKey, Stripe] = {}
-            stores = None
-            while stores != (stores := self.stores.open()):
-                self._looking = set()
-                stripes = await self.stores.look_up(self.pool.unprotected(), stores)
-        except GhostError as error:
-            log.warning("the stripe index can't be read, so all is encoded anew: %s", error)
+    def looked_up(self, question: FindStripes, found: StripesFound) -> None:
+        """Complete stripes are protected, others are tried again; where stores came or went meanwhile, look again."""
+        if found.trouble:
+            log.warning("the stripe index can't be read, so all is encoded anew: %s", found.trouble)
+        elif question.stores != self.stores.open():
+            self._look()
+            return
         outdated, self._looking = self._looking or set(), None
-        found = [key for key, stripe in stripes.items() if key not in outdated and self._complete(stripe)]
-        self.pool.found_protected(found)
+        complete = [key for key, stripe in found.stripes.items() if key not in outdated and self._complete(stripe)]
+        self.pool.found_protected(complete)
         self._again()
 
     def _complete(self, stripe: Stripe) -> bool:

@@ -1,13 +1,13 @@
 """The requests of a group: taken or refused, streamed to the gateways, ended when nobody waits any more."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from services.coordinator.events import Peer
+from services.coordinator.outside import Outside
 from services.coordinator.scheduler import Output, Scheduler, Sequence
 from services.coordinator.traces import Traces
-from shared.channel import Channel
-from shared.messages import Accepted, DigestDone, DigestPlan, Message, Refused, Submit, Tokens
+from shared.messages import Accepted, DigestDone, DigestPlan, Refused, Submit, Tokens
 from shared.types import ModelInfo, pack_ids, root_key, unpack_ids
 
 log = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ class Ticket:
     """A request that a gateway waits for."""
 
     request_id: str
-    gateway: Channel
+    gateway: Peer
     sequence: Sequence
 
 
@@ -32,26 +32,26 @@ class Digests:
 
 
 class Requests:
-    """Tickets between gateways and the scheduler's sequences. `to_ranks` sends a message to every rank."""
+    """Tickets between gateways and the scheduler's sequences."""
 
     def __init__(
         self,
         scheduler: Scheduler,
         model: ModelInfo,
         size: int,
-        to_ranks: Callable[[Message], None],
+        outside: Outside,
         traces: Traces,
     ):
         self._scheduler = scheduler
         self._model = model
         self._size = size
-        self._to_ranks = to_ranks
+        self._outside = outside
         self._traces = traces
         self._tickets: dict[str, Ticket] = {}
         self._digests: dict[int, Digests] = {}
         self._plans = 0
 
-    def submit(self, gateway: Channel, submit: Submit) -> None:
+    def submit(self, gateway: Peer, submit: Submit) -> None:
         """Queue a request, or refuse it and say why. One that was accepted before goes on after its last token."""
         request = submit.request
         resumed, known = submit.generated is not None, self._tickets.get(request.request_id)
@@ -59,7 +59,7 @@ class Requests:
             self._end(known)  # its gateway lost the channel, and is back before that is known here
         refusal = self._refusal(submit, resumed=resumed)
         if refusal is not None:
-            gateway.send(refusal)
+            self._outside.send(gateway, refusal)
             return
         root = root_key(self._model.fingerprint, request.cache_salt)
         if submit.generated is None:
@@ -69,7 +69,7 @@ class Requests:
         self._tickets[request.request_id] = Ticket(request.request_id, gateway, sequence)
         self._traces.submitted(sequence)
         log.debug("queued", extra={"request": request.request_id, "prompt_tokens": sequence.prompt_tokens})
-        gateway.send(Accepted(request.request_id))
+        self._outside.send(gateway, Accepted(request.request_id))
         if sequence.finish is not None and not request.kv_digest:
             self._send(sequence, Output(sequence, (), (), sequence.finish), ())
 
@@ -97,15 +97,15 @@ class Requests:
             return Refused(name, 400, "context_length_exceeded", text, "max_tokens")
         return None
 
-    def abort(self, gateway: Channel, request_id: str) -> None:
+    def abort(self, gateway: Peer, request_id: str) -> None:
         """Nobody waits for this request any more."""
         ticket = self._tickets.get(request_id)
-        if ticket is not None and ticket.gateway is gateway:
+        if ticket is not None and ticket.gateway == gateway:
             self._end(ticket)
 
-    def gateway_gone(self, gateway: Channel) -> None:
+    def gateway_gone(self, gateway: Peer) -> None:
         """A gateway is lost, and with it all who wait behind it."""
-        for ticket in [each for each in self._tickets.values() if each.gateway is gateway]:
+        for ticket in [each for each in self._tickets.values() if each.gateway == gateway]:
             self._end(ticket)
 
     def deliver(self, output: Output) -> None:
@@ -121,8 +121,9 @@ class Requests:
         if ticket is None:
             return
         first = len(sequence.tokens) - sequence.prompt_tokens <= len(output.tokens)
-        if not ticket.gateway.closed and (output.tokens or output.finish):
-            ticket.gateway.send(
+        if output.tokens or output.finish:
+            self._outside.send(
+                ticket.gateway,
                 Tokens(
                     request_id=ticket.request_id,
                     tokens=pack_ids(output.tokens),
@@ -131,7 +132,7 @@ class Requests:
                     finish_reason=output.finish,
                     cached_tokens=sequence.cached_tokens,
                     kv_digests=digests,
-                )
+                ),
             )
         if output.finish is not None:
             self._end(ticket)
@@ -156,7 +157,7 @@ class Requests:
             if sequence.finish is not None and whole and sequence.number not in self._digests:
                 self._plans += 1
                 self._digests[sequence.number] = Digests(self._plans, sequence)
-                self._to_ranks(DigestPlan(epoch, self._plans, pack_ids(sequence.pages), sequence.computed))
+                self._outside.to_ranks(DigestPlan(epoch, self._plans, pack_ids(sequence.pages), sequence.computed))
 
     def digest_done(self, message: DigestDone) -> None:
         """A rank's hash is there; with the last one the sequence ends."""

@@ -2,21 +2,21 @@
 there. Cached pages follow when the group serves, a few at a time.
 """
 
-import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from services.coordinator.events import FindStripes, StripesFound
 from services.coordinator.membership import Membership
+from services.coordinator.outside import Outside
 from services.coordinator.pages import PagePool
 from services.coordinator.recovery import Rates, Stripe, plan_restore, rebuilt, restorable, valid_tokens, wanted_keys
 from services.coordinator.scheduler import Scheduler, Sequence
 from services.coordinator.stores import Stores
 from services.coordinator.tails import Tails
 from services.coordinator.timeline import Timeline
-from shared.errors import GhostError
-from shared.messages import Message, RestoreDone, RestorePlan, StripeRestore
+from shared.messages import RestoreDone, RestorePlan, StripeRestore
 from shared.types import GroupConfig, ModelInfo, PageKey, round_pages
 
 log = logging.getLogger(__name__)
@@ -38,8 +38,18 @@ class Batch:
     answers: dict[int, RestoreDone] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class Cached:
+    """The return of cached pages in this epoch: so many were lost when it began, and these are looked up."""
+
+    began: int
+    pages: tuple[int, ...] = ()
+    asked: bool = False
+    not_before: float = 0.0
+
+
 class Restoration:
-    """Stripes that wait to be decoded, in order, and the plans under way. `to_ranks` sends a message to every rank."""
+    """Stripes that wait to be decoded, in order, and the plans under way. `tails`: where those are protected too."""
 
     def __init__(
         self,
@@ -47,10 +57,11 @@ class Restoration:
         model: ModelInfo,
         membership: Membership,
         scheduler: Scheduler,
+        tails: Tails | None,
         stores: Stores,
         timeline: Timeline,
         rates: Rates,
-        to_ranks: Callable[[Message], None],
+        outside: Outside,
         *,
         always: bool,
     ):
@@ -62,16 +73,17 @@ class Restoration:
         self._stores = stores
         self._timeline = timeline
         self._rates = rates
-        self._to_ranks = to_ranks
+        self._outside = outside
         self._always = always
         self._planned = False
-        self.tails: Tails | None = None
+        self._tails = tails
         self._queue: deque[StripeRestore] = deque()
         self._tail_queue: deque[StripeRestore] = deque()
         self._slots_back: set[int] = set()
         """Single tokens whose KV is there again, in this epoch."""
         self._batches: dict[int, Batch] = {}
         self._plans = 0
+        self._cached: Cached | None = None
 
     # -- events ------------------------------------------------------------------------------------------------------
 
@@ -84,18 +96,29 @@ class Restoration:
         for batch in self._batches.values():
             self._unpin(batch)
         self._batches.clear()
+        self._cached = None
 
-    async def plan(self, epoch: int) -> None:
-        """Look up what the running sequences lack, while the ranks still connect, and begin to restore it."""
-        running = self._scheduler.running
-        tails = self.tails.keys(running) if self.tails is not None else []
-        stripes = await self._look_up([*wanted_keys(self._pool, running), *tails])
+    def plan(self) -> None:
+        """Look up what the running sequences lack, while the ranks still connect."""
+        running, epoch = self._scheduler.running, self._membership.epoch
+        tails = self._tails.keys(running) if self._tails is not None else []
+        keys = (*wanted_keys(self._pool, running), *tails)
+        if keys and self._config.protection != "none":
+            self._outside.ask(FindStripes("restore", epoch, keys, self._stores.infos()))
+        else:
+            self.planned(epoch, StripesFound({}))
+
+    def planned(self, epoch: int, found: StripesFound) -> None:
+        """The index has told: begin to restore, if the epoch that it was asked for lasts."""
         if epoch != self._membership.epoch or self._membership.state == "forming":
             return
+        if found.trouble:
+            log.warning("the stripe index can't be read: %s", found.trouble)
+        stripes = found.stripes
         returns = plan_restore(
             self._pool,
             self._scheduler.running,
-            stripes or {},
+            stripes,
             self._rates,
             page_bytes=self._page_bytes,
             page_tokens=self._config.page_tokens,
@@ -117,7 +140,7 @@ class Restoration:
             self._queue.extend(each.stripes)
         coming = {stripe.page for stripe in self._queue}
         for each in returns:
-            self._tail_queue.extend(self._tail_stripes(each.sequence, coming, stripes or {}))
+            self._tail_queue.extend(self._tail_stripes(each.sequence, coming, stripes))
         self._planned = True
         self._send()
 
@@ -125,14 +148,14 @@ class Restoration:
         self, sequence: Sequence, coming: Collection[int], stripes: Mapping[PageKey, Stripe]
     ) -> Iterator[StripeRestore]:
         """How to rebuild the tokens after the pages that are there or `coming`, as far as they have stripes."""
-        if self.tails is None:
+        if self._tails is None:
             return
         there = 0
         for page, key in zip(sequence.pages, sequence.keys, strict=False):
             if (self._pool.pages[page].missing and page not in coming) or self._pool.pages[page].key != key:
                 break
             there += 1
-        for token in self.tails.run(sequence, there * self._config.page_tokens):
+        for token in self._tails.run(sequence, there * self._config.page_tokens):
             stripe = rebuilt(token.slot, token.key, self._pool.pages[token.page].missing, stripes)
             if stripe is None:
                 return
@@ -210,43 +233,46 @@ class Restoration:
 
     # -- cached pages ------------------------------------------------------------------------------------------------
 
-    async def restore_cached(self, epoch: int) -> None:
-        """While the epoch serves, bring back cached pages, a few at a time; what can't be restored is dropped."""
-        count = max(1, CACHED_BYTES // self._page_bytes)
-        began = lost = self._pool.lost
-        while self._serves(epoch) and (pages := self._pool.lost_cached(count)):
-            stripes = await self._look_up([page.key for page in pages if page.key is not None])
-            if not self._serves(epoch):
-                return
-            if stripes is None:
-                await asyncio.sleep(INDEX_RETRY_S)
-            else:
-                found = [restorable(page, stripes, copies=self._config.protection == "replicate") for page in pages]
-                self._pool.forget(page.number for page, way in zip(pages, found, strict=True) if way is None)
-                self._queue.extend(way for way in found if way is not None)
-                self._send()
-            while True:
-                await asyncio.sleep(CACHED_PAUSE_S)
-                if not self._serves(epoch) or self.idle:
-                    break
-            lost = self._pool.lost
-        if began:
-            log.info("cached pages are restored or dropped", extra={"pages": began - lost})
+    def begin_cached(self) -> None:
+        """From now on, while the epoch serves, cached pages come back; what can't be restored is dropped."""
+        self._cached = Cached(self._pool.lost) if self._membership.state == "serving" else None
 
-    def _serves(self, epoch: int) -> bool:
-        return epoch == self._membership.epoch and self._membership.state == "serving"
+    def tick(self) -> None:
+        """Ask for the next cached pages, if it is time and those before are done with."""
+        cached, now = self._cached, self._outside.now
+        if cached is None or cached.asked or now < cached.not_before or not self.idle:
+            return
+        cached.pages = tuple(page.number for page in self._pool.lost_cached(max(1, CACHED_BYTES // self._page_bytes)))
+        if not cached.pages:
+            if done := cached.began - self._pool.lost:
+                log.info("cached pages are restored or dropped", extra={"pages": done})
+            self._cached = None
+            return
+        cached.asked, cached.not_before = True, now + CACHED_PAUSE_S
+        keys = tuple(key for number in cached.pages if (key := self._pool.pages[number].key) is not None)
+        self._outside.ask(FindStripes("cached", self._membership.epoch, keys, self._stores.infos()))
+
+    def cached_found(self, epoch: int, found: StripesFound) -> None:
+        """The index has told of cached pages: those that it knows are restored."""
+        cached = self._cached
+        if cached is None or epoch != self._membership.epoch:
+            return
+        cached.asked = False
+        if found.trouble:
+            log.warning("the stripe index can't be read: %s", found.trouble)
+            cached.not_before = self._outside.now + INDEX_RETRY_S
+            return
+        for number in cached.pages:
+            page = self._pool.pages[number]
+            if page.missing:
+                way = restorable(page, found.stripes, copies=self._config.protection == "replicate")
+                if way is not None:
+                    self._queue.append(way)
+                else:
+                    self._pool.forget([number])
+        self._send()
 
     # -- inside ------------------------------------------------------------------------------------------------------
-
-    async def _look_up(self, keys: list[PageKey]) -> dict[PageKey, Stripe] | None:
-        """What the index has of these stripes; None if it can't be read."""
-        if not keys or self._config.protection == "none":
-            return {}
-        try:
-            return await self._stores.look_up(keys, self._stores.infos())
-        except GhostError as error:
-            log.warning("the stripe index can't be read: %s", error)
-            return None
 
     def _send(self) -> None:
         """Keep PLANS_IN_FLIGHT plans at the ranks, each of one round of exchange."""
@@ -262,7 +288,7 @@ class Restoration:
                 self._pool.pin(self._page(stripe, tail=tail))
             self._plans += 1
             self._batches[self._plans] = Batch(tuple(stripes), tail)
-            self._to_ranks(RestorePlan(self._membership.epoch, self._plans, tuple(stripes), tail))
+            self._outside.to_ranks(RestorePlan(self._membership.epoch, self._plans, tuple(stripes), tail))
 
     def _current(self, stripe: StripeRestore, *, tail: bool) -> bool:
         """Whether that is still to be done: its request may have ended meanwhile, and the page have been given away."""

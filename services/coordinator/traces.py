@@ -5,9 +5,10 @@ of its sealed pages have their parity. A recovery is a trace of its own.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from services.coordinator.outside import Outside
 from services.coordinator.pages import EXPOSED, PagePool
 from services.coordinator.scheduler import Output, Sequence
 from shared.tracing import Tracing
@@ -32,10 +33,10 @@ class _Request:
 class Traces:
     """Follows sequences by number. Made anew with the scheduler, whose numbers they are."""
 
-    def __init__(self, tracing: Tracing, pool: PagePool, clock: Callable[[], float]):
+    def __init__(self, tracing: Tracing, pool: PagePool, outside: Outside):
         self._tracing = tracing
         self._pool = pool
-        self._clock = clock
+        self._outside = outside
         self._requests: dict[int, _Request] = {}
         self._protecting: OrderedDict[int, _Request] = OrderedDict()
 
@@ -43,7 +44,7 @@ class Traces:
         """A request is queued."""
         if self._tracing.on:
             request = sequence.request
-            self._requests[sequence.number] = _Request(request.traceparent, request.request_id, self._clock())
+            self._requests[sequence.number] = _Request(request.traceparent, request.request_id, self._outside.now)
 
     def planned(self, running: Iterable[Sequence]) -> None:
         """A step is sent; those that run now have left the queue."""
@@ -51,18 +52,18 @@ class Traces:
             for sequence in running:
                 request = self._requests.get(sequence.number)
                 if request is not None and not request.planned:
-                    request.planned = self._clock()
+                    request.planned = self._outside.now
 
     def delivered(self, output: Output) -> None:
         """A step gave a sequence its next token."""
         if self._tracing.on and (request := self._requests.get(output.sequence.number)) is not None:
-            request.first_token = request.first_token or self._clock()
+            request.first_token = request.first_token or self._outside.now
 
     def ended(self, sequence: Sequence) -> None:
         """A request is over, finished or not."""
         if not self._tracing.on or (request := self._requests.pop(sequence.number, None)) is None:
             return
-        now = self._clock()
+        now = self._outside.now
         marks = [request.submitted, request.planned or now, request.first_token or now, now]
         tokens: dict[str, str | int] = {
             "ghostserve.prompt_tokens": sequence.prompt_tokens,
@@ -83,7 +84,7 @@ class Traces:
             if not any(self._pool.shadow_of(key) in EXPOSED for key in request.keys):
                 del self._protecting[number]
                 pages: dict[str, str | int] = {"ghostserve.pages": len(request.keys)}
-                self._tell(request, "protect", request.planned, self._clock(), pages)
+                self._tell(request, "protect", request.planned, self._outside.now, pages)
 
     def _tell(self, request: _Request, name: str, start: float, end: float, attributes: dict[str, str | int]) -> None:
         self._tracing.span(name, parent=request.parent, start=start, attributes=attributes).end(at=end)

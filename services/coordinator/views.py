@@ -1,13 +1,13 @@
 """What the coordinator shows of a group: its status, and in words what it waits for. Pure."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from services.coordinator.membership import Membership, Pace
 from services.coordinator.pages import Shadow
-from services.coordinator.protection import Protection
-from services.coordinator.scheduler import Scheduler
-from services.coordinator.timeline import Timeline
-from shared.types import ClusterStatus, GroupConfig, HandoverStatus, ModelInfo
+from services.coordinator.serving import Serving
+from services.coordinator.stores import Stores
+from shared.types import ClusterStatus, GroupConfig
 
 _DETAILS = {
     "assigning": "ranks load their slices",
@@ -20,35 +20,55 @@ _DETAILS = {
 def cluster_status(
     config: GroupConfig,
     members: Membership,
-    protection: Protection,
-    scheduler: Scheduler | None,
-    model: ModelInfo | None,
-    timeline: Timeline,
+    stores: Stores,
+    serving: Serving | None,
     paces: Mapping[str, Pace],
-    handover: HandoverStatus | None,
     now: float,
 ) -> ClusterStatus:
-    """The group's state now."""
-    pool, stores = protection.pool, protection.stores.infos()
-    pending = pool.count(Shadow.QUEUED) + pool.count(Shadow.PENDING)
-    exposed = pending + pool.count(Shadow.UNPROTECTED)
-    return ClusterStatus(
+    """The group's state now. `serving` once the model is known."""
+    told = ClusterStatus(
         group=config.group,
         state=members.state,
         detail=detail(members),
         epoch=members.epoch,
         served_name=config.served_name,
-        model=model,
-        max_model_len=scheduler.max_model_len if scheduler else 0,
+        model=None,
+        max_model_len=0,
         size=config.size,
         parity=config.parity,
         protection=config.protection,
-        can_lose=can_lose(config, members, protection, scheduler),
-        reduced_protection=reduced_protection(config, protection),
+        can_lose=0,
+        reduced_protection=reduced_protection(config, stores),
         workers=members.statuses(paces),
-        stores=stores,
-        running=len(scheduler.running) if scheduler else 0,
-        waiting=len(scheduler.waiting) if scheduler else 0,
+        stores=stores.infos(),
+        running=0,
+        waiting=0,
+        pages_total=0,
+        pages_held=0,
+        pages_cached=0,
+        pages_lost=0,
+        stripes_protected=0,
+        stripes_pending=0,
+        stripes_unprotected=0,
+        unprotected_reason="",
+        parity_bytes_stored=0,
+        recoveries=(),
+        now=now,
+    )
+    return told if serving is None else _while_serving(told, config, members, serving)
+
+
+def _while_serving(told: ClusterStatus, config: GroupConfig, members: Membership, serving: Serving) -> ClusterStatus:
+    pool, scheduler, timeline, protection = serving.pool, serving.scheduler, serving.timeline, serving.protection
+    pending = pool.count(Shadow.QUEUED) + pool.count(Shadow.PENDING)
+    exposed = pending + pool.count(Shadow.UNPROTECTED)
+    return replace(
+        told,
+        model=serving.model,
+        max_model_len=scheduler.max_model_len,
+        can_lose=can_lose(config, members, serving),
+        running=len(scheduler.running),
+        waiting=len(scheduler.waiting),
         pages_total=len(pool.pages),
         pages_held=pool.held,
         pages_cached=pool.cached,
@@ -59,46 +79,42 @@ def cluster_status(
         unprotected_reason=protection.trouble if exposed else "",
         parity_bytes_stored=protection.parity_bytes,
         recoveries=tuple(timeline.records),
-        handover=handover,
-        now=now,
+        handover=serving.handover.status(),
         recovering_since=timeline.current.started if timeline.current is not None else None,
-        protection_lag_s=max(0.0, now - since) if (since := pool.exposed_since()) is not None else 0.0,
-        unprotected_tokens=unprotected_tokens(config, protection, scheduler) if scheduler else 0,
-        prompt_tokens=scheduler.prompt_tokens if scheduler else 0,
-        generated_tokens=scheduler.generated_tokens if scheduler else 0,
-        preemptions=scheduler.preemptions if scheduler else 0,
+        protection_lag_s=max(0.0, told.now - since) if (since := pool.exposed_since()) is not None else 0.0,
+        unprotected_tokens=unprotected_tokens(config, serving),
+        prompt_tokens=scheduler.prompt_tokens,
+        generated_tokens=scheduler.generated_tokens,
+        preemptions=scheduler.preemptions,
     )
 
 
-def can_lose(config: GroupConfig, members: Membership, protection: Protection, scheduler: Scheduler | None) -> int:
+def can_lose(config: GroupConfig, members: Membership, serving: Serving) -> int:
     """Ranks that may be lost now: none while pages are still lost, or those of running requests have no parity."""
-    if members.state != "serving" or config.protection == "none" or not protection.stores.infos():
+    if members.state != "serving" or config.protection == "none" or not serving.protection.stores.infos():
         return 0
-    if protection.pool.lost:
+    if serving.pool.lost:
         return 0
-    pages = protection.pool.pages
-    running = scheduler.running if scheduler is not None else ()
-    held = (pages[number] for each in running for number in each.pages[: len(each.keys)])
+    pages = serving.pool.pages
+    held = (pages[number] for each in serving.scheduler.running for number in each.pages[: len(each.keys)])
     if any(page.shadow is not Shadow.PROTECTED for page in held):
         return 0
     return config.size if config.protection == "replicate" else config.parity
 
 
-def reduced_protection(config: GroupConfig, protection: Protection) -> str:
+def reduced_protection(config: GroupConfig, stores: Stores) -> str:
     """Why the loss of one store would cost a stripe several shards; empty where it would not."""
-    stores = len(protection.stores.open())
-    if config.protection != "parity" or not 0 < stores < config.parity:
+    count = len(stores.open())
+    if config.protection != "parity" or not 0 < count < config.parity:
         return ""
-    return (
-        f"{config.parity} parity shards of each stripe lie in {stores} store(s): a store's loss costs several at once"
-    )
+    return f"{config.parity} parity shards of each stripe lie in {count} store(s): a store's loss costs several at once"
 
 
-def unprotected_tokens(config: GroupConfig, protection: Protection, scheduler: Scheduler) -> int:
+def unprotected_tokens(config: GroupConfig, serving: Serving) -> int:
     """Tokens of running sequences that would be recomputed, were a rank lost now."""
-    pages = protection.pool.pages
+    pages = serving.pool.pages
     exposed = 0
-    for sequence in scheduler.running:
+    for sequence in serving.scheduler.running:
         kept = 0
         while kept < len(sequence.keys) and pages[sequence.pages[kept]].shadow is Shadow.PROTECTED:
             kept += 1

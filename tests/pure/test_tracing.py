@@ -1,6 +1,5 @@
 """Traces reach a real OTLP receiver, below the caller's span; without an endpoint nothing is told."""
 
-import asyncio
 import itertools
 import socket
 import time
@@ -11,7 +10,7 @@ from services.coordinator.traces import tell_recovery
 from shared.tracing import NoTracing, traceparent_of, tracing
 from shared.types import RecoveryRecord
 from tests.otlp import receiving
-from tests.pure.test_group_simulation import finish, running, serving
+from tests.pure.test_group_simulation import finish, serving, until
 from tests.pure.world import World
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -76,25 +75,21 @@ def test_a_traceparent_that_is_none_is_dropped(header: str) -> None:
     assert traceparent_of(PARENT) == PARENT
 
 
-async def test_requests_and_a_recovery_of_a_group_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_and_a_recovery_of_a_group_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with receiving() as receiver:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
         with tracing("coordinator") as traces:
-            world = World(3)
-            world.group.tracing = traces
-            async with running(world), asyncio.timeout(20):
-                for _ in range(world.size + 1):
-                    world.add_worker()
-                world.add_store()
-                await serving(world)
-                world.submit(length=30, max_tokens=20)
-                while not any(page.shadow.value == "protected" for page in world.group.pool.pages):
-                    await world.move()
-                world.kill(next(each for each in world.workers.values() if each.assign is not None))
-                await finish(world)
-                while not (told := world.group.status().recoveries):
-                    await asyncio.sleep(0.001)
-        spans = await asyncio.to_thread(lambda: receiver.spans["ghostserve-coordinator"])
+            world = World(3, tracing=traces)
+            for _ in range(world.size + 1):
+                world.add_worker()
+            world.add_store()
+            serving(world)
+            world.submit(length=30, max_tokens=20)
+            until(world, lambda: any(page.shadow.value == "protected" for page in world.pool.pages))
+            world.kill(next(each for each in world.workers.values() if each.assign is not None))
+            finish(world)
+            told = world.group.status().recoveries
+        spans = receiver.spans["ghostserve-coordinator"]
     by_name = {span.name: span for span in spans}
     assert by_name.keys() >= {"queue", "prefill", "decode", "protect", "recovery", "fence", "recompute", "resume"}
     assert by_name["prefill"].end_time_unix_nano == by_name["decode"].start_time_unix_nano

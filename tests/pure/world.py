@@ -1,10 +1,8 @@
-"""A simulated cluster around the real Group: workers, stores and index are a few lines each, and every message waits
-until the test's dice let it through. KV is modelled by the token ids that a page holds on each rank, so that any stale,
-missing or mixed-up page shows as a wrong token.
+"""A simulated cluster around the coordinator's core: workers, stores and index are a few lines each, time passes with
+each move, and every message and answer waits until the test's dice let it through. KV is modelled by the token ids that
+a page holds on each rank, so that any stale, missing or mixed-up page shows as a wrong token.
 """
 
-import asyncio
-import contextlib
 import hashlib
 import itertools
 import random
@@ -13,9 +11,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from services.coordinator.app import group_config
+from services.coordinator.events import (
+    Answer,
+    Answered,
+    Ask,
+    Came,
+    EpochIs,
+    Event,
+    FindStripes,
+    KeepEpoch,
+    Left,
+    NextEpoch,
+    Peer,
+    Question,
+    Said,
+    Send,
+    StripesFound,
+    Tick,
+)
 from services.coordinator.group import Group
-from services.coordinator.membership import Member
-from services.coordinator.pages import Shadow
+from services.coordinator.pages import PagePool, Shadow
+from services.coordinator.recovery import Stripe
+from services.coordinator.serving import Serving
 from shared.config import CoordinatorSettings
 from shared.messages import (
     Abort,
@@ -27,12 +44,14 @@ from shared.messages import (
     DigestDone,
     DigestPlan,
     EpochNow,
+    GatewayHello,
     Goodbye,
     Join,
     Joined,
     KeepStripes,
     Message,
     PagesCopied,
+    ParityShard,
     Prepare,
     Prepared,
     ProtectDone,
@@ -48,11 +67,14 @@ from shared.messages import (
     StandBy,
     StepDone,
     StepPlan,
+    StoreHello,
     Submit,
     Tokens,
+    Welcome,
+    WorkerHello,
     WorkerReady,
 )
-from shared.stripe_index import ShardEntry, Stripe
+from shared.tracing import Tracing
 from shared.types import (
     OPEN_KEY,
     GenerationRequest,
@@ -72,6 +94,8 @@ VOCABULARY = 1000
 EOS = 7
 MODEL = ModelInfo("/nowhere", "fingerprint", "Sim", "float32", VOCABULARY, 4096, 2, 6, 4, (EOS,), 10_000_000)
 GARBAGE = -1
+TICK_S = 0.05
+MOVE_S = 0.002
 
 
 def next_token(tokens: tuple[int, ...]) -> int:
@@ -81,15 +105,11 @@ def next_token(tokens: tuple[int, ...]) -> int:
 
 
 class Wire:
-    """A channel of which only the sending end is real."""
+    """A connection to the core: what it has sent, and not arrived."""
 
-    def __init__(self) -> None:
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
         self.sent: deque[Message] = deque()
-        self.closed = False
-
-    def send(self, message: Message) -> None:
-        assert not self.closed
-        self.sent.append(message)
 
 
 @dataclass(eq=False)
@@ -129,42 +149,6 @@ class SimWorker:
         return Claim(self.assign.epoch, self.assign.rank, pages, keys)
 
 
-class SimIndex:
-    """What the group asks of the stripe index."""
-
-    def __init__(self, world: "World"):
-        self._world = world
-        self.last_epoch = 0
-
-    async def epoch(self, group: str) -> int:
-        return self.last_epoch
-
-    async def advance_epoch(self, group: str, *, at_least: int = 0) -> int:
-        await self._takes_a_while()
-        self.last_epoch = max(self.last_epoch, at_least) + 1
-        return self.last_epoch
-
-    async def get_many(self, group: str, keys: list[PageKey]) -> dict[PageKey, Stripe]:
-        world = self._world
-        answer = {
-            key: Stripe(
-                key,
-                tuple(
-                    ShardEntry(key, world.size + n, "store", world.incarnation, 1, world.size, world.parity, 1, 0, (0,))
-                    for n in range(world.parity)
-                ),
-            )
-            for key in keys
-            if key in world.parity_of
-        }
-        await self._takes_a_while()
-        return answer
-
-    async def _takes_a_while(self) -> None:
-        for _ in range(self._world.dice.choice((1, 1, 5, 30))):  # what else happens goes on meanwhile
-            await asyncio.sleep(0)
-
-
 class World:
     """The dice, the workers, one store, one client."""
 
@@ -177,6 +161,7 @@ class World:
         pages: int = 24,
         page_tokens: int = 4,
         protect_tail: bool = False,
+        tracing: Tracing | None = None,
     ):
         self.dice = random.Random(seed)
         self.size, self.parity, self.pages, self.page_tokens = size, parity, pages, page_tokens
@@ -186,11 +171,22 @@ class World:
             page_tokens=page_tokens,
             max_step_tokens=self.dice.choice((3, 8, 32)),
             max_batch=self.dice.choice((2, 8)),
+            heartbeat_s=3600,
             heartbeat_timeout_s=3600,
             restore="always",
             protect_tail=protect_tail,
         )
-        self.index = SimIndex(self)
+        self.tracing = tracing
+        self.now = 100.0
+        self.last_epoch = 0
+        """What Redis knows."""
+        self.questions: dict[int, tuple[Question, Answer]] = {}
+        """Not answered yet."""
+        self.slow_index = False
+        """While it is set, no look-up is answered."""
+        self.wires: dict[Peer, Wire] = {}
+        self._peers = itertools.count(1)
+        self._ticked = self.now
         self.group = self._make_group()
         self.workers: dict[str, SimWorker] = {}
         self.parity_of: dict[PageKey, list[list[int]]] = {}
@@ -209,44 +205,88 @@ class World:
         self.prepared_switches = 0
         self.copy_failures = 0.0
         self._names = itertools.count()
-        self._stop = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self.handle(Tick())
+        self.gateway_dials()
 
     # -- the coordinator ---------------------------------------------------------------------------------------------
 
     def _make_group(self) -> Group:
-        group = Group(group_config(self.settings), self.settings, self.index, self.index.last_epoch)  # type: ignore[arg-type]
-        group.membership.return_grace_s = self.dice.choice((0.0, 0.002, 0.01))
+        group = Group(group_config(self.settings), self.settings, self.last_epoch, self.now, self.tracing)
+        group.membership.return_grace_s = self.dice.choice((0.0, 0.1, 0.3))
         return group
 
-    async def start(self) -> None:
-        """Let the coordinator run, and the gateway connect."""
-        self._task = asyncio.create_task(self.group.run(self._stop))
-        await asyncio.sleep(0)
-        self.gateway_dials()
+    def handle(self, event: Event) -> None:
+        """Hand an event to the core; what comes out is under way, questions with what Redis says at that moment."""
+        self.group.handle(self.now, event)
+        self._carry()
 
-    async def stop(self) -> None:
-        """End it in order."""
-        self._stop.set()
-        if self._task is not None:
-            await asyncio.wait_for(self._task, 5.0)
+    def flow(self) -> None:
+        """What comes out by itself every two seconds comes now."""
+        self.serving.protection.flow()
+        self._carry()
 
-    async def crash(self) -> None:
+    def _carry(self) -> None:
+        for output in self.group.take():
+            match output:
+                case Send(peers, message):
+                    for peer in peers:
+                        if peer in self.wires:
+                            self.wires[peer].sent.append(message)
+                case Ask(number, question):
+                    self.questions[number] = (question, self._answer(question))
+
+    def _answer(self, question: Question) -> Answer:
+        match question:
+            case NextEpoch(current):
+                self.last_epoch = max(self.last_epoch, current) + 1
+                return EpochIs(self.last_epoch)
+            case KeepEpoch(current):
+                self.last_epoch = max(self.last_epoch, current)
+                return EpochIs(self.last_epoch)
+            case FindStripes(keys=keys, stores=stores):
+                here = [store for store in stores if store.incarnation == self.incarnation]
+                parity = tuple(
+                    ParityShard(self.size + n, here[0].bulk_address, 1) for n in range(self.parity if here else 0)
+                )
+                return StripesFound({key: Stripe(parity, (0,)) for key in keys if key in self.parity_of and here})
+
+    def tick(self) -> None:
+        """Time passes."""
+        self.now = self._ticked = self._ticked + TICK_S
+        self.handle(Tick())
+
+    def crash(self) -> None:
         """The coordinator dies, and another takes its place. What is on its channels arrives, or does not."""
-        await self.settle(0.5)
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-        for wire in (self.client, self.store_wire, *(worker.wire for worker in self.workers.values())):
-            if wire is not None:
-                wire.closed = True
+        self.settle(0.5)
+        self.wires.clear()
+        self.questions.clear()
         self.client = self.store_wire = None
         for worker in self.workers.values():
             worker.lose_channel()
         self.group = self._make_group()
-        self._task = asyncio.create_task(self.group.run(self._stop))
-        await asyncio.sleep(0)
+        self.handle(Tick())
+
+    def _connects(self, hello: WorkerHello | StoreHello | GatewayHello) -> Wire:
+        wire = Wire(next(self._peers))
+        self.wires[wire.peer] = wire
+        self.handle(Came(wire.peer, hello))
+        return wire
+
+    def _breaks(self, wire: Wire, reason: str) -> None:
+        del self.wires[wire.peer]
+        self.handle(Left(wire.peer, reason))
+
+    # -- the core's parts --------------------------------------------------------------------------------------------
+
+    @property
+    def serving(self) -> Serving:
+        """What there is in the core once the first worker is ready."""
+        assert self.group.serving is not None
+        return self.group.serving
+
+    @property
+    def pool(self) -> PagePool:
+        return self.serving.pool
 
     # -- what can happen ---------------------------------------------------------------------------------------------
 
@@ -256,23 +296,26 @@ class World:
         self._worker_dials(worker)
 
     def _worker_dials(self, worker: SimWorker) -> None:
-        worker.wire = Wire()
-        self.group.worker_joins(Member(worker.name, "host", "host", 1, "cpu", 0.0), worker.wire)  # type: ignore[arg-type]
+        worker.wire = self._connects(WorkerHello(worker.name, "host", "host", 1, "cpu"))
         worker.out.append(WorkerReady(MODEL, self.pages, worker.name, worker.claim))
 
     def kill(self, worker: SimWorker) -> None:
         del self.workers[worker.name]
         if worker.wire is not None:
-            worker.wire.closed = True
-            self.group.worker_gone(worker.name, "killed", worker.wire)  # type: ignore[arg-type]
+            self._breaks(worker.wire, "killed")
 
     def cut_off(self, worker: SimWorker) -> None:
         """Its channel breaks, though both ends live."""
         if worker.wire is not None:
             wire = worker.wire
-            wire.closed = True
             worker.lose_channel()
-            self.group.worker_gone(worker.name, "cut off", wire)  # type: ignore[arg-type]
+            self._breaks(wire, "cut off")
+
+    def says(self, name: str, message: Message) -> None:
+        """A worker's message arrives."""
+        wire = self.workers[name].wire
+        assert wire is not None
+        self.handle(Said(wire.peer, message))
 
     def lose_store(self) -> None:
         self.store_there = False
@@ -283,7 +326,7 @@ class World:
     def _cut_store(self) -> None:
         if self.store_wire is not None:
             wire, self.store_wire = self.store_wire, None
-            self.group.store_gone("store", wire)  # type: ignore[arg-type]
+            self._breaks(wire, "cut off")
 
     def add_store(self) -> None:
         self.store_there = True
@@ -291,28 +334,30 @@ class World:
             self._store_dials()
 
     def _store_dials(self) -> None:
-        self.store_wire = Wire()
         info = StoreInfo("store", self.incarnation, "tcp://nowhere:1", "http://nowhere:1", 1)
-        self.group.store_joins(info, self.store_wire)  # type: ignore[arg-type]
+        self.store_wire = self._connects(StoreHello(info))
+
+    def store_says(self, message: Message) -> None:
+        """The store's message arrives, if it is connected."""
+        if self.store_wire is not None:
+            self.handle(Said(self.store_wire.peer, message))
 
     def gateway_dials(self) -> None:
         """The gateway connects, and submits again what it has not got to the end."""
-        self.client = Wire()
-        self.group.gateway_joins(self.client)  # type: ignore[arg-type]
+        self.client = self._connects(GatewayHello("gateway"))
         for name, request in self.requests.items():
             if name not in self.finished:
                 submit = Submit(request, MODEL.fingerprint, pack_ids(self.received[name]))
-                self.group.from_gateway(self.client, submit)  # type: ignore[arg-type]
+                self.handle(Said(self.client.peer, submit))
 
     def cut_gateway(self) -> None:
         """The gateway's channel breaks; it knows at once, the coordinator at once or after it is back."""
         if self.client is not None:
             old, self.client = self.client, None
-            old.closed = True
             late = self.dice.random() < 0.5
             if late:
                 self.gateway_dials()
-            self.group.gateway_gone(old)  # type: ignore[arg-type]
+            self._breaks(old, "cut off")
 
     def submit(self, *, length: int = 0, max_tokens: int = 0, shared_prefix: bool = False, digest: bool = False) -> str:
         name = f"r{len(self.requests)}"
@@ -328,7 +373,7 @@ class World:
         )
         if self.client is None:
             return name
-        self.group.from_gateway(self.client, Submit(request, MODEL.fingerprint))  # type: ignore[arg-type]
+        self.handle(Said(self.client.peer, Submit(request, MODEL.fingerprint)))
         if not any(isinstance(m, Refused) and m.request_id == name for m in self.client.sent):
             self.requests[name] = request
             self.received[name] = []
@@ -340,10 +385,14 @@ class World:
             name = self.dice.choice(live)
             self.finished[name] = "aborted"
             if self.client is not None:
-                self.group.from_gateway(self.client, Abort(name))  # type: ignore[arg-type]
+                self.handle(Said(self.client.peer, Abort(name)))
 
-    async def move(self) -> bool:
-        """Let one message through, or one peer dial, somewhere. False: none is under way."""
+    def move(self) -> bool:
+        """Let one message or answer through, or one peer dial, somewhere. False: there was none, so time passed."""
+        self.now += MOVE_S
+        if self.now > self._ticked + TICK_S:
+            self._ticked = self.now
+            self.handle(Tick())
         moves: list[tuple[str, Any]] = []
         if self.client is None:
             moves.append(("gateway", None))
@@ -360,58 +409,63 @@ class World:
             if worker.out:
                 moves.append(("out", worker))
             moves += [(lane, worker) for lane in worker.lanes if self._can_run(worker, lane)]
+        moves += [("answer", number) for number in self.questions if not self._late(number)]
         if not moves:
-            await self.settle()
+            self.settle()
+            self.tick()
             return False
         kind, worker = self.dice.choice(moves)
-        if kind == "gateway":
+        if kind == "answer":
+            self.handle(Answered(worker, self.questions.pop(worker)[1]))
+        elif kind == "gateway":
             self.gateway_dials()
         elif kind == "store":
             self._store_dials()
         elif kind == "dial":
             self._worker_dials(worker)
         elif kind == "out":
-            self.group.from_worker(worker.name, worker.out.popleft())
+            self.says(worker.name, worker.out.popleft())
         elif kind == "copy":
             self._copy(worker)
         elif kind == "in":
             self._receive(worker, worker.wire.sent.popleft())
         else:
             self._enter(worker, kind, worker.lanes[kind].popleft())
-        await self.settle()
+        self.settle()
         return True
+
+    def _late(self, number: int) -> bool:
+        return self.slow_index and isinstance(self.questions[number][0], FindStripes)
 
     def damage(self) -> None:
         """A scrub finds a stripe damaged; the store drops it and says so."""
         if self.store_wire is not None and self.parity_of:
             key = self.dice.choice(list(self.parity_of))
             del self.parity_of[key]
-            self.group.from_store("store", ShardsLost(self.group.config.group, (key,)))
+            self.store_says(ShardsLost(self.group.config.group, (key,)))
 
     def check_nothing_stale(self) -> None:
         """Assert that the store, which has heard all, holds stripes of pages that there are, no other."""
         while self.store_wire is not None and self.store_wire.sent:
             self._store_receives(self.store_wire.sent.popleft())
-        assert set(self.parity_of) <= set(self.group.pool.keys), "the store holds stripes of pages that are gone"
+        assert set(self.parity_of) <= set(self.pool.keys), "the store holds stripes of pages that are gone"
 
     def check_parity(self) -> None:
         """Assert that what counts as protected has its parity in the store."""
-        for page in self.group.pool.pages:
+        for page in self.group.serving.pool.pages if self.group.serving is not None else ():
             if page.shadow is Shadow.PROTECTED and self.store_wire is not None and not page.missing:
                 assert page.key in self.parity_of, f"{page} is protected by nothing"
 
     def check_slices(self) -> None:
         """Assert that all ranks have the same in every sealed page of which nothing is missing."""
         ranks = [self.workers[name] for name in self.group.membership.ranks if name is not None]
-        for page in self.group.pool.pages:
+        for page in self.pool.pages:
             if page.key is not None and not page.missing:
                 slices = [worker.kv.get(page.number) for worker in ranks]
                 assert slices.count(slices[0]) == self.size, f"{page}: the ranks disagree"
 
-    async def settle(self, likely: float = 1.0) -> None:
-        """Let tasks run, and what was sent to store and gateway arrive; each message as likely as that."""
-        for _ in range(6):
-            await asyncio.sleep(0)
+    def settle(self, likely: float = 1.0) -> None:
+        """Let arrive what was sent to store and gateway; each message as likely as that."""
         if self.store_wire is not None:
             while self.store_wire.sent and self.dice.random() < 0.7:  # or later: puts come by another channel
                 self._store_receives(self.store_wire.sent.popleft())
@@ -424,6 +478,8 @@ class World:
 
     def _store_receives(self, message: Message) -> None:
         match message:
+            case Welcome():
+                pass
             case EpochNow(epoch=epoch):
                 self.store_epoch = max(self.store_epoch, epoch)
             case ReleaseStripes(keys=keys) | KeepStripes(keys=keys):
@@ -509,7 +565,8 @@ class World:
 
     def operate(self, action: OperatorAction, target: str) -> Applied | Refused:
         """An operator's word, and the coordinator's answer."""
-        self.group.from_gateway(self.client, Apply("apply", action, target))  # type: ignore[arg-type]
+        assert self.client is not None
+        self.handle(Said(self.client.peer, Apply("apply", action, target)))
         return next(m for m in reversed(self.client.sent) if isinstance(m, Applied | Refused))
 
     def _of_epoch(self, worker: SimWorker, epoch: int) -> bool:

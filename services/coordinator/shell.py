@@ -1,0 +1,133 @@
+"""The core's shell: connections, Redis and the clock. What happens goes into the core, what comes out is done."""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Callable
+
+from services.coordinator.events import (
+    Answered,
+    Ask,
+    Came,
+    EpochIs,
+    Event,
+    FindStripes,
+    KeepEpoch,
+    Left,
+    NextEpoch,
+    Output,
+    Peer,
+    Question,
+    Said,
+    Send,
+    StripesFound,
+    Tick,
+)
+from services.coordinator.group import Group
+from services.coordinator.journal import Journal
+from services.coordinator.recovery import Stripe
+from shared import wire
+from shared.channel import Channel
+from shared.errors import GhostError, PeerLost
+from shared.messages import GatewayHello, ParityShard, StoreHello, WorkerHello
+from shared.stripe_index import StripeIndex
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.05
+
+
+class Shell:
+    """One group's core among its peers."""
+
+    def __init__(self, group: Group, index: StripeIndex, clock: Callable[[], float] = time.monotonic):
+        self.group = group
+        self._index = index
+        self._journal = Journal(index, group.config.group)
+        self._clock = clock
+        self._channels: dict[Peer, Channel] = {}
+        self._numbers = itertools.count(1)
+        self._tasks: asyncio.TaskGroup | None = None
+        self._asking: set[asyncio.Task[None]] = set()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Watch over the group until `stop` is set; peers are served meanwhile. Raises what the core raises."""
+        async with asyncio.TaskGroup() as self._tasks:
+            while not stop.is_set():
+                self._handle(Tick())
+                await asyncio.sleep(TICK_S)
+            self._tasks, asking = None, list(self._asking)
+            for task in asking:
+                task.cancel()
+
+    async def serve(self, hello: WorkerHello | StoreHello | GatewayHello, channel: Channel) -> None:
+        """Hand a peer's messages to the core, until it is gone. Raises ProtocolError for one that is not valid."""
+        peer = next(self._numbers)
+        self._channels[peer] = channel
+        reason = "its channel closed"
+        try:
+            self._handle(Came(peer, hello))
+            async for message in channel:
+                self._handle(Said(peer, message))
+        except GhostError as error:
+            reason = str(error)
+            raise
+        finally:
+            self._handle(Left(peer, reason))
+            del self._channels[peer]
+
+    def _handle(self, event: Event) -> None:
+        try:
+            self.group.handle(self._clock(), event)
+        finally:
+            for output in self.group.take():
+                self._do(output)
+
+    def _do(self, output: Output) -> None:
+        match output:
+            case Send(peers, message):
+                frame = wire.encode(message)
+                for peer in peers:
+                    self._send(peer, frame)
+            case Ask(number, question) if self._tasks is not None:
+                task = self._tasks.create_task(self._answer(number, question))
+                self._asking.add(task)
+                task.add_done_callback(self._asking.discard)
+
+    def _send(self, peer: Peer, frame: bytes) -> None:
+        channel = self._channels.get(peer)
+        if channel is None or channel.closed:
+            return
+        try:
+            channel.send_frame(frame)
+        except PeerLost as error:  # its reader will end, and tell the core
+            log.warning("%s", error)
+
+    # -- Redis -------------------------------------------------------------------------------------------------------
+
+    async def _answer(self, number: int, question: Question) -> None:
+        match question:
+            case NextEpoch(current):
+                self._handle(Answered(number, EpochIs(await self._journal.next_epoch(current))))
+            case KeepEpoch(current):
+                await self._journal.keep(current)
+                self._handle(Answered(number, EpochIs(current)))
+            case FindStripes():
+                self._handle(Answered(number, await self._find(question)))
+
+    async def _find(self, question: FindStripes) -> StripesFound:
+        stores = {store.store_id: store for store in question.stores}
+        incarnations = {store_id: store.incarnation for store_id, store in stores.items()}
+        try:
+            entries = await self._index.get_many(self.group.config.group, question.keys)
+        except GhostError as error:
+            return StripesFound({}, str(error))
+        found = {}
+        for key, entry in entries.items():
+            if shards := entry.alive(incarnations):
+                parity = tuple(
+                    ParityShard(shard.number, stores[shard.store_id].bulk_address, shard.checksum) for shard in shards
+                )
+                found[key] = Stripe(parity, shards[0].data_checksums)
+        return StripesFound(found)
