@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import aiohttp
 from tests.docker.engine import docker, run
 from tests.docker.image import ROOT
 
+DOCKER = ROOT / "docker"
 NETWORK = "lan"
 TOKEN = "0123456789abcdef"
 WHOLE_S = 120.0
@@ -37,15 +39,18 @@ SETTINGS = {
 
 @dataclass(slots=True)
 class Host:
-    """A host: its place on the network, and the containers of its services."""
+    """A host: its place on the network, and the containers of its services.
+
+    A container is known by its compose project, and those of the control host by their services.
+    """
 
     name: str
     address: str
-    containers: list[str] = field(default_factory=list)
+    containers: dict[str, str] = field(default_factory=dict)
 
 
 class Hosts:
-    """Control host, two store hosts, three worker hosts with six workers for three ranks and two parity shards."""
+    """Hosts for control, 2 gateways, 2 stores, and 3 with 6 workers: for 3 ranks and 2 parity shards."""
 
     def __init__(self, engine: str, image: str, models: Path, folder: Path):
         self._engine = engine
@@ -63,6 +68,8 @@ class Hosts:
         control = await self.add_host("control", {"control": "control"})
         assert control.address
         parts: dict[str, dict[str, str]] = {
+            "gateway-a": {"gateway-a": "gateway"},
+            "gateway-b": {"gateway-b": "gateway"},
             "store-a": {"store-a": "store"},
             "store-b": {"store-b": "store"},
             "worker-a": {"a1": "worker", "a2": "worker"},
@@ -99,14 +106,15 @@ class Hosts:
             }
             if file == "worker":
                 settings |= {"GHOST_NAME": project, "GHOST_COUNT": "1" if project.startswith("a") else "2"}
-            env_file = self._folder / f"{project}.env"
-            env_file.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
+            folder = shutil.copytree(DOCKER / "hosts", self._folder / project)
+            write_env(folder, settings)
             await asyncio.to_thread(
-                compose, self._engine, f"hosts/{file}.yml", project, env_file, "up", "--detach", "--no-build"
+                compose, self._engine, folder / f"{file}.yml", project, "up", "--detach", "--no-build"
             )
-            names = self._docker("ps", "-a", "--filter", f"label=com.docker.compose.project={project}",
-                                 "--format", "{{.Names}}")  # fmt: skip
-            host.containers += names.split()
+            listed = self._docker("ps", "-a", "--filter", f"label=com.docker.compose.project={project}",
+                                  "--format", '{{.Label "com.docker.compose.service"}} {{.Names}}')  # fmt: skip
+            for service, container in (line.split() for line in listed.splitlines()):
+                host.containers[service if file == "control" else project] = container
         return host
 
     # -- what happens to them ----------------------------------------------------------------------------------------
@@ -120,12 +128,12 @@ class Hosts:
 
     async def kill_host(self, name: str) -> None:
         """All containers of a host die at once."""
-        await self.docker("kill", *self.hosts[name].containers, name)
+        await self.docker("kill", *self.hosts[name].containers.values(), name)
 
     async def revive_host(self, name: str) -> None:
         """The host comes back, with its services."""
         await self.docker("start", name)
-        await self.docker("start", *self.hosts[name].containers)
+        await self.docker("start", *self.hosts[name].containers.values())
 
     async def disconnect(self, name: str) -> None:
         """The host's link to all others is cut."""
@@ -145,17 +153,23 @@ class Hosts:
     # -- what they say -----------------------------------------------------------------------------------------------
 
     @property
-    def url(self) -> str:
-        """The gateway's URL."""
-        return f"http://{self.hosts['control'].address}:8000"
+    def urls(self) -> list[str]:
+        """The gateways' URLs."""
+        return [f"http://{self.hosts[name].address}:8000" for name in ("gateway-a", "gateway-b")]
 
     async def status(self) -> dict[str, Any]:
-        """The cluster's status. Raises aiohttp.ClientError while the gateway has none."""
+        """The cluster's status, of the first gateway that has one. Raises aiohttp.ClientError if there is none."""
+        for url in self.urls[:-1]:
+            with suppress(aiohttp.ClientError, TimeoutError):
+                return await self._status(url)
+        return await self._status(self.urls[-1])
+
+    async def _status(self, url: str) -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {TOKEN}"}
         timeout = aiohttp.ClientTimeout(5.0)
         async with (
             aiohttp.ClientSession(headers=headers, timeout=timeout) as session,
-            session.get(self.url + "/v1/fault_tolerance/status") as response,
+            session.get(url + "/v1/fault_tolerance/status") as response,
         ):
             response.raise_for_status()
             body: dict[str, Any] = await response.json()
@@ -168,7 +182,7 @@ class Hosts:
         while time.monotonic() < end:
             try:
                 status = await self.status()
-                trouble = _trouble(status) or await self._gateway_trouble()
+                trouble = _trouble(status) or await self._gateways_trouble()
             except (aiohttp.ClientError, TimeoutError) as error:
                 trouble = f"{type(error).__name__}: {error}"
             if not trouble:
@@ -176,32 +190,38 @@ class Hosts:
             await asyncio.sleep(0.1)
         raise AssertionError(f"not whole after {WHOLE_S:.0f} s: {trouble}\n{await self.logs()}")
 
-    async def _gateway_trouble(self) -> str:
-        """What keeps the gateway from serving; empty if nothing."""
-        async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(5.0)) as session,
-            session.get(self.url + "/health") as response,
-        ):
-            return "" if response.status == 200 else await response.text()
+    async def _gateways_trouble(self) -> str:
+        """What keeps a gateway from serving; empty if nothing."""
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(5.0)) as session:
+            for url in self.urls:
+                async with session.get(url + "/health") as response:
+                    if response.status != 200:
+                        return await response.text()
+        return ""
 
     async def ranks(self) -> dict[int, str]:
         """The compose project that each rank runs in."""
         workers = (await self.status())["workers"]
         return {each["rank"]: each["name"].rsplit("-", 1)[0] for each in workers if each["rank"] is not None}
 
-    def container(self, project: str) -> str:
-        """The container of a worker's or store's project."""
-        return next(name for host in self.hosts.values() for name in host.containers if name.startswith(project + "_"))
+    @property
+    def containers(self) -> dict[str, str]:
+        """The containers of all hosts."""
+        return {key: container for host in self.hosts.values() for key, container in host.containers.items()}
 
     def host_of(self, project: str) -> str:
         """The host that a project's container runs on."""
-        return next(host.name for host in self.hosts.values() if self.container(project) in host.containers)
+        return next(host.name for host in self.hosts.values() if project in host.containers)
+
+    async def exit_codes(self) -> dict[str, int]:
+        """How each container ended, or 0 while it runs."""
+        shown = await self.docker("inspect", "--format", "{{.State.ExitCode}}", *self.containers.values())
+        return dict(zip(self.containers, map(int, shown.split()), strict=True))
 
     async def logs(self) -> str:
         """The ends of all services' logs."""
-        names = [name for host in self.hosts.values() for name in host.containers]
-        ends = [await asyncio.to_thread(tail, self._engine, name) for name in names]
-        return "\n".join(f"-- {name} --\n{end}" for name, end in zip(names, ends, strict=True))
+        ends = [await asyncio.to_thread(tail, self._engine, name) for name in self.containers.values()]
+        return "\n".join(f"-- {key} --\n{end}" for key, end in zip(self.containers, ends, strict=True))
 
 
 def _trouble(status: Mapping[str, Any]) -> str:
@@ -218,13 +238,18 @@ def _trouble(status: Mapping[str, Any]) -> str:
     return ""
 
 
-def compose(engine: str, file: str, project: str, env_file: Path, *arguments: str) -> str:
-    """Run docker compose (or docker-compose, its older form) on a file of docker/ and nothing else's settings."""
+def write_env(folder: Path, settings: Mapping[str, str]) -> None:
+    """Write the .env that the compose files of a folder read."""
+    (folder / ".env").write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
+
+
+def compose(engine: str, file: Path, project: str, *arguments: str) -> str:
+    """Run docker compose (or docker-compose, its older form) on a file, with the settings of the .env beside it."""
     plugin = Path("/usr/libexec/docker/cli-plugins/docker-compose").exists()
     program = ["docker", "compose"] if plugin else [shutil.which("docker-compose") or "docker-compose"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GHOST_")}
     return run(
-        [*program, "-p", project, "-f", str(ROOT / "docker" / file), "--env-file", str(env_file), *arguments],
+        [*program, "--project-name", project, "--file", str(file), *arguments],
         environment={**environment, "DOCKER_HOST": engine},
     )
 

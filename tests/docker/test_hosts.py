@@ -4,7 +4,6 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import openai
 import pytest
 import pytest_asyncio
 
-from tests.docker.client import TOKENS, Seen, Strike, stream_all
+from tests.docker.client import PROMPTS, STREAM_S, TOKENS, Seen, Strike, stream_all
 from tests.docker.conftest import ENGINE, IMAGE
 from tests.docker.hosts import TOKEN, Hosts
 
@@ -34,7 +33,7 @@ async def hosts(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Async
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def calm(hosts: Hosts) -> list[Seen]:
     """What the clients see when nothing fails."""
-    seen = await stream_all(hosts.url, TOKEN, MODEL, "calm")
+    seen = await stream_all(hosts.urls, TOKEN, MODEL, "calm")
     assert [len(each.tokens) for each in seen] == [TOKENS] * len(seen)
     assert all(each.digests for each in seen)
     return seen
@@ -43,7 +42,7 @@ async def calm(hosts: Hosts) -> list[Seen]:
 async def survives(hosts: Hosts, calm: list[Seen], what: str, strike: Strike) -> dict[str, Any]:
     """Stream with a fault in it. Returns the status after it."""
     before = await hosts.whole()
-    hit = await stream_all(hosts.url, TOKEN, MODEL, what, strike)
+    hit = await stream_all(hosts.urls, TOKEN, MODEL, what, strike)
     status = await hosts.status()
     stall_s = max(each.stall_s for each in hit)
     print(f"\n{what}: longest stall {stall_s:.2f} s, epoch {before['epoch']} to {status['epoch']}")
@@ -66,12 +65,12 @@ async def busiest(hosts: Hosts) -> str:
     return counted.most_common(1)[0][0]
 
 
+@pytest.mark.essential
 async def test_containers_are_healthy_unprivileged_and_read_only(hosts: Hosts) -> None:
     await hosts.whole()
-    names = [name for host in hosts.hosts.values() for name in host.containers]
     async with asyncio.timeout(60):
         while True:
-            found = json.loads(await hosts.docker("inspect", *names))
+            found = json.loads(await hosts.docker("inspect", *hosts.containers.values()))
             if all(each["State"]["Health"]["Status"] == "healthy" for each in found):
                 break
             await asyncio.sleep(0.5)
@@ -86,9 +85,10 @@ async def test_addresses_are_those_that_reach_the_coordinator(hosts: Hosts) -> N
     }
 
 
+@pytest.mark.essential
 async def test_a_worker_container_is_killed(hosts: Hosts, calm: list[Seen]) -> None:
     before = await hosts.whole()
-    victim = hosts.container((await hosts.ranks())[1])
+    victim = hosts.containers[(await hosts.ranks())[1]]
     try:
         after = await survives(hosts, calm, f"kill {victim}", lambda: hosts_do(hosts, "kill", victim))
         assert restored(before, after) > 0
@@ -110,7 +110,7 @@ async def test_a_store_host_and_a_worker_are_killed_at_once(hosts: Hosts, calm: 
     before = await hosts.whole()
     held = Counter((await hosts.ranks()).values())
     alone = next(project for project, ranks in held.items() if ranks == 1)  # half of the parity goes with the store
-    victim = hosts.container(alone)
+    victim = hosts.containers[alone]
 
     async def strike() -> None:
         await asyncio.gather(hosts.kill_host("store-a"), hosts_do(hosts, "kill", victim))
@@ -123,6 +123,7 @@ async def test_a_store_host_and_a_worker_are_killed_at_once(hosts: Hosts, calm: 
         await hosts.docker("start", victim)
 
 
+@pytest.mark.essential
 async def test_a_worker_host_is_cut_off_from_all_others(hosts: Hosts, calm: list[Seen]) -> None:
     before = await hosts.whole()
     victim = await busiest(hosts)
@@ -146,7 +147,7 @@ async def test_worker_hosts_are_cut_off_from_one_another_only(hosts: Hosts, calm
 
 async def test_a_worker_container_is_paused_and_goes_on(hosts: Hosts, calm: list[Seen]) -> None:
     before = await hosts.whole()
-    victim = hosts.container((await hosts.ranks())[0])
+    victim = hosts.containers[(await hosts.ranks())[0]]
     try:
         after = await survives(hosts, calm, f"pause {victim}", lambda: hosts_do(hosts, "pause", victim))
         assert restored(before, after) > 0
@@ -154,26 +155,62 @@ async def test_a_worker_container_is_paused_and_goes_on(hosts: Hosts, calm: list
         await hosts.docker("unpause", victim)
 
 
-async def test_the_coordinator_is_restarted(hosts: Hosts, calm: list[Seen]) -> None:
-    await hosts.whole()
-    coordinator = next(name for name in hosts.hosts["control"].containers if "coordinator" in name)
-    with suppress(openai.APIError):  # what a stream says that can't be finished
-        seen = await stream_all(hosts.url, TOKEN, MODEL, "restart", lambda: hosts_do(hosts, "restart", coordinator))
-        assert [each.tokens for each in seen] == [each.tokens for each in calm]
-    await hosts.whole()
-    seen = await stream_all(hosts.url, TOKEN, MODEL, "restarted")
-    assert [each.tokens for each in seen] == [each.tokens for each in calm]
+@pytest.mark.essential
+async def test_the_coordinator_is_killed_and_started_again(hosts: Hosts, calm: list[Seen]) -> None:
+    """Ranks keep their KV meanwhile, and gateways have their streams go on."""
+    coordinator = hosts.containers["coordinator"]
+
+    async def strike() -> None:
+        await hosts.docker("kill", coordinator)
+        await hosts.docker("start", coordinator)
+
+    after = await survives(hosts, calm, "restart coordinator", strike)
+    assert [record["lost_ranks"] for record in after["recoveries"]] == [[]]
+    assert after["recoveries"][0]["recomputed_tokens"] < sum(map(len, PROMPTS)) / 2
 
 
-async def test_everything_but_the_way_in_is_restarted_one_by_one(hosts: Hosts, calm: list[Seen]) -> None:
-    """Workers, stores and Redis, while streams run: each of them is identical."""
+@pytest.mark.essential
+async def test_a_gateway_that_is_stopped_lets_its_streams_end_while_another_takes_the_new_ones(
+    hosts: Hosts, calm: list[Seen]
+) -> None:
+    gateway = hosts.containers["gateway-a"]
+    new: list[Seen] = []
+
+    async def strike() -> None:
+        stopping = asyncio.create_task(hosts.docker("stop", "--time", str(round(STREAM_S)), gateway))
+        new.extend(await stream_all(hosts.urls, TOKEN, MODEL, "meanwhile"))
+        await stopping
+
+    try:
+        await survives(hosts, calm, f"stop {gateway}", strike)
+        assert [each.tokens for each in new] == [each.tokens for each in calm]
+        assert (await hosts.exit_codes())["gateway-a"] == 0
+    finally:
+        await hosts.docker("start", gateway)
+
+
+async def test_a_gateway_that_is_killed_takes_no_streams_of_another_with_it(hosts: Hosts, calm: list[Seen]) -> None:
     await hosts.whole()
-    redis = next(name for name in hosts.hosts["control"].containers if "redis" in name)
+    gateway, others = hosts.containers["gateway-a"], hosts.urls[1:]
+    try:
+        broken = asyncio.create_task(stream_all(hosts.urls[:1], TOKEN, MODEL, "broken"))
+        hit = await stream_all(others, TOKEN, MODEL, "other", lambda: hosts_do(hosts, "kill", gateway))
+        assert [each.tokens for each in hit] == [each.tokens for each in calm]
+        with pytest.raises(openai.APIError):
+            await broken
+    finally:
+        await hosts.docker("start", gateway)
+
+
+async def test_everything_is_restarted_one_by_one(hosts: Hosts, calm: list[Seen]) -> None:
+    """As the upgrade in docs/operations.md goes, while streams run: each of them is identical."""
+    await hosts.whole()
+    order = ("store-a", "store-b", "c", "b", "a1", "a2", "redis", "coordinator", "gateway-a", "gateway-b")
     done = asyncio.Event()
 
     async def roll() -> None:
-        for name in [hosts.container(project) for project in ("c", "store-a", "b", "store-b", "a1", "a2")] + [redis]:
-            await hosts.docker("restart", "--time", "20", name)
+        for name in order:
+            await hosts.docker("restart", "--time", str(round(STREAM_S)), hosts.containers[name])
             await hosts.whole()
         done.set()
 
@@ -181,19 +218,18 @@ async def test_everything_but_the_way_in_is_restarted_one_by_one(hosts: Hosts, c
     rounds = 0
     while not done.is_set() and not rolling.done():
         rounds += 1
-        seen = await stream_all(hosts.url, TOKEN, MODEL, f"rolling-{rounds}")
+        seen = await stream_all(hosts.urls, TOKEN, MODEL, f"rolling-{rounds}")
         assert [each.tokens for each in seen] == [each.tokens for each in calm], f"round {rounds}"
         assert [each.digests for each in seen] == [each.digests for each in calm], f"round {rounds}"
     await rolling
-    print(f"\nrolling restart: {rounds} rounds of streams, all identical")
+    print(f"\nrolling restart of {len(order)} containers: {rounds} rounds of streams, all identical")
 
 
+@pytest.mark.essential
 async def test_every_service_ends_cleanly_when_it_is_told_to(hosts: Hosts) -> None:
     await hosts.whole()
-    names = [name for host in hosts.hosts.values() for name in host.containers]
-    await hosts.docker("stop", "--time", "20", *reversed(names))
-    codes = {name: (await hosts.docker("inspect", "--format", "{{.State.ExitCode}}", name)).strip() for name in names}
-    assert set(codes.values()) == {"0"}, codes
+    await hosts.docker("stop", "--time", "20", *reversed(hosts.containers.values()))
+    assert set((codes := await hosts.exit_codes()).values()) == {0}, codes
 
 
 async def hosts_do(hosts: Hosts, *arguments: str) -> None:
