@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -134,6 +135,13 @@ class Hosts:
         """The host comes back, with its services."""
         await self.docker("start", name)
         await self.docker("start", *self.hosts[name].containers.values())
+
+    async def drain(self, project: str) -> None:
+        """Move all ranks of a worker container elsewhere, as an operator does before an upgrade."""
+        drain = [sys.executable, "-m", "services.cli", "drain", "--url", self.urls[0]]
+        environment = {**os.environ, "GHOST_API_KEYS": TOKEN}
+        while here := [rank for rank, where in (await self.ranks()).items() if where == project]:
+            await asyncio.to_thread(run, [*drain, f"rank:{here[0]}"], environment=environment)
 
     async def disconnect(self, name: str) -> None:
         """The host's link to all others is cut."""

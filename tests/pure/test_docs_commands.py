@@ -12,7 +12,7 @@ from services.gateway.openapi import describe
 from tests.pure.test_readme import DOCUMENTS, ROOT
 
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
-INLINE = re.compile(r"`((?:ghostserve|make|python -m|curl) [^`]+)`")
+INLINE = re.compile(r"`((?:ghostserve|make|python -m|curl|docker) [^`]+)`")
 UNFINISHED = re.compile(r"[|…]|\bCOMMAND\b")
 """What says how commands look, rather than being one."""
 
@@ -80,3 +80,11 @@ def test_every_endpoint_that_is_asked_is_there() -> None:
     asked = {"/" + match[1] for word in words if (match := re.fullmatch(r"(?:http://)?[\w.:]+/([\w/.]*)", word))}
     assert asked
     assert asked <= set(describe("", keys=False)["paths"])
+
+
+def test_every_file_that_docker_is_given_is_there() -> None:
+    given = {
+        argument for _, arguments in commands("docker") for argument in arguments if argument.startswith("docker/")
+    }
+    assert given
+    assert {name for name in given if not (ROOT / name).exists()} == set()
