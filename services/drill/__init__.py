@@ -2,7 +2,17 @@
 
 from services.drill.options import Options, add_arguments, parse_options
 from services.drill.report import Report
-from services.drill.run import drill, run_drill
+from services.drill.run import closed_record, drill, run_drill
 from services.drill.streams import Stream, stream_all
 
-__all__ = ["Options", "Report", "Stream", "add_arguments", "drill", "parse_options", "run_drill", "stream_all"]
+__all__ = [
+    "Options",
+    "Report",
+    "Stream",
+    "add_arguments",
+    "closed_record",
+    "drill",
+    "parse_options",
+    "run_drill",
+    "stream_all",
+]

@@ -160,9 +160,17 @@ class Strike:
 async def _record(
     cluster: LocalCluster, options: Options, since: float
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """The record of the recovery that the fault began, once it is closed, where there is one; and the status then."""
+    """The record of the recovery that the fault began, where there is one; and the status then."""
     if not options.loses_ranks or options.breaks_streams:
         return None, await cluster.status()
+    return await closed_record(cluster, since)
+
+
+async def closed_record(cluster: LocalCluster, since: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The record of the first recovery that began after `since`, once the group serves again; and the status then.
+
+    Raises GhostError if there is none in time.
+    """
     end = time.monotonic() + RECORD_DEADLINE_S
     while time.monotonic() < end:
         status = await cluster.status()

@@ -7,44 +7,70 @@ exit code is 1 where a goal is missed.
 import argparse
 import asyncio
 import json
-import os
-import platform
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import checkpoint, engine, goals, plots, projection, protection, recovery, serving
+from tests.bench import checkpoint, engine, goals, load_generator, plots, projection, protection, recovery, serving
 from tests.bench.clusters import MODES, peers
+from tests.bench.machine import machine
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-    return {
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "load_before": os.getloadavg()[0],
-    }
+class Results:
+    """What has been measured so far, by section: printed as it comes, and kept in a file should a later one fail."""
+
+    def __init__(self, folder: Path, console: Console, quick: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._console = console
+        self._began = time.monotonic()
+        self.figures: dict[str, Any] = {"machine": machine(), "quick": quick, "seconds": 0}
+        self.tables: list[Table] = []
+
+    def add(self, name: str, rows: Any, *tables: Table) -> None:
+        """Take in a section. `rows`: what its JSON is made of, dataclasses or not."""
+        self.figures[name] = [_plain(row) for row in rows] if isinstance(rows, list) else _plain(rows)
+        self.figures["seconds"] = round(time.monotonic() - self._began)
+        self.tables += tables
+        for table in tables:
+            self._console.print(table)
+        self._console.print(f"{name}: done after {self.figures['seconds'] / 60:.1f} min")
+        (self._folder / "results.json.part").write_text(json.dumps(self.figures, indent=2) + "\n")
+
+    def finish(self) -> None:
+        """Write the files, the section that came last (the goals) before all others."""
+        (self._folder / "results.json.part").rename(self._folder / "results.json")
+        where = self.figures["machine"]
+        head = f"# Measured by `make bench` on {where['processor']}, {where['cores']} cores, {where['memory_gib']} GiB"
+        *sections, goals = map(markdown, self.tables)
+        (self._folder / "results.md").write_text("\n".join([head, "", goals, *sections]))
 
 
-async def with_clusters(quick: bool, console: Console) -> tuple[Any, Any, Any]:
+def _plain(row: Any) -> Any:
+    return asdict(row) if is_dataclass(row) and not isinstance(row, type) else row
+
+
+async def with_clusters(quick: bool, console: Console, results: Results) -> tuple[Any, Any, Any]:
     """The sections that need whole clusters, which share them."""
     modes = [mode for mode in MODES if not quick or "=" not in mode]
     async with peers(modes) as clusters:
-        cost = await protection.measure(clusters, 3 if quick else 5, console, quick=quick)
+        cost = await protection.measure(clusters, console, quick=quick)
+        results.add("protection", cost, protection.table(cost))
         stalls = await recovery.measure(clusters, recovery.QUICK if quick else recovery.FULL, console)
-        shares = (0.15,) if quick else serving.SHARES
+        lines = recovery.growth(stalls)
+        results.add("recovery", stalls, recovery.table(stalls), recovery.growth_table(lines))
+        results.add("growth", lines)
+        results.add("crossover_tokens", recovery.crossover(lines))
         loaded = {mode: clusters[mode] for mode in (("none", "parity") if quick else serving.MODES)}
-        responses = await serving.measure(loaded, shares, 10 if quick else 14, console)
+        responses = await serving.measure(loaded, console, quick=quick)
+        results.add("serving", responses, serving.table(responses))
+    rows = await load_generator.check(quick, console)
+    results.add("load_generator", rows, *([load_generator.table(rows)] if rows else []))
     return cost, stalls, responses
 
 
@@ -63,12 +89,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for the results")
     arguments = parser.parse_args()
     console, began, quick = Console(width=140), time.monotonic(), arguments.quick
-    where = machine()
+    results = Results(arguments.out, console, quick)
     speed = engine.measure("bfloat16", (3, 1), quick=quick)
+    results.add("engine", speed, engine.table(speed))
     chunks = checkpoint.run(quick, console)
-    cost, stalls, responses = asyncio.run(with_clusters(quick, console))
+    results.add("checkpoint", chunks, checkpoint.table(chunks))
+    cost, stalls, responses = asyncio.run(with_clusters(quick, console, results))
     computed = projection.project()
-    lines = recovery.growth(stalls)
+    results.add("projection", computed, *projection.tables(computed))
     verdicts = [
         *goals.protection_goals(cost),
         *goals.checkpoint_goals(chunks),
@@ -76,38 +104,10 @@ def main() -> int:
         *goals.serving_goals(responses),
         *goals.engine_goals(speed),
     ]
-    tables = [
-        goals.table(verdicts),
-        protection.table(cost),
-        checkpoint.table(chunks),
-        recovery.table(stalls),
-        recovery.growth_table(lines),
-        serving.table(responses),
-        engine.table(speed),
-        *projection.tables(computed),
-    ]
-    for table in tables:
-        console.print(table)
-    took = time.monotonic() - began
-    results = {
-        "machine": where,
-        "quick": quick,
-        "seconds": round(took),
-        "goals": [asdict(goal) | {"met": goal.met} for goal in verdicts],
-        "protection": [asdict(row) for row in cost],
-        "checkpoint": [asdict(row) for row in chunks],
-        "recovery": [asdict(row) for row in stalls],
-        "growth": [asdict(line) for line in lines],
-        "crossover_tokens": recovery.crossover(lines),
-        "serving": [asdict(row) for row in responses],
-        "engine": speed,
-        "projection": asdict(computed),
-    }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    head = f"# Measured by `make bench` on {where['processor']}, {where['cores']} cores, {where['memory_gib']} GiB\n\n"
-    (arguments.out / "results.md").write_text(head + "\n".join(map(markdown, tables)))
+    results.add("goals", [asdict(goal) | {"met": goal.met} for goal in verdicts], goals.table(verdicts))
+    results.finish()
     plots.plot(stalls, responses, chunks, arguments.out / "results.png")
+    took = time.monotonic() - began
     missed = [goal.name for goal in verdicts if not goal.met]
     verdict = f"missed: {'; '.join(missed)}" if missed else "all met"
     print(f"{len(verdicts) - len(missed)} of {len(verdicts)} goals met in {took / 60:.1f} min; {verdict}")

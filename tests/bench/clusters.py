@@ -30,7 +30,7 @@ async def peers(
 ) -> AsyncIterator[dict[str, LocalCluster]]:
     """A cluster for each mode, all of them serving; they take turns, and those at rest cost nearly nothing."""
     model_dir = await asyncio.to_thread(fetch_model, "default")
-    shape: dict[str, Any] = {"port": 0, "dtype": dtype, "spares": 2, "kv_memory_mb": 160}
+    shape: dict[str, Any] = {"port": 0, "dtype": dtype, "spares": 2, "kv_memory_mb": 160, "store_memory_mb": 512}
     async with AsyncExitStack() as stack:
         running = {}
         for mode in modes:

@@ -3,18 +3,15 @@
 python -m tests.bench.protection [--quick] [--json FILE]
 """
 
-import argparse
-import asyncio
-import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 
 from services.local import LocalCluster
+from tests.bench import section
 from tests.bench.clusters import MODES, peers, stream
 
 PROMPT_TOKENS = 2000
@@ -22,17 +19,24 @@ DECODE_TOKENS = 48
 DECODE_PROMPT_TOKENS = 256
 CASES = (("prefill", 1), ("decode", 1), ("decode", 4), ("decode", 8))
 QUICK_CASES = CASES[::2]
+JUDGED = ("none", "parity")
+ROUNDS, QUICK_ROUNDS, OTHERS_ROUNDS = 9, 5, 3
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Tokens per second of a mode, median; `ratio` is the median of its ratios to `none` in the same turn."""
+    """Tokens per second of a mode, median; `ratio` is the median of its ratios to `none` in the same turn.
+
+    `quarters`: the first and the third quartile of these ratios.
+    """
 
     what: str
     streams: int
     mode: str
+    turns: int
     tokens_s: float
     ratio: float
+    quarters: tuple[float, float]
 
 
 async def _rate(cluster: LocalCluster, what: str, streams: int, seed: int) -> float:
@@ -47,24 +51,27 @@ async def _rate(cluster: LocalCluster, what: str, streams: int, seed: int) -> fl
     return tokens / (end - start)
 
 
-async def measure(
-    clusters: Mapping[str, LocalCluster], rounds: int, console: Console, *, quick: bool = False
-) -> list[Row]:
-    """All rows. The clusters take turns, in an order that rotates; `none` must be among them. `quick`: half of them."""
+async def measure(clusters: Mapping[str, LocalCluster], console: Console, *, quick: bool) -> list[Row]:
+    """All rows. The clusters take turns, in an order that rotates; `none` must be among them. `quick`: half the cases.
+
+    `none` and what is judged against it take part in all turns, the others in the first OTHERS_ROUNDS alone.
+    """
     rows = []
     names = list(clusters)
     for case, (what, streams) in enumerate(CASES):
         if quick and (what, streams) not in QUICK_CASES:
             continue
         rates: dict[str, list[float]] = {name: [] for name in names}
-        for turn in range(rounds):
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
+        for turn in range(QUICK_ROUNDS if quick else ROUNDS):
+            taking = [name for name in names if name in JUDGED or turn < OTHERS_ROUNDS]
+            first = turn % len(taking)
+            for name in taking[first:] + taking[:first]:
                 seed = 1 + case * 1000 + turn
                 rates[name].append(await _rate(clusters[name], what, streams, seed))
         for name in names:
-            ratios = [ours / none for ours, none in zip(rates[name], rates["none"], strict=True)]
-            rows.append(Row(what, streams, name, statistics.median(rates[name]), statistics.median(ratios)))
+            ratios = [ours / none for ours, none in zip(rates[name], rates["none"], strict=False)]
+            low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+            rows.append(Row(what, streams, name, len(ratios), statistics.median(rates[name]), middle, (low, high)))
         shown = ", ".join(f"{row.mode} {row.tokens_s:.1f} ({row.ratio:.3f})" for row in rows[-len(names) :])
         console.print(f"{what}, {streams} stream(s): {shown}")
     return rows
@@ -73,32 +80,20 @@ async def measure(
 def table(rows: Sequence[Row]) -> Table:
     """The rows, for a person."""
     shown = Table(title="Tokens/s by mode when nothing fails, TP = 3")
-    for column in ("what", "streams", "mode", "tokens/s", "of none"):
+    for column in ("what", "streams", "mode", "turns", "tokens/s", "of none", "middle half"):
         shown.add_column(column, justify="right")
     for row in rows:
-        shown.add_row(row.what, str(row.streams), row.mode, f"{row.tokens_s:.1f}", f"{row.ratio:.3f}")
+        shown.add_row(
+            row.what, str(row.streams), row.mode, str(row.turns), f"{row.tokens_s:.1f}", f"{row.ratio:.3f}",
+            f"{row.quarters[0]:.3f} to {row.quarters[1]:.3f}",
+        )  # fmt: skip
     return shown
 
 
-async def _main(modes: Sequence[str], dtype: str, rounds: int, console: Console) -> list[Row]:
-    async with peers(modes, dtype) as clusters:
-        return await measure(clusters, rounds, console)
-
-
-def main() -> None:
-    """Measure and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="3 rounds instead of 9")
-    parser.add_argument("--modes", default=",".join(MODES), metavar="M,M", help="which, none among them")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--json", default="", metavar="FILE")
-    arguments = parser.parse_args()
-    console = Console(width=120)
-    rows = asyncio.run(_main(arguments.modes.split(","), arguments.dtype, 3 if arguments.quick else 9, console))
-    console.print(table(rows))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+async def _alone(quick: bool, console: Console) -> list[Row]:
+    async with peers([mode for mode in MODES if not quick or "=" not in mode]) as clusters:
+        return await measure(clusters, console, quick=quick)
 
 
 if __name__ == "__main__":
-    main()
+    section.run(__doc__, "fewer cases, modes and turns", _alone, lambda rows: [table(rows)])

@@ -2,33 +2,30 @@
 
 python -m tests.bench.recovery [--quick] [--json FILE]
 
-Each case streams its prompts once in peace, so that their pages lie in the pool and are protected, and then again with
-SIGKILL to a rank (or two) after a third of the tokens: what is lost and restored is the same as if they had just been
-computed. Stall: the largest gap between tokens that any client saw. Figures are medians of the repeats.
+Each case streams its prompts once in peace, so that their pages lie in the pool and are protected, and then again, as
+often as it is repeated, with SIGKILL to a rank (or two) after a third of the tokens: what is lost and restored is the
+same as if they had just been computed. A strike begins when all workers that earlier ones killed are back. Stall: the
+largest gap between tokens that any client saw. Figures are those of the repeat with the median stall.
 """
 
-import argparse
 import asyncio
-import json
 import os
 import signal
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
 
-from services.drill import Stream
+from services.drill import Stream, closed_record
 from services.local import LocalCluster
+from tests.bench import section
 from tests.bench.clusters import MODES, peers, stream
 from tests.cluster.conftest import quiet
 
 TOKENS = 24
-RECORD_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +41,10 @@ class Case:
 
 QUICK = (Case(1024), Case(4096))
 FULL = (
-    Case(256, repeats=2),
-    Case(1024, repeats=2),
+    Case(256),
+    Case(1024, repeats=3),
     Case(2048),
-    Case(4096, repeats=3),
+    Case(4096, repeats=5),
     Case(8000),
     Case(1024, streams=4),
     Case(512, streams=8),
@@ -64,6 +61,8 @@ class Row:
     streams: int
     lost: int
     stall_s: float
+    stalls: list[float]
+    """Of all repeats, in their order."""
     new_token_s: float
     """From the kill to the first token at any client after it."""
     phases: dict[str, float]
@@ -77,18 +76,27 @@ async def measure(clusters: Mapping[str, LocalCluster], cases: Sequence[Case], c
     """All rows; in each repeat the modes take turns."""
     rows = []
     for number, case in enumerate(cases):
+        seed = 10_000 + number
+        calm = {mode: await _calm(clusters[mode], case, seed) for mode in case.modes}
         seen: dict[str, list[Row]] = {mode: [] for mode in case.modes}
-        for repeat in range(case.repeats):
+        for _ in range(case.repeats):
             for mode in case.modes:
-                seen[mode].append(await _strike(clusters[mode], mode, case, 10_000 + number * 100 + repeat))
+                await asyncio.gather(*(quiet(clusters[other]) for other in case.modes))
+                seen[mode].append(await _strike(clusters[mode], mode, case, seed, calm[mode]))
         rows += [_median(seen[mode]) for mode in case.modes]
-        console.print(f"{case.context} tokens, {case.streams} stream(s), {len(case.lost)} lost: done")
+        shown = ", ".join(f"{row.mode} {row.stall_s:.2f} s" for row in rows[-len(case.modes) :])
+        console.print(f"{case.context} tokens, {case.streams} stream(s), {len(case.lost)} lost: {shown}")
     return rows
 
 
-async def _strike(cluster: LocalCluster, mode: str, case: Case, seed: int) -> Row:
+async def _calm(cluster: LocalCluster, case: Case, seed: int) -> list[list[int]]:
+    """The tokens of the run in peace."""
     await quiet(cluster)
-    calm = await stream(cluster, seed, streams=case.streams, prompt=case.context, tokens=TOKENS)
+    seen = await stream(cluster, seed, streams=case.streams, prompt=case.context, tokens=TOKENS)
+    return [each.tokens for each in seen]
+
+
+async def _strike(cluster: LocalCluster, mode: str, case: Case, seed: int, calm: Sequence[Sequence[int]]) -> Row:
     status = await quiet(cluster)
     pids = {worker["rank"]: worker["pid"] for worker in status["workers"]}
     struck: list[float] = []
@@ -100,37 +108,27 @@ async def _strike(cluster: LocalCluster, mode: str, case: Case, seed: int) -> Ro
                 os.kill(pids[rank], signal.SIGKILL)
 
     hit = await stream(cluster, seed, streams=case.streams, prompt=case.context, tokens=TOKENS, watch=watch)
-    record = await _record(cluster, struck[0])
+    record, _ = await closed_record(cluster, struck[0])
     return Row(
         mode=mode,
         context=case.context,
         streams=case.streams,
         lost=len(case.lost),
-        stall_s=max(max(each.gaps) for each in hit),
+        stall_s=(stall := max(max(each.gaps) for each in hit)),
+        stalls=[stall],
         new_token_s=min(at for each in hit for at in each.times if at > struck[0] + 0.02) - struck[0],
         phases={"detect_s": max(0.0, record["started"] - struck[0])}
         | {name: record[name] for name in ("regroup_s", "weights_s", "restore_s", "recompute_s")},
         restored_pages=record["restored_pages"],
         recomputed_tokens=record["recomputed_tokens"],
-        identical=[each.tokens for each in calm] == [each.tokens for each in hit],
+        identical=[each.tokens for each in hit] == list(calm),
     )
-
-
-async def _record(cluster: LocalCluster, since: float) -> dict[str, Any]:
-    """The record of the recovery that began after `since`, once it is closed."""
-    end = time.monotonic() + RECORD_S
-    while time.monotonic() < end:
-        for record in (await cluster.status())["recoveries"]:
-            if record["started"] >= since:
-                found: dict[str, Any] = record
-                return found
-        await asyncio.sleep(0.05)
-    raise AssertionError(f"no recovery is on record after {RECORD_S:.0f} s")
 
 
 def _median(rows: Sequence[Row]) -> Row:
     """The row with the median stall (the lower of two)."""
-    return sorted(rows, key=lambda row: row.stall_s)[(len(rows) - 1) // 2]
+    middle = sorted(rows, key=lambda row: row.stall_s)[(len(rows) - 1) // 2]
+    return replace(middle, stalls=[row.stall_s for row in rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,36 +172,23 @@ def growth_table(lines: Sequence[Growth]) -> Table:
 def table(rows: Sequence[Row]) -> Table:
     """The rows, for a person."""
     shown = Table(title="Stall of the client's stream after SIGKILL, seconds (bfloat16, TP = 3)")
-    for column in ("context", "streams", "lost", "mode", "stall", "new token", "detect", "regroup", "weights",
-                   "restore", "recompute", "pages", "tokens", "same text"):  # fmt: skip
+    for column in ("context", "streams", "lost", "mode", "stall", "from, to", "new token", "detect", "regroup",
+                   "weights", "restore", "recompute", "pages", "tokens", "same text"):  # fmt: skip
         shown.add_column(column, justify="right")
     for row in rows:
         shown.add_row(
             str(row.context), str(row.streams), str(row.lost), row.mode, f"{row.stall_s:.2f}",
-            f"{row.new_token_s:.2f}", *(f"{value:.3f}" for value in row.phases.values()), str(row.restored_pages),
+            f"{min(row.stalls):.2f}, {max(row.stalls):.2f}" if len(row.stalls) > 1 else "", f"{row.new_token_s:.2f}",
+            *(f"{value:.3f}" for value in row.phases.values()), str(row.restored_pages),
             str(row.recomputed_tokens), "yes" if row.identical else "no",
         )  # fmt: skip
     return shown
 
 
-async def _main(quick: bool, console: Console) -> list[Row]:
+async def _alone(quick: bool, console: Console) -> list[Row]:
     async with peers([mode for mode in MODES if not quick or "=" not in mode]) as clusters:
         return await measure(clusters, QUICK if quick else FULL, console)
 
 
-def main() -> None:
-    """Measure and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer cases")
-    parser.add_argument("--json", default="", metavar="FILE")
-    arguments = parser.parse_args()
-    console = Console(width=140)
-    rows = asyncio.run(_main(arguments.quick, console))
-    console.print(table(rows))
-    console.print(growth_table(growth(rows)))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    section.run(__doc__, "fewer cases", _alone, lambda rows: [table(rows), growth_table(growth(rows))])

@@ -1,155 +1,194 @@
-"""Serving while ranks fail: Poisson arrivals of mixed prompts, a share of them hit by a lost rank, by mode.
+"""Serving while ranks fail: Poisson arrivals of mixed requests at a known load, a rank lost every so often, by mode.
 
 python -m tests.bench.serving [--quick] [--json FILE]
 
-The trace is seeded, so every mode sees the same requests at the same times, and the same share of them carries a
-failure: in the middle of its answer a random rank gets SIGKILL, which all requests in flight suffer. Response latency
-is from a request's arrival time in the trace to its last token.
+First the capacity is measured: requests a second that `none` finishes when all are offered at once and nothing fails.
+Then the arrivals come at LOAD of it. The trace is seeded: every mode sees the same requests at the same times, and at
+the same instants a rank gets SIGKILL, as many times as the share says of the number of requests. A failure hits all
+requests that run then, and delays those that wait behind them. Response latency is from a request's arrival time in the
+trace to its last token. Requests that are cut short or refused end the bench: nobody's latency is left out.
 """
 
-import argparse
 import asyncio
-import json
+import math
 import os
 import random
 import signal
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 
-from services.drill import Stream
 from services.local import LocalCluster
+from tests.bench import section
 from tests.bench.clusters import peers, stream
 from tests.cluster.conftest import quiet
 
-PROMPTS = (256, 512, 1024, 3000)
-"""Tokens of the prompts, as likely as each other: chats and agents with long contexts."""
-TOKENS = 40
-RATE_S = 0.3
-"""Arrivals a second: some two thirds of what this machine can serve."""
+LOAD = 0.8
 SHARES = (0.0, 0.05, 0.10, 0.15)
 MODES = ("none", "replicate", "parity")
+REQUESTS, QUICK_REQUESTS = 26, 16
+SEED = 20_000
+SPARE_POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Log-normal numbers of tokens, cut at both ends."""
+
+    median: int
+    sigma: float
+    least: int
+    most: int
+
+    def draw(self, dice: random.Random) -> int:
+        return min(self.most, max(self.least, round(dice.lognormvariate(math.log(self.median), self.sigma))))
+
+
+PROMPTS = Lengths(median=1020, sigma=0.5, least=64, most=4000)
+ANSWERS = Lengths(median=32, sigma=1.0, least=4, most=160)
+"""Prompts as Azure's conversation service had them (Patel et al., Splitwise, 2024: median 1,020 tokens); its answers
+(median 129, mean 211) at a quarter of their length, so that a cell of the table takes a minute here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request of the trace."""
+    """One request of the trace. `at`: in mean times between arrivals, since the trace began."""
 
     at: float
     prompt: int
-    seed: int
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One mode at one share of failures. Seconds; `goodput` is generated tokens a second from first to last."""
+    """One mode at one share of failures. Seconds; `rate` and `capacity` are requests a second.
+
+    `suffered`: share of the requests that were in flight at some kill. `goodput`: generated tokens a second, from the
+    first arrival to the last token.
+    """
 
     mode: str
     share: float
     kills: int
     suffered: float
-    """Share of the requests that were in flight at some kill."""
     requests: int
+    rate: float
+    capacity: float
     latency: dict[str, float]
     first_token: dict[str, float]
     goodput: float
 
 
-def trace(count: int, seed: int) -> list[Arrival]:
+def trace(count: int, seed: int = SEED) -> list[Arrival]:
     """The same arrivals for the same seed."""
     dice, at, arrivals = random.Random(seed), 0.0, list[Arrival]()
-    for number in range(count):
-        arrivals.append(Arrival(at, dice.choice(PROMPTS), seed * 10_000 + number))
-        at += dice.expovariate(RATE_S)
+    for _ in range(count):
+        arrivals.append(Arrival(at, PROMPTS.draw(dice), ANSWERS.draw(dice)))
+        at += dice.expovariate(1.0)
     return arrivals
 
 
-class _Run:
-    """One pass of the trace over one cluster."""
+def failures(count: int, end: float, ranks: int, seed: int = SEED) -> list[tuple[float, int]]:
+    """(when, which rank): one failure somewhere in each of `count` equal parts of the time from 0 to `end`."""
+    dice = random.Random(seed)
+    return [((number + dice.random()) * end / count, dice.randrange(ranks)) for number in range(count)]
 
-    def __init__(self, cluster: LocalCluster, arrivals: Sequence[Arrival], share: float, seed: int):
+
+class _Run:
+    """One pass of the trace over one cluster. `serial` keeps the prompts of different passes apart."""
+
+    def __init__(self, cluster: LocalCluster, arrivals: Sequence[Arrival], rate: float, serial: int):
         self._cluster = cluster
         self._arrivals = arrivals
-        self._dice = random.Random(seed)
-        self._failing = set(self._dice.sample(range(len(arrivals)), round(share * len(arrivals))))
-        self._pids: dict[int, int] = {}
+        self._rate = rate
+        self._serial = serial
+        self._began = 0.0
         self._in_flight: set[int] = set()
         self._suffered: set[int] = set()
         self.kills = 0
         self.latencies: list[float] = []
         self.first_tokens: list[float] = []
-        self._tokens = 0
+        self.seconds = 0.0
 
-    async def run(self) -> float:
-        """Returns goodput."""
-        began = time.monotonic()
+    async def run(self, kills: int) -> None:
+        """Let all requests come and be answered, and ranks be killed."""
+        self._began = time.monotonic()
+        end = self._arrivals[-1].at / self._rate
         async with asyncio.TaskGroup() as tasks:
-            watcher = tasks.create_task(self._know_ranks())
-            await asyncio.gather(
-                *(self._request(number, arrival, began + arrival.at) for number, arrival in enumerate(self._arrivals))
-            )
-            watcher.cancel()
-        return self._tokens / (time.monotonic() - began)
+            for number, arrival in enumerate(self._arrivals):
+                tasks.create_task(self._request(number, arrival))
+            tasks.create_task(self._fail(failures(kills, end, self._cluster.settings.tp)))
+        self.seconds = time.monotonic() - self._began
 
     @property
     def suffered(self) -> float:
         return len(self._suffered) / len(self._arrivals)
 
-    async def _know_ranks(self) -> None:
-        """Keep up with who holds which rank, while the group serves."""
+    @property
+    def goodput(self) -> float:
+        return sum(arrival.tokens for arrival in self._arrivals) / self.seconds
+
+    async def _until(self, at: float) -> None:
+        await asyncio.sleep(max(0.0, self._began + at - time.monotonic()))
+
+    async def _request(self, number: int, arrival: Arrival) -> None:
+        at = arrival.at / self._rate
+        await self._until(at)
+        self._in_flight.add(number)
+        seed = self._serial * 1000 + number
+        (seen,) = await stream(self._cluster, seed, streams=1, prompt=arrival.prompt, tokens=arrival.tokens)
+        assert len(seen.tokens) == arrival.tokens, f"request {number} got {len(seen.tokens)} of {arrival.tokens} tokens"
+        self._in_flight.discard(number)
+        self.latencies.append(seen.times[-1] - self._began - at)
+        self.first_tokens.append(seen.times[0] - self._began - at)
+
+    async def _fail(self, plan: Sequence[tuple[float, int]]) -> None:
+        for at, rank in plan:
+            await self._until(at)
+            os.kill(await self._victim(rank), signal.SIGKILL)
+            self._suffered |= self._in_flight
+            self.kills += 1
+
+    async def _victim(self, rank: int) -> int:
+        """The PID of a rank, once the group is whole and has a spare: a failure without one measures a cold start."""
         while True:
             status = await self._cluster.status()
-            whole = status["state"] == "serving" and any(each["state"] == "spare" for each in status["workers"])
-            self._pids = {each["rank"]: each["pid"] for each in status["workers"] if each["rank"] is not None}
-            if not whole:
-                self._pids = {}
-            await asyncio.sleep(0.25)
-
-    async def _request(self, number: int, arrival: Arrival, at: float) -> None:
-        await asyncio.sleep(max(0.0, at - time.monotonic()))
-        self._in_flight.add(number)
-
-        def watch(index: int, seen: Stream) -> None:
-            if number in self._failing and len(seen.tokens) >= TOKENS // 2 and self._pids:
-                self._failing.discard(number)
-                self._fail()
-
-        (seen,) = await stream(
-            self._cluster, arrival.seed, streams=1, prompt=arrival.prompt, tokens=TOKENS, watch=watch
-        )
-        self._in_flight.discard(number)
-        self.latencies.append(seen.times[-1] - at)
-        self.first_tokens.append(seen.times[0] - at)
-        self._tokens += len(seen.tokens)
-
-    def _fail(self) -> None:
-        os.kill(self._pids[self._dice.choice(list(self._pids))], signal.SIGKILL)
-        self._pids = {}
-        self._suffered |= self._in_flight
-        self.kills += 1
+            if status["state"] == "serving" and any(each["state"] == "spare" for each in status["workers"]):
+                return next(int(each["pid"]) for each in status["workers"] if each["rank"] == rank)
+            await asyncio.sleep(SPARE_POLL_S)
 
 
-async def measure(
-    clusters: Mapping[str, LocalCluster], shares: Sequence[float], count: int, console: Console
-) -> list[Row]:
-    """All rows: at each share the modes take turns with the same trace."""
-    rows = []
+async def measure(clusters: Mapping[str, LocalCluster], console: Console, *, quick: bool) -> list[Row]:
+    """All rows: at each share the modes take turns with the same trace. `none` must be among them."""
+    count, shares = (QUICK_REQUESTS, SHARES[-1:]) if quick else (REQUESTS, SHARES)
+    arrivals, rows = trace(count), list[Row]()
+    capacity = await _capacity(clusters["none"], arrivals)
+    rate = LOAD * capacity
+    console.print(f"capacity {capacity:.2f} requests/s; they arrive at {rate:.2f}, {count} of them")
     for number, share in enumerate(shares):
         for mode in (mode for mode in MODES if mode in clusters):
             await quiet(clusters[mode])
-            run = _Run(clusters[mode], trace(count, 20_000 + number), share, number)
-            goodput = await run.run()
+            run = _Run(clusters[mode], arrivals, rate, 50_001 + number)
+            await run.run(round(share * count))
             rows.append(
-                Row(mode, share, run.kills, run.suffered, count, _centiles(run.latencies), _centiles(run.first_tokens),
-                    goodput)
+                Row(mode, share, run.kills, run.suffered, count, rate, capacity, _centiles(run.latencies),
+                    _centiles(run.first_tokens), run.goodput)
             )  # fmt: skip
-            console.print(f"{share:.0%} of requests fail, {mode}: done")
+            console.print(f"{share:.0%} failures, {mode}: median response {rows[-1].latency['p50']:.2f} s")
     return rows
+
+
+async def _capacity(cluster: LocalCluster, arrivals: Sequence[Arrival]) -> float:
+    """Requests a second that a cluster finishes when it has all of them at once, and loses no rank."""
+    at_once = [Arrival(0.0, arrival.prompt, arrival.tokens) for arrival in arrivals[:QUICK_REQUESTS]]
+    await quiet(cluster)
+    run = _Run(cluster, at_once, 1.0, 50_000)
+    await run.run(0)
+    return len(at_once) / run.seconds
 
 
 def _centiles(values: Sequence[float]) -> dict[str, float]:
@@ -159,47 +198,27 @@ def _centiles(values: Sequence[float]) -> dict[str, float]:
 
 def table(rows: Sequence[Row]) -> Table:
     """The rows, for a person."""
-    shown = Table(title=f"Poisson arrivals, {RATE_S:g} a second, prompts of {PROMPTS} tokens (bfloat16, TP = 3)")
-    for column in (
-        "failures",
-        "suffered",
-        "mode",
-        "kills",
-        "response p50",
-        "p90",
-        "p99",
-        "first token p50",
-        "p90",
-        "p99",
-        "tokens/s",
-    ):
+    first = rows[0]
+    shown = Table(
+        title=f"{first.requests} Poisson arrivals, {first.rate:.2f} a second ({LOAD:.0%} of {first.capacity:.2f}), "
+        f"prompts of {PROMPTS.median} tokens and answers of {ANSWERS.median} (medians); bfloat16, TP = 3"
+    )
+    for column in ("failures", "kills", "suffered", "mode", "response p50", "p90", "p99", "first token p50", "p90",
+                   "p99", "tokens/s"):  # fmt: skip
         shown.add_column(column, justify="right")
     for row in rows:
         shown.add_row(
-            f"{row.share:.0%}", f"{row.suffered:.0%}", row.mode, str(row.kills),
+            f"{row.share:.0%}", str(row.kills), f"{row.suffered:.0%}", row.mode,
             *(f"{value:.2f}" for value in row.latency.values()),
             *(f"{value:.2f}" for value in row.first_token.values()), f"{row.goodput:.1f}",
         )  # fmt: skip
     return shown
 
 
-async def _main(quick: bool, console: Console) -> list[Row]:
+async def _alone(quick: bool, console: Console) -> list[Row]:
     async with peers(("none", "parity") if quick else MODES) as clusters:
-        return await measure(clusters, (0.15,) if quick else SHARES, 14, console)
-
-
-def main() -> None:
-    """Measure and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="none and parity alone, failures in 15%%")
-    parser.add_argument("--json", default="", metavar="FILE")
-    arguments = parser.parse_args()
-    console = Console(width=120)
-    rows = asyncio.run(_main(arguments.quick, console))
-    console.print(table(rows))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+        return await measure(clusters, console, quick=quick)
 
 
 if __name__ == "__main__":
-    main()
+    section.run(__doc__, "none and parity alone, failures in 15%%", _alone, lambda rows: [table(rows)])

@@ -1,6 +1,6 @@
-"""The documents' configuration table is that of the settings, and what they link to is there.
+"""The configuration table is that of the settings, README's figures are those of bench/results, links lead on.
 
-`python -m tests.pure.test_readme` writes the table anew.
+`python -m tests.pure.test_readme` writes the table and the figures anew.
 """
 
 import re
@@ -10,10 +10,13 @@ import pytest
 
 from services.local import ServeSettings
 from shared.config import CommonSettings, CoordinatorSettings, GatewaySettings, ParityStoreSettings, WorkerSettings
+from tests.bench import readme
 
 ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+RESULTS = ROOT / "bench" / "results"
 CONFIGURATION = ROOT / "docs" / "configuration.md"
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 TABLE = re.compile(r"(?<=<!-- configuration -->\n).*?(?=<!-- /configuration -->)", re.DOTALL)
 CLASSES = {
     "serve": ServeSettings,
@@ -49,6 +52,12 @@ def test_the_configuration_names_every_setting_with_its_default() -> None:
     assert found[0] == table()
 
 
+def test_the_measured_figures_are_those_of_the_bench() -> None:
+    found = readme.BLOCK.search(README.read_text())
+    assert found is not None
+    assert found[0] == readme.measured(readme.load(RESULTS))
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_file_that_a_document_links_to_is_there(document: Path) -> None:
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text())
@@ -57,4 +66,5 @@ def test_every_file_that_a_document_links_to_is_there(document: Path) -> None:
 
 
 if __name__ == "__main__":
+    README.write_text(readme.written(README.read_text(), readme.load(RESULTS)))
     CONFIGURATION.write_text(TABLE.sub(lambda _: table(), CONFIGURATION.read_text()))
