@@ -30,11 +30,11 @@ _FUSED_KEYS = 1024
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One generated position: row `row` of the step attends to `keys` gathered rows from `first_key` on."""
+    """One generated position: row `row` of the step attends to these gathered keys, [kv_heads, keys, head_dim]."""
 
     row: int
-    first_key: int
-    keys: int
+    keys: torch.Tensor  # views of the scratch, which every layer fills anew
+    values: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ def plan_attention(chunks: Sequence[Chunk], pool: KVPool, scratch: "Scratch") ->
     page = pool.page_tokens
     slots, pages = [], []
     tiles: list[Tiles] = []
-    queries: list[Query] = []
+    generated: list[tuple[int, int, int]] = []  # row, first gathered row, gathered rows
     row = first_key = 0
     for chunk in chunks:
         table = chunk.pages[: -(-chunk.end // page)].astype(np.int64)
@@ -82,20 +82,25 @@ def plan_attention(chunks: Sequence[Chunk], pool: KVPool, scratch: "Scratch") ->
             ends = (first_tile + 1) * TILE
             tiles.append(Tiles(row, split - chunk.start, lead, count, first_key, ends, chunk.end))
             gathered = max(gathered, (first_tile + count) * TILE)
-        queries += [Query(row + at - chunk.start, first_key, at + 1) for at in range(split, chunk.end)]
+        generated += [(row + at - chunk.start, first_key, at + 1) for at in range(split, chunk.end)]
         whole = -(-gathered // page)
         pages.append(np.concatenate((table, np.zeros(whole - len(table), dtype=np.int64))))
         first_key += whole * page
         row += len(chunk.tokens)
     slot, block = np.concatenate(slots), np.concatenate(pages) * (pool.layers * 2)
     layer = np.arange(pool.layers)[:, None] * 2
+    memory = scratch.take(pool, first_key)
+    keys, values = memory[0].transpose(0, 1), memory[1].transpose(0, 1)
     return StepAttention(
         pool=pool,
         slots=torch.from_numpy(np.stack((slot + layer * page, slot + (layer + 1) * page), axis=1)).to(pool.device),
         blocks=torch.from_numpy(np.concatenate((block + layer, block + layer + 1), axis=1)).to(pool.device),
-        gathered=scratch.take(pool, first_key),
+        gathered=memory,
         tiles=tuple(tiles),
-        queries=tuple(queries),
+        queries=tuple(
+            Query(row, keys[:, first : first + count], values[:, first : first + count])
+            for row, first, count in generated
+        ),
     )
 
 
@@ -150,10 +155,10 @@ def attend(
     for tiles in step.tiles:
         _attend_tiles(packed, keys, values, packed_out, tiles, scaling, window)
     for one in step.queries:
-        first, last = one.first_key, one.first_key + one.keys
+        seen, worth = one.keys, one.values
         if window is not None:
-            first = max(first, last - window)
-        packed_out[one.row] = _attend_one(packed[:, :, one.row], keys[:, first:last], values[:, first:last], scaling)
+            seen, worth = seen[:, -window:], worth[:, -window:]
+        packed_out[one.row] = _attend_one(packed[:, :, one.row], seen, worth, scaling)
     return out[None], None
 
 

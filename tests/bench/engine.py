@@ -28,6 +28,7 @@ from services.worker.kv_pool import KVPool
 from services.worker.model import RankModel
 from services.worker.model_files import resolve_model
 from services.worker.sampler import sample_greedy
+from tests.bench import engine_floor
 
 PAGE_TOKENS = 16
 CHUNK = 512
@@ -204,7 +205,10 @@ def rank_processes(model_dir: Path, dtype: torch.dtype, size: int) -> Iterator[C
 
 
 def measure(dtype_name: str, sizes: Sequence[int], *, quick: bool, generate: bool = True) -> list[dict[str, Any]]:
-    """All rows; the peers take turns at each case. `quick`: one turn, and no contexts of 4,000 tokens."""
+    """All rows; the peers take turns at each case. `quick`: three turns, and no contexts of 4,000 tokens.
+
+    `floor` in a row: tokens/s at the least time, see engine_floor.
+    """
     model_dir, dtype = resolve_model(None), getattr(torch, dtype_name)
     cases = [case for case in CASES if not quick or (case.context <= 2000 and case.streams <= 4)]
     rows: list[dict[str, Any]] = []
@@ -216,19 +220,21 @@ def measure(dtype_name: str, sizes: Sequence[int], *, quick: bool, generate: boo
             peers[f"TP={size}"] = stack.enter_context(rank_processes(model_dir, dtype, size))
         for measure_peer in peers.values():
             measure_peer(cases[0], 0)
+        torch.set_num_threads(os.cpu_count() or 1)
+        least = engine_floor.measure(model_dir, dtype)
         for case in cases:
             turns = [
                 {name: measure_peer(case, turn) for name, measure_peer in peers.items()}
-                for turn in range(1 if quick else 3)
+                for turn in range(3 if quick else 5)
             ]
-            rows.append(_row(case, turns))
+            rows.append(_row(case, turns) | {"floor": least.tokens_s(case.context, case.streams, case.steps)})
             print(_line(rows[-1]), flush=True)
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one repeat, and no contexts of 4,000 tokens")
+    parser.add_argument("--quick", action="store_true", help="three turns, and no contexts of 4,000 tokens")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--sizes", default="3,1", help="TP sizes to measure")
@@ -254,14 +260,14 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     """The rows, for a person."""
     names = list(rows[0]["tokens_per_s"])
     shown = Table(title="Tokens/s of the engine, bfloat16, beside transformers' generate() in turns (ratio)")
-    for column in ("case", *names):
+    for column in ("case", *names, "floor"):
         shown.add_column(column, justify="right")
     for row in rows:
         cells = [
             f"{row['tokens_per_s'][name]:.1f}" + (f" ({row['ratio'][name]:.2f})" if name in row["ratio"] else "")
             for name in names
         ]
-        shown.add_row(row["name"], *cells)
+        shown.add_row(row["name"], *cells, f"{row['floor']:.0f}")
     return shown
 
 

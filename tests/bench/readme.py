@@ -110,7 +110,11 @@ def _engine(results: dict[str, Any]) -> str:
 def _failure(results: dict[str, Any]) -> str:
     """One worker of three killed: vLLM's outcome beside ours."""
     head, *rows = in_words([Outcome(**each) for each in results["vllm_failure"]["outcomes"]])
-    return _table(head, rows)
+    return (
+        _table(head, rows)
+        + "\n\nvLLM's figures are taken in an environment of its own, by "
+        + "[vllm_peer.py](tests/bench/vllm_peer.py) and [vllm_failure.py](tests/bench/vllm_failure.py)."
+    )
 
 
 def _cross_check(rows: list[dict[str, Any]]) -> str:
