@@ -16,8 +16,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench import checkpoint, engine, goals, load_generator, plots, projection, protection, recovery, serving
-from tests.bench.clusters import MODES, peers
+from tests.bench import (
+    checkpoint,
+    engine,
+    engine_profile,
+    goals,
+    load_generator,
+    plots,
+    projection,
+    protection,
+    recovery,
+    serving,
+)
 from tests.bench.machine import machine
 
 
@@ -55,21 +65,21 @@ def _plain(row: Any) -> Any:
     return asdict(row) if is_dataclass(row) and not isinstance(row, type) else row
 
 
-async def with_clusters(quick: bool, console: Console, results: Results) -> tuple[Any, Any, Any]:
-    """The sections that need whole clusters, which share them."""
-    modes = [mode for mode in MODES if not quick or "=" not in mode]
-    async with peers(modes) as clusters:
-        cost = await protection.measure(clusters, console, quick=quick)
-        results.add("protection", cost, protection.table(cost))
-        stalls = await recovery.measure(clusters, recovery.QUICK if quick else recovery.FULL, console)
-        lines = recovery.growth(stalls)
-        results.add("recovery", stalls, recovery.table(stalls), recovery.growth_table(lines))
-        results.add("growth", lines)
-        results.add("crossover_tokens", recovery.crossover(lines))
-        loaded = {mode: clusters[mode] for mode in (("none", "parity") if quick else serving.MODES)}
-        responses = await serving.measure(loaded, console, quick=quick)
-        results.add("serving", responses, serving.table(responses))
-    rows = await load_generator.check(quick, console)
+async def with_services(quick: bool, console: Console, results: Results) -> tuple[Any, Any, Any]:
+    """The sections that need whole clusters, and where a step of the engine goes."""
+    if not quick:
+        steps = await engine_profile.run(quick, console)
+        results.add("engine_profile", steps, engine_profile.table(steps))
+    cost = await protection.run(quick, console)
+    results.add("protection", cost, protection.table(cost))
+    stalls = await recovery.run(quick, console)
+    lines = recovery.growth(stalls)
+    results.add("recovery", stalls, recovery.table(stalls), recovery.growth_table(lines))
+    results.add("growth", lines)
+    results.add("crossover_tokens", recovery.crossover(lines))
+    responses = await serving.run(quick, console)
+    results.add("serving", responses, serving.table(responses))
+    rows = await load_generator.run(quick, console)
     results.add("load_generator", rows, *([load_generator.table(rows)] if rows else []))
     return cost, stalls, responses
 
@@ -94,7 +104,7 @@ def main() -> int:
     results.add("engine", speed, engine.table(speed))
     chunks = checkpoint.run(quick, console)
     results.add("checkpoint", chunks, checkpoint.table(chunks))
-    cost, stalls, responses = asyncio.run(with_clusters(quick, console, results))
+    cost, stalls, responses = asyncio.run(with_services(quick, console, results))
     computed = projection.project()
     results.add("projection", computed, *projection.tables(computed))
     verdicts = [

@@ -9,8 +9,8 @@ from typing import Any
 from services.drill import Options, Stream, stream_all
 from services.local import LocalCluster, ServeSettings
 from services.serve import fetch_model
+from tests.cluster.conftest import quiet
 
-SERVING_S = 300.0
 TOKEN_IDS = (100, 40_000)
 """Random prompts draw from these; the default model has 49,152."""
 
@@ -25,19 +25,20 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 @asynccontextmanager
-async def peers(
-    modes: Sequence[str], dtype: str = "bfloat16", **changes: Any
-) -> AsyncIterator[dict[str, LocalCluster]]:
-    """A cluster for each mode, all of them serving; they take turns, and those at rest cost nearly nothing."""
+async def peers(modes: Sequence[str], *, spares: int, **changes: Any) -> AsyncIterator[dict[str, LocalCluster]]:
+    """A cluster for each mode, all of them serving; they take turns, and those at rest cost nearly nothing but memory.
+
+    A worker takes half a GiB, so a section has no more of them than it needs. They are started one after the other:
+    all at once they would keep each other from answering in time.
+    """
     model_dir = await asyncio.to_thread(fetch_model, "default")
-    shape: dict[str, Any] = {"port": 0, "dtype": dtype, "spares": 2, "kv_memory_mb": 160, "store_memory_mb": 512}
+    shape: dict[str, Any] = {"port": 0, "spares": spares, "kv_memory_mb": 160, "store_memory_mb": 512}
     async with AsyncExitStack() as stack:
         running = {}
         for mode in modes:
             settings = ServeSettings(**(shape | MODES[mode] | changes))
-            running[mode] = await stack.enter_async_context(LocalCluster(settings, model_dir))
-        for cluster in running.values():
-            await cluster.wait_serving(SERVING_S)
+            cluster = running[mode] = await stack.enter_async_context(LocalCluster(settings, model_dir))
+            await quiet(cluster)
             await stream(cluster, 0, streams=1, prompt=600, tokens=8)
         yield running
 

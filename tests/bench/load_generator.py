@@ -203,15 +203,15 @@ def table(rows: Sequence[Row]) -> Table:
     return shown
 
 
-async def check(quick: bool, console: Console) -> list[Row]:
-    """All of it, with a cluster of its own; no rows where guidellm can't be had."""
+async def run(quick: bool, console: Console) -> list[Row]:
+    """The section, with a cluster of its own; no rows where guidellm can't be had."""
     program = await asyncio.to_thread(guidellm, console, install=not quick)
     if program is None:
         return []
-    async with peers(("parity",)) as clusters:
+    async with peers(("parity",), spares=0) as clusters:
         return await measure(clusters["parity"], program, *((1, 10) if quick else (3, 20)), console)
 
 
 if __name__ == "__main__":
     quick = "one turn of 10 requests, and nothing is installed"
-    section.run(__doc__, quick, check, lambda rows: [table(rows)])
+    section.run(__doc__, quick, run, lambda rows: [table(rows)])

@@ -90,10 +90,11 @@ def table(rows: Sequence[Row]) -> Table:
     return shown
 
 
-async def _alone(quick: bool, console: Console) -> list[Row]:
-    async with peers([mode for mode in MODES if not quick or "=" not in mode]) as clusters:
+async def run(quick: bool, console: Console) -> list[Row]:
+    """The section, with clusters of its own."""
+    async with peers([mode for mode in MODES if not quick or "=" not in mode], spares=0) as clusters:
         return await measure(clusters, console, quick=quick)
 
 
 if __name__ == "__main__":
-    section.run(__doc__, "fewer cases, modes and turns", _alone, lambda rows: [table(rows)])
+    section.run(__doc__, "fewer cases, modes and turns", run, lambda rows: [table(rows)])

@@ -22,7 +22,7 @@ from rich.table import Table
 from services.drill import Stream, closed_record
 from services.local import LocalCluster
 from tests.bench import section
-from tests.bench.clusters import MODES, peers, stream
+from tests.bench.clusters import peers, stream
 from tests.cluster.conftest import quiet
 
 TOKENS = 24
@@ -30,7 +30,7 @@ TOKENS = 24
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One situation. `modes`: those it is measured in; empty: all."""
+    """One situation, and the modes that it is measured in."""
 
     context: int
     streams: int = 1
@@ -41,15 +41,18 @@ class Case:
 
 QUICK = (Case(1024), Case(4096))
 FULL = (
-    Case(256),
-    Case(1024, repeats=3),
-    Case(2048),
-    Case(4096, repeats=5),
-    Case(8000),
-    Case(1024, streams=4),
-    Case(512, streams=8),
-    Case(2048, lost=(0, 2), modes=("none", "replicate", "parity m=2")),
+    (
+        Case(256),
+        Case(1024, repeats=3),
+        Case(2048),
+        Case(4096, repeats=5),
+        Case(8000),
+        Case(1024, streams=4),
+        Case(512, streams=8),
+    ),
+    (Case(2048, lost=(0, 2), modes=("none", "replicate", "parity m=2")),),
 )
+"""Cases of one tuple share their clusters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,10 +188,14 @@ def table(rows: Sequence[Row]) -> Table:
     return shown
 
 
-async def _alone(quick: bool, console: Console) -> list[Row]:
-    async with peers([mode for mode in MODES if not quick or "=" not in mode]) as clusters:
-        return await measure(clusters, QUICK if quick else FULL, console)
+async def run(quick: bool, console: Console) -> list[Row]:
+    """The section, with clusters of its own: as many spares as ranks are lost at once."""
+    rows = []
+    for cases in (QUICK,) if quick else FULL:
+        async with peers(cases[0].modes, spares=len(cases[0].lost)) as clusters:
+            rows += await measure(clusters, cases, console)
+    return rows
 
 
 if __name__ == "__main__":
-    section.run(__doc__, "fewer cases", _alone, lambda rows: [table(rows), growth_table(growth(rows))])
+    section.run(__doc__, "fewer cases", run, lambda rows: [table(rows), growth_table(growth(rows))])
