@@ -205,7 +205,7 @@ def rank_processes(model_dir: Path, dtype: torch.dtype, size: int) -> Iterator[C
 
 
 def measure(dtype_name: str, sizes: Sequence[int], *, quick: bool, generate: bool = True) -> list[dict[str, Any]]:
-    """All rows; the peers take turns at each case. `quick`: three turns, and no contexts of 4,000 tokens.
+    """All rows; the peers take turns at each case. `quick`: one turn, and no contexts of 4,000 tokens.
 
     `floor` in a row: tokens/s at the least time, see engine_floor.
     """
@@ -225,7 +225,7 @@ def measure(dtype_name: str, sizes: Sequence[int], *, quick: bool, generate: boo
         for case in cases:
             turns = [
                 {name: measure_peer(case, turn) for name, measure_peer in peers.items()}
-                for turn in range(3 if quick else 5)
+                for turn in range(1 if quick else 5)
             ]
             rows.append(_row(case, turns) | {"floor": least.tokens_s(case.context, case.streams, case.steps)})
             print(_line(rows[-1]), flush=True)
@@ -234,7 +234,7 @@ def measure(dtype_name: str, sizes: Sequence[int], *, quick: bool, generate: boo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="three turns, and no contexts of 4,000 tokens")
+    parser.add_argument("--quick", action="store_true", help="one turn, and no contexts of 4,000 tokens")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--sizes", default="3,1", help="TP sizes to measure")

@@ -92,7 +92,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 async def run(quick: bool, console: Console) -> list[Row]:
     """The section, with clusters of its own."""
-    async with peers([mode for mode in MODES if not quick or "=" not in mode], spares=0) as clusters:
+    async with peers(JUDGED if quick else list(MODES), spares=0) as clusters:
         return await measure(clusters, console, quick=quick)
 
 
