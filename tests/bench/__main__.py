@@ -27,6 +27,7 @@ from tests.bench import (
     protection,
     recovery,
     serving,
+    stripes,
 )
 from tests.bench.machine import machine
 
@@ -104,6 +105,8 @@ def main() -> int:
     results.add("engine", speed, engine.table(speed))
     chunks = checkpoint.run(quick, console)
     results.add("checkpoint", chunks, checkpoint.table(chunks))
+    kept = stripes.run(stripes.QUICK_STRIPES if quick else stripes.STRIPES)
+    results.add("stripes", kept, stripes.table(kept))
     cost, stalls, responses = asyncio.run(with_services(quick, console, results))
     computed = projection.project()
     results.add("projection", computed, *projection.tables(computed))

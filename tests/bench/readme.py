@@ -21,7 +21,8 @@ def load(folder: Path) -> dict[str, Any]:
 
 def measured(results: dict[str, Any]) -> str:
     """The block: where it was measured, recovery, the engine beside others, a failure beside vLLM's."""
-    parts = [_machine(results["machine"]), _by_mode(results), _phases(results), _engine(results), _failure(results)]
+    parts = [_machine(results["machine"]), _by_mode(results), _phases(results), _engine(results), _failure(results),
+             _stripes(results["stripes"])]  # fmt: skip
     if results["load_generator"]:
         parts.append(_cross_check(results["load_generator"]))
     return "\n\n".join(parts) + "\n"
@@ -112,9 +113,25 @@ def _failure(results: dict[str, Any]) -> str:
     head, *rows = in_words([Outcome(**each) for each in results["vllm_failure"]["outcomes"]])
     return (
         _table(head, rows)
-        + "\n\nvLLM's figures are taken in an environment of its own, by "
+        + "\n\nvLLM's figures are taken in an environment of its own, by\n"
         + "[vllm_peer.py](tests/bench/vllm_peer.py) and [vllm_failure.py](tests/bench/vllm_failure.py)."
     )
+
+
+def _stripes(kept: dict[str, Any]) -> str:
+    """What a parity store and Redis need to keep many stripes."""
+    times = f"{kept['put_s_per_1000'] * 1e3:.0f} ms; {kept['release_s_per_1000'] * 1e3:.0f} ms"
+    bytes_each = [f"{kept[name]:.0f} B" for name in ("store_bytes_per_stripe", "redis_bytes_per_stripe")]
+    rows = [
+        ["memory a stripe, beside its bytes", *bytes_each],
+        ["put, indexed and acknowledged; released: each 1,000", times, ""],
+        [
+            "left in use after all are released",
+            f"{kept['arena_bytes_in_use_left']} B",
+            f"{kept['redis_keys_left']} keys",
+        ],
+    ]
+    return _table([f"{kept['stripes']:,} stripes, one parity shard each", "parity store", "Redis"], rows)
 
 
 def _cross_check(rows: list[dict[str, Any]]) -> str:
@@ -124,7 +141,7 @@ def _cross_check(rows: list[dict[str, Any]]) -> str:
         f"tokens and {row['tokens_s']:.1f} tokens/s"
         for row in (by_client["guidellm"], by_client["ours"])
     ]
-    return f"Beside the bench's own client, on the same load: guidellm sees {told[0]},\nthe bench {told[1]}."
+    return f"Another load generator, guidellm, on the same load: {told[0]};\nthe bench's own client: {told[1]}."
 
 
 def written(readme: str, results: dict[str, Any]) -> str:

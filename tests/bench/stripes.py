@@ -33,6 +33,7 @@ from shared.errors import GhostError
 from shared.stripe_index import StripeIndex
 from shared.transport.base import PutShards, ShardLabel
 
+STRIPES, QUICK_STRIPES = 1_000_000, 100_000
 BATCH = 256
 IN_FLIGHT = 4
 SHARD_BYTES = 512
@@ -143,21 +144,31 @@ async def measure(stripes: int, path: Path) -> Result:
     )
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--stripes", type=int, default=1_000_000)
-    parser.add_argument("--redis", default=str(get_binary_path()), metavar="BINARY", help="default: the embedded one")
-    parser.add_argument("--json", default="", metavar="FILE")
-    arguments = parser.parse_args()
-    with server(arguments.redis) as path:
-        result = asyncio.run(measure(arguments.stripes, path))
+def run(stripes: int = STRIPES, binary: str = "") -> Result:
+    """The section, with a Redis of its own; `binary`: the embedded one if empty."""
+    with server(binary or str(get_binary_path())) as path:
+        return asyncio.run(measure(stripes, path))
+
+
+def table(result: Result) -> Table:
+    """The figures, for a person."""
     shown = Table(title=f"{result.stripes:,} stripes, k = {K}, one parity shard each")
     shown.add_column("what")
     shown.add_column("figure", justify="right")
     for name, value in asdict(result).items():
         shown.add_row(name, f"{value:,.4f}" if "_s_" in name else f"{value:,.0f}")
-    Console().print(shown)
+    return shown
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--stripes", type=int, default=STRIPES)
+    parser.add_argument("--redis", default="", metavar="BINARY", help="default: the embedded one")
+    parser.add_argument("--json", default="", metavar="FILE")
+    arguments = parser.parse_args()
+    result = run(arguments.stripes, arguments.redis)
+    Console().print(table(result))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(asdict(result), indent=2) + "\n")
 
