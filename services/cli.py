@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     model.set_defaults(run=_model)
     from services.doctor import add_arguments as add_doctor_arguments
     from services.move_cli import add_arguments as add_move_arguments
+    from services.replay_cli import add_arguments as add_replay_arguments
     from services.status_cli import add_status_arguments, add_top_arguments
     from services.store_cli import add_arguments as add_store_arguments
 
@@ -85,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
         moved = commands.add_parser(action, help=summary)
         add_move_arguments(moved, summary[0].upper() + summary[1:] + ".")
         moved.set_defaults(run=_move, action=action)
+    replay = commands.add_parser("replay", help="run a coordinator's recording again, and tell what happened")
+    add_replay_arguments(replay)
+    replay.set_defaults(run=_replay)
     store = commands.add_parser("store", help="look at a parity store, scrub it, drain it")
     add_store_arguments(store)
     store.set_defaults(run=_store)
@@ -179,6 +183,12 @@ def _top(arguments: argparse.Namespace) -> int:
     from services.status_cli import top
 
     return top(arguments)
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from services.replay_cli import run
+
+    return run(arguments)
 
 
 def _store(arguments: argparse.Namespace) -> int:

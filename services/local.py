@@ -67,6 +67,10 @@ class ServeSettings(CommonSettings):
     log_dir: str = Field(
         "", description="where the services' logs go; empty: a temporary folder, removed on a clean stop"
     )
+    record: bool = Field(
+        False,
+        description="record the coordinator's events beside the logs, for `ghostserve replay`; prompts are in them",
+    )
 
 
 @dataclass(slots=True, eq=False)
@@ -99,6 +103,16 @@ class LocalCluster:
         await self.stop()
 
     @property
+    def log_dir(self) -> Path:
+        """Where the logs are."""
+        return Path(self.settings.log_dir) if self.settings.log_dir else self.folder
+
+    @property
+    def recordings(self) -> Path:
+        """Where the coordinator's events are recorded, if they are."""
+        return self.log_dir / "recordings"
+
+    @property
     def base_url(self) -> str:
         """The gateway's URL."""
         return self.processes["gateway"].address
@@ -112,7 +126,8 @@ class LocalCluster:
         coordinator = await self._start_service(
             "coordinator",
             ["--host", "127.0.0.1", "--port", "0", "--redis-url", redis_url, "--model", str(self.model_dir),
-             "--served-name", settings.served_name or self._model_name()],
+             "--served-name", settings.served_name or self._model_name(),
+             *(["--record-dir", str(self.recordings)] if settings.record else [])],
             ("dtype", "tp", "parity", "protection", "protect_tail", "restore", "page_tokens", "kv_memory_mb",
              "max_model_len", "max_step_tokens", "max_batch", "max_waiting", "communicator", "replace_stragglers"),
         )  # fmt: skip
@@ -162,11 +177,10 @@ class LocalCluster:
         return await self._spawn(name, arguments, port_flag=_PORT_FLAGS.get(command, ""))
 
     async def _spawn(self, name: str, arguments: list[str], *, port_flag: str = "") -> Child:
-        folder = Path(self.settings.log_dir) if self.settings.log_dir else self.folder
-        folder.mkdir(parents=True, exist_ok=True)
+        self.log_dir.mkdir(parents=True, exist_ok=True)
         self.narrate(f"starting {name}")
         return await self._launch(
-            Command(name, tuple(arguments), self._environment(), folder / f"{name}.log", port_flag)
+            Command(name, tuple(arguments), self._environment(), self.log_dir / f"{name}.log", port_flag)
         )
 
     async def _launch(self, command: Command, address: str = "") -> Child:

@@ -87,12 +87,17 @@ class Channel:
         raise PeerLost(f"{self.peer} closed the channel")
 
     async def __aiter__(self) -> AsyncIterator[Message]:
+        async for frame in self.frames():
+            yield wire.decode(frame)
+
+    async def frames(self) -> AsyncIterator[bytes]:
+        """What comes, not decoded. Raises ProtocolError for what is not a binary frame."""
         async for frame in self._socket:
             if frame.type is not aiohttp.WSMsgType.BINARY:
                 if frame.type is aiohttp.WSMsgType.ERROR:
                     raise ProtocolError(f"{self.peer}: {self._socket.exception()}")
                 raise ProtocolError(f"{self.peer} sent a {frame.type.name} frame; frames are binary")
-            yield wire.decode(frame.data)
+            yield frame.data
 
     async def close(self) -> None:
         """Send what is queued, within CLOSE_DEADLINE_S, then close."""

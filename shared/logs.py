@@ -90,6 +90,17 @@ class _Text(_Formatter):
         return head + record.getMessage().replace("\n", "\\n") + told
 
 
+class Bare(_Formatter):
+    """`message name=value ...`, for who prints the time himself."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        return record.getMessage() + "".join(f" {name}={_shown(value)}" for name, value in self._parts(record))
+
+
 class _Json(_Formatter):
     """One JSON object a line: time, level, service, module, message, and what else is known."""
 

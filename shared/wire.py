@@ -1,6 +1,7 @@
 """Control frames: MessagePack [version, type name, fields], to and from the dataclasses of `messages`."""
 
 from dataclasses import is_dataclass
+from types import ModuleType
 from typing import Any
 
 import msgpack
@@ -14,38 +15,56 @@ VERSION = 1
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 """The largest control frame: a StepPlan or Submit stays far below; page bytes never travel here."""
 
-_ADAPTERS: dict[str, TypeAdapter[Message]] = {
-    kind.__name__: TypeAdapter(kind)
-    for kind in vars(messages).values()
-    if is_dataclass(kind) and isinstance(kind, type) and issubclass(kind, Message) and kind is not Message
-}
+
+class Codec:
+    """Frames of the messages that these modules define."""
+
+    def __init__(self, *modules: ModuleType):
+        kinds = (kind for module in modules for kind in vars(module).values())
+        self._adapters: dict[str, TypeAdapter[Message]] = {
+            kind.__name__: TypeAdapter(kind)
+            for kind in kinds
+            if is_dataclass(kind) and isinstance(kind, type) and issubclass(kind, Message) and kind is not Message
+        }
+
+    def encode(self, message: Message) -> bytes:
+        """One message as a frame."""
+        name = type(message).__name__
+        body = self._adapters[name].dump_python(message)
+        return msgpack.packb([VERSION, name, body], use_bin_type=True)  # type: ignore[no-any-return]
+
+    def decode(self, frame: bytes) -> Message:
+        """The message in a frame, validated. Raises ProtocolError, with what was wrong, for anything else."""
+        if len(frame) > MAX_FRAME_BYTES:
+            raise ProtocolError(f"frame of {len(frame)} bytes; at most {MAX_FRAME_BYTES} are allowed")
+        try:
+            content: Any = msgpack.unpackb(frame, raw=False, strict_map_key=True)
+        except Exception as error:  # msgpack raises many kinds, ValueError and its own among them
+            raise ProtocolError(f"not a MessagePack frame: {type(error).__name__}") from error
+        if not (isinstance(content, list) and len(content) == 3):
+            raise ProtocolError("a frame is a list of version, type and fields")
+        version, name, fields = content
+        if version != VERSION:
+            raise ProtocolError(f"protocol version {version!r}; this is version {VERSION}")
+        adapter = self._adapters.get(name) if isinstance(name, str) else None
+        if adapter is None:
+            raise ProtocolError(f"unknown message type {str(name)[:64]!r}")
+        try:
+            return adapter.validate_python(fields)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ProtocolError(f"{name}.{where}: {first['msg']}") from error
+
+
+_CONTROL = Codec(messages)
 
 
 def encode(message: Message) -> bytes:
-    """One message as a frame."""
-    name = type(message).__name__
-    return msgpack.packb([VERSION, name, _ADAPTERS[name].dump_python(message)], use_bin_type=True)  # type: ignore[no-any-return]
+    """One control message as a frame."""
+    return _CONTROL.encode(message)
 
 
 def decode(frame: bytes) -> Message:
-    """The message in a frame, validated. Raises ProtocolError, with what was wrong, for anything else."""
-    if len(frame) > MAX_FRAME_BYTES:
-        raise ProtocolError(f"frame of {len(frame)} bytes; at most {MAX_FRAME_BYTES} are allowed")
-    try:
-        content: Any = msgpack.unpackb(frame, raw=False, strict_map_key=True)
-    except Exception as error:  # msgpack raises many kinds, ValueError and its own among them
-        raise ProtocolError(f"not a MessagePack frame: {type(error).__name__}") from error
-    if not (isinstance(content, list) and len(content) == 3):
-        raise ProtocolError("a frame is a list of version, type and fields")
-    version, name, fields = content
-    if version != VERSION:
-        raise ProtocolError(f"protocol version {version!r}; this is version {VERSION}")
-    adapter = _ADAPTERS.get(name) if isinstance(name, str) else None
-    if adapter is None:
-        raise ProtocolError(f"unknown message type {str(name)[:64]!r}")
-    try:
-        return adapter.validate_python(fields)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ProtocolError(f"{name}.{where}: {first['msg']}") from error
+    """The control message in a frame. Raises ProtocolError, see `Codec.decode`."""
+    return _CONTROL.decode(frame)

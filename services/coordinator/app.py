@@ -13,6 +13,7 @@ from aiohttp import web
 from services.coordinator.group import Group
 from services.coordinator.journal import Journal
 from services.coordinator.metrics import CONTENT_TYPE
+from services.coordinator.recorder import Recorder
 from services.coordinator.shell import Shell
 from shared.channel import CHANNEL_PATH, Channel, accept
 from shared.config import CoordinatorSettings
@@ -44,7 +45,8 @@ async def run(
         index = await stack.enter_async_context(StripeIndex(settings.redis_url, timeout=2.0))
         traces = stack.enter_context(tracing("coordinator"))
         epoch = await Journal(index, config.group).open(REDIS_DEADLINE_S)
-        shell = Shell(Group(config, settings, epoch, time.monotonic(), traces), index)
+        group = Group(config, settings, epoch, time.monotonic(), traces)
+        shell = Shell(group, index, Recorder(group, settings) if settings.record_dir else None)
         runner = web.AppRunner(
             application(shell, settings.secret), handle_signals=False, shutdown_timeout=CLOSE_DEADLINE_S
         )

@@ -192,6 +192,7 @@ class Epochs:
         if self._membership.rendezvous(message.epoch):
             join = Join(message.epoch, message.model_address, message.exchange_address)
             self._outside.to_ranks(join)
+            log.debug("the ranks connect")
 
     def joined(self, name: str, message: Joined) -> None:
         """A rank is connected; with the last one, sequences that lack nothing go on."""
@@ -200,4 +201,5 @@ class Epochs:
             recovery.weights_s = max(recovery.weights_s, message.weights_s)
         if self._membership.joined(message.epoch, name):
             timeline.joined(self._outside.now)
+            log.debug("the ranks are connected")
             self.serving.advance()

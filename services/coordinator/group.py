@@ -100,7 +100,7 @@ class Group:
         """Once the model is known."""
         self.metrics = Metrics(self.status)
         self._settings = settings
-        self._tracing = tracing or NoTracing()
+        self.tracing = tracing or NoTracing()
         self._born = now
         self._stores_by_peer: dict[Peer, StoreInfo] = {}
         self._status_sent = now
@@ -263,7 +263,7 @@ class Group:
     def _first_ready(self, ready: WorkerReady) -> Epochs:
         """The first worker tells which model is served, and how large the pool is."""
         serving = Serving(
-            self.config, self._settings, ready, self.membership, self.stores, self.outside, self.metrics, self._tracing
+            self.config, self._settings, ready, self.membership, self.stores, self.outside, self.metrics, self.tracing
         )
         self.gateways.submit_waiting(serving)
         return Epochs(
@@ -304,6 +304,12 @@ class Group:
                 self.epochs.serving.protection.looked_up(question, answer)
 
     # -- views -------------------------------------------------------------------------------------------------------
+
+    def peers(self) -> dict[Peer, str]:
+        """Who is behind each connection, in words."""
+        workers = {peer: f"worker {name}" for name, peer in self.outside.workers.items()}
+        stores = {peer: f"store {store.store_id}" for peer, store in self._stores_by_peer.items()}
+        return workers | stores | {peer: f"gateway ({peer})" for peer in self.gateways.peers}
 
     def status(self) -> ClusterStatus:
         """The group's state when the last event was dealt with."""

@@ -173,6 +173,7 @@ class Restoration:
         failed = {key for answer in batch.answers.values() for key in answer.failed}
         if trouble := next((answer.reason for answer in batch.answers.values() if answer.failed), ""):
             log.warning("%d pages could not be restored: %s", len(failed), trouble)
+        log.debug("a plan is done", extra={"plan": message.plan, "stripes": len(batch.stripes), "failed": len(failed)})
         good = [stripe for stripe in batch.stripes if stripe.key not in failed]
         for stripe in good:
             if batch.tail:

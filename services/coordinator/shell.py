@@ -26,6 +26,8 @@ from services.coordinator.events import (
 )
 from services.coordinator.group import Group
 from services.coordinator.journal import Journal
+from services.coordinator.recorder import Recorder
+from services.coordinator.recording import encode
 from services.coordinator.recovery import Stripe
 from shared import wire
 from shared.channel import Channel
@@ -41,8 +43,15 @@ TICK_S = 0.05
 class Shell:
     """One group's core among its peers."""
 
-    def __init__(self, group: Group, index: StripeIndex, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        group: Group,
+        index: StripeIndex,
+        recorder: Recorder | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self.group = group
+        self._recorder = recorder
         self._index = index
         self._journal = Journal(index, group.config.group)
         self._clock = clock
@@ -53,13 +62,19 @@ class Shell:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Watch over the group until `stop` is set; peers are served meanwhile. Raises what the core raises."""
-        async with asyncio.TaskGroup() as self._tasks:
-            while not stop.is_set():
-                self._handle(Tick())
-                await asyncio.sleep(TICK_S)
-            self._tasks, asking = None, list(self._asking)
-            for task in asking:
-                task.cancel()
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                while not stop.is_set():
+                    self._handle(Tick())
+                    if self._recorder is not None:
+                        self._recorder.tick(self._clock())
+                    await asyncio.sleep(TICK_S)
+                self._tasks, asking = None, list(self._asking)
+                for task in asking:
+                    task.cancel()
+        finally:
+            if self._recorder is not None:
+                await self._recorder.close()
 
     async def serve(self, hello: WorkerHello | StoreHello | GatewayHello, channel: Channel) -> None:
         """Hand a peer's messages to the core, until it is gone. Raises ProtocolError for one that is not valid."""
@@ -68,8 +83,8 @@ class Shell:
         reason = "its channel closed"
         try:
             self._handle(Came(peer, hello))
-            async for message in channel:
-                self._handle(Said(peer, message))
+            async for frame in channel.frames():
+                self._handle(Said(peer, wire.decode(frame)), frame)
         except GhostError as error:
             reason = str(error)
             raise
@@ -77,17 +92,21 @@ class Shell:
             self._handle(Left(peer, reason))
             del self._channels[peer]
 
-    def _handle(self, event: Event) -> None:
+    def _handle(self, event: Event, frame: bytes = b"") -> None:
+        """`frame`: the event's message, as it came."""
+        now = self._clock()
         try:
-            self.group.handle(self._clock(), event)
+            self.group.handle(now, event)
         finally:
-            for output in self.group.take():
-                self._do(output)
+            outputs = [(output, encode(output)) for output in self.group.take()]
+            for output, sent in outputs:
+                self._do(output, sent)
+            if self._recorder is not None:
+                self._recorder.saw(now, event, frame, outputs)
 
-    def _do(self, output: Output) -> None:
+    def _do(self, output: Output, frame: bytes) -> None:
         match output:
-            case Send(peers, message):
-                frame = wire.encode(message)
+            case Send(peers):
                 for peer in peers:
                     self._send(peer, frame)
             case Ask(number, question) if self._tasks is not None:

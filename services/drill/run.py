@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import json
 import random
+import shutil
 import statistics
 import tempfile
 import time
@@ -33,14 +34,27 @@ def drill(arguments: argparse.Namespace) -> int:
     """Run a drill as the flags say, print its timeline, and return the exit code."""
     options = parse_options(arguments)
     console = Console()
-    report = asyncio.run(_in_own_cluster(arguments, options, console))
+    logs = Path(arguments.log_dir or tempfile.mkdtemp(prefix="ghostserve-drill-"))
+    try:
+        report = asyncio.run(_in_own_cluster(arguments, options, console, logs))
+    except GhostError:
+        _say_where(logs, console)
+        raise
     print_report(report, console)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(asdict(report), indent=2) + "\n")
+    if not report.identical:
+        _say_where(logs, console)
+    elif not arguments.log_dir:
+        shutil.rmtree(logs, ignore_errors=True)
     return 0 if report.identical else 1
 
 
-async def _in_own_cluster(arguments: argparse.Namespace, options: Options, console: Console) -> Report:
+def _say_where(logs: Path, console: Console) -> None:
+    console.print(f"logs are in {logs}; what the coordinator saw: ghostserve replay {logs}/recordings", soft_wrap=True)
+
+
+async def _in_own_cluster(arguments: argparse.Namespace, options: Options, console: Console, logs: Path) -> Report:
     model_dir = await asyncio.to_thread(fetch_model, arguments.model)
     with console.status("starting") as shown, tempfile.TemporaryDirectory(prefix="ghostserve-faults-") as orders:
         settings = ServeSettings(
@@ -56,7 +70,8 @@ async def _in_own_cluster(arguments: argparse.Namespace, options: Options, conso
             transport=arguments.transport,
             communicator=arguments.communicator,
             dtype=arguments.dtype,
-            log_dir=arguments.log_dir,
+            log_dir=str(logs),
+            record=True,
             max_batch=max(32, options.streams),
             fault_dir=orders,
         )

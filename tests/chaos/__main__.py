@@ -1,6 +1,7 @@
 """`make chaos MINUTES=30 SEED=1`: break a cluster at random under steady load; the last line sums up.
 
-Exits 1 on any broken promise; then the services' logs stay in the folder that it names.
+Exits 1 on any broken promise; then the services' logs stay in the folder that it names, and recordings of what the
+coordinators saw, which can be replayed. Each run replays its own: a coordinator must do the same again.
 """
 
 import argparse
@@ -8,6 +9,7 @@ import asyncio
 import random
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +27,7 @@ from tests.chaos.mayhem import Mayhem
 
 SERVING_S = 300.0
 POLL_S = 0.2
+REPLAY_S = 600.0
 REQUESTS = 24
 LAG_S = 1.0
 """A sealed page that is not protected after so long counts as unprotected time."""
@@ -75,6 +78,7 @@ async def run(arguments: argparse.Namespace, folder: Path) -> list[str]:
     settings = ServeSettings(
         port=0, tp=3, spares=2, stores=2, parity=2, dtype="float32", kv_memory_mb=arguments.kv_memory_mb,
         store_memory_mb=256, fault_dir=str(orders), log_dir=str(folder / "logs"), max_waiting=64,
+        record=True,
     )  # fmt: skip
     told: list[str] = []
     async with LocalCluster(settings, model_dir, told.append) as cluster:
@@ -108,8 +112,17 @@ async def run(arguments: argparse.Namespace, folder: Path) -> list[str]:
                 wrong = clients.tally.wrong + [str(error) for error in errors.exceptions]
             finally:
                 watching.cancel()
-        _report(arguments, clients, mayhem, watcher, wrong, time.monotonic() - began)
+        seconds = time.monotonic() - began
+    wrong += await asyncio.to_thread(_replay, cluster.recordings)
+    _report(arguments, clients, mayhem, watcher, wrong, seconds)
     return wrong
+
+
+def _replay(recordings: Path) -> list[str]:
+    """What a replay of the coordinators' recordings complains of."""
+    command = [sys.executable, "-m", "services.cli", "replay", str(recordings)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=REPLAY_S)
+    return [] if ended.returncode == 0 else [f"the replay differs: {(ended.stdout + ended.stderr)[-500:]}"]
 
 
 def _model(name: str, folder: Path) -> Path:
@@ -158,7 +171,7 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix=f"ghostserve-chaos-{arguments.seed}-"))
     wrong = asyncio.run(run(arguments, folder))
     if wrong:
-        print(f"logs are in {folder}", file=sys.stderr)
+        print(f"logs are in {folder}; ghostserve replay {folder}/logs/recordings", file=sys.stderr)
         return 1
     shutil.rmtree(folder, ignore_errors=True)
     return 0

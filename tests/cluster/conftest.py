@@ -31,7 +31,17 @@ def small_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(**changes: Any) -> ServeSettings:
     """Settings of a test's cluster: free ports, float32, little memory."""
     return ServeSettings(
-        **({"port": 0, "dtype": "float32", "kv_memory_mb": 16, "store_memory_mb": 64, "restore": "always"} | changes)
+        **(
+            {
+                "port": 0,
+                "dtype": "float32",
+                "kv_memory_mb": 16,
+                "store_memory_mb": 64,
+                "restore": "always",
+                "record": True,
+            }
+            | changes
+        )
     )
 
 

@@ -1,14 +1,19 @@
-"""The coordinator of a real cluster is killed in mid-stream and started again: streams go on, and the KV is kept."""
+"""The coordinator of a real cluster is killed in mid-stream and started again: streams go on, and the KV is kept.
+
+What it saw until then, and what its successor saw, can be replayed.
+"""
 
 import asyncio
 import os
 import signal
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
+from services.coordinator.replay import lives
 from services.drill import Options, Stream, stream_all
 from services.local import LocalCluster
 from tests.cluster.conftest import quiet, whole
@@ -104,3 +109,19 @@ async def test_a_rank_that_dies_with_the_coordinator_is_restored(cluster: LocalC
     assert record["recomputed_tokens"] < STREAMS * 2 * 16
     assert strike.status["epoch"] < status["epoch"]
     await conserved(cluster)
+
+
+async def test_the_lives_of_both_coordinators_can_be_replayed(cluster: LocalCluster) -> None:
+    before = lives([cluster.recordings])
+    await struck(cluster, "decode", 100, "restart-replay", 2)
+    await quiet(cluster)
+    (ended, began) = lives([cluster.recordings])[-2:]
+    assert ended == before[-1]
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in (*ended, *began))
+    for life, told in ((ended, b"request=restart-replay-calm"), (began, b"a rank is lost")):
+        command = [sys.executable, "-m", "services.cli", "replay", *map(str, life)]
+        replay = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        story, _ = await asyncio.wait_for(replay.communicate(), 120)
+        assert replay.returncode == 0, story.decode()
+        assert told in story
+        assert b"all as it was recorded" in story

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import random
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from services.coordinator.events import (
     KeepEpoch,
     Left,
     NextEpoch,
+    Output,
     Peer,
     Question,
     Said,
@@ -31,6 +33,7 @@ from services.coordinator.events import (
 )
 from services.coordinator.group import Group
 from services.coordinator.pages import PagePool, Shadow
+from services.coordinator.recording import Writer, checksum, encode
 from services.coordinator.recovery import Stripe
 from services.coordinator.serving import Serving
 from shared.config import CoordinatorSettings
@@ -187,6 +190,11 @@ class World:
         self.wires: dict[Peer, Wire] = {}
         self._peers = itertools.count(1)
         self._ticked = self.now
+        self._writer: Writer | None = None
+        self.lives: list[bytearray] = []
+        """Recordings of the coordinators since `record`."""
+        self.watch: Callable[[Event, list[tuple[Output, bytes]]], None] = lambda event, outputs: None
+        """Is told each event, and what came out."""
         self.group = self._make_group()
         self.workers: dict[str, SimWorker] = {}
         self.parity_of: dict[PageKey, list[list[int]]] = {}
@@ -218,15 +226,25 @@ class World:
     def handle(self, event: Event) -> None:
         """Hand an event to the core; what comes out is under way, questions with what Redis says at that moment."""
         self.group.handle(self.now, event)
-        self._carry()
+        outputs = self._carry()
+        encoded = [(output, encode(output)) for output in outputs]
+        if self._writer is not None:
+            self.lives[-1] += self._writer.entry(self.now, event, b"", checksum(encoded))
+        self.watch(event, encoded)
+
+    def record(self) -> None:
+        """From now on what goes into the coordinator is recorded, in each life anew."""
+        self._writer = Writer(self.group, self.settings, f"life-{len(self.lives)}")
+        self.lives.append(bytearray(self._writer.segment(self.now, 0.0)))
 
     def flow(self) -> None:
         """What comes out by itself every two seconds comes now."""
         self.serving.protection.flow()
         self._carry()
 
-    def _carry(self) -> None:
-        for output in self.group.take():
+    def _carry(self) -> list[Output]:
+        outputs = self.group.take()
+        for output in outputs:
             match output:
                 case Send(peers, message):
                     for peer in peers:
@@ -234,6 +252,7 @@ class World:
                             self.wires[peer].sent.append(message)
                 case Ask(number, question):
                     self.questions[number] = (question, self._answer(question))
+        return outputs
 
     def _answer(self, question: Question) -> Answer:
         match question:
@@ -264,6 +283,8 @@ class World:
         for worker in self.workers.values():
             worker.lose_channel()
         self.group = self._make_group()
+        if self._writer is not None:
+            self.record()
         self.handle(Tick())
 
     def _connects(self, hello: WorkerHello | StoreHello | GatewayHello) -> Wire:

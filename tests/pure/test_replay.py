@@ -1,0 +1,241 @@
+"""A recorded life of the coordinator lives again, event by event; what was changed, lost or is wrong in it is found."""
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgpack
+import pytest
+
+from services.coordinator.events import Output, Send
+from services.coordinator.group import Group
+from services.coordinator.keyframe import freeze, thaw
+from services.coordinator.metrics import Metrics
+from services.coordinator.recorder import Recorder
+from services.coordinator.recording import Entry, externals
+from services.coordinator.replay import Replayed, Until, lives, replay
+from shared.errors import ProtocolError
+from shared.messages import StepPlan, Tokens
+from shared.tracing import NoTracing
+from tests.pure.test_group_simulation import decoding
+from tests.pure.world import World
+
+
+class Quiet:
+    """Sees all events, tells nobody."""
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+        self.outputs: list[Output] = []
+
+    def begins(self, entry: Entry, group: Group) -> None:
+        self.entries.append(entry)
+
+    def ended(self, entry: Entry, group: Group, outputs: Sequence[Output]) -> None:
+        self.outputs.extend(outputs)
+
+
+def again(folder: Path, data: bytes, until: Until | None = None) -> tuple[Replayed, Quiet]:
+    """Replay a life's only segment."""
+    path = folder / "life.ghostrec"
+    path.write_bytes(data)
+    watcher = Quiet()
+    return replay([path], watcher, until or Until()), watcher
+
+
+def busy_life(seed: int, moves: int = 600) -> World:
+    """A recorded world in which requests run, a rank dies, and another one moves."""
+    world = World(seed, pages=64, protect_tail=seed % 2 == 1)
+    world.record()
+    decoding(world, spares=2)
+    for number in range(moves):
+        if number == moves // 3:
+            world.kill(world.workers[str(world.group.membership.ranks[1])])
+        if number == moves // 2:
+            world.operate("replace", "rank:0")
+        if number % 50 == 0:
+            world.submit(shared_prefix=True, digest=True)
+        world.move()
+    return world
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_same_events_make_the_core_send_the_same_and_end_in_the_same_state(tmp_path: Path, seed: int) -> None:
+    world = busy_life(seed)
+    replayed, watcher = again(tmp_path, world.lives[0])
+    assert replayed.failure == ""
+    assert replayed.status == world.group.status()
+    assert replayed.events == len(watcher.entries) > 200
+    assert [entry.number for entry in watcher.entries] == list(range(1, len(watcher.entries) + 1))
+    sent = [output.message for output in watcher.outputs if isinstance(output, Send)]
+    assert sum(isinstance(message, Tokens) for message in sent) >= sum(map(len, world.received.values()))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_core_that_was_written_and_read_again_goes_on_as_if_nothing_had_been(tmp_path: Path, seed: int) -> None:
+    world = busy_life(seed, moves=world_moves(seed))
+    copy = copied(world)
+    assert copy.status() == world.group.status()
+    copy.check()
+    world.record()
+    world.group = copy
+    for _ in range(400):
+        world.move()
+        world.group.check()
+    replayed, _ = again(tmp_path, world.lives[-1])
+    assert replayed.failure == ""
+    assert replayed.status == world.group.status()
+
+
+def world_moves(seed: int) -> int:
+    return 150 + 97 * seed
+
+
+def copied(world: World) -> Group:
+    group = world.group
+    frozen = freeze(group, externals(group.metrics, group.tracing, world.settings))
+    metrics = Metrics(lambda: copy.status())
+    copy: Group = thaw(frozen, externals(metrics, NoTracing(), world.settings))
+    return copy
+
+
+def parts(data: bytes) -> list[bytes]:
+    """The objects of a segment, each as its bytes."""
+    unpacker = msgpack.Unpacker(max_buffer_size=1 << 30, strict_map_key=False)
+    unpacker.feed(data)
+    ends = [0]
+    while unpacker.tell() < len(data):
+        unpacker.skip()
+        ends.append(unpacker.tell())
+    return [data[start:end] for start, end in itertools.pairwise(ends)]
+
+
+def test_an_event_that_was_changed_is_found(tmp_path: Path) -> None:
+    world = busy_life(1)
+    objects = parts(bytes(world.lives[0]))
+    event, seen, sent = msgpack.unpackb(objects[102])
+    objects[102] = msgpack.packb([event[:-1] + bytes([event[-1] ^ 1]), seen, sent])
+    with pytest.raises(ProtocolError, match="damaged at event 101"):
+        again(tmp_path, b"".join(objects))
+    del objects[102]
+    with pytest.raises(ProtocolError, match="damaged at event 101"):
+        again(tmp_path, b"".join(objects))
+
+
+def test_the_first_event_at_which_the_core_does_something_else_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = busy_life(2)
+    _, watcher = again(tmp_path, world.lives[0])
+    steps = [0]
+
+    def planned(entry: Entry, group: Group, outputs: Sequence[Output]) -> None:
+        if any(isinstance(output, Send) and isinstance(output.message, StepPlan) for output in outputs):
+            steps.append(entry.number)
+
+    monkeypatch.setattr(watcher, "ended", planned)
+    replay([tmp_path / "life.ghostrec"], watcher, Until())
+    monkeypatch.setattr("services.coordinator.scheduler.Scheduler.plan", lambda self, limit=None: ())
+    replayed, _ = again(tmp_path, world.lives[0])
+    assert replayed.failure.startswith(f"event {steps[1]}, ")
+    assert "something else was sent" in replayed.failure
+
+
+def test_the_event_after_which_page_tables_disagree_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = busy_life(2)
+    check = Group.check
+
+    def broken(self: Group) -> None:
+        check(self)
+        assert self.outside.now < world.now - 0.5, "a page leaks"
+
+    monkeypatch.setattr(Group, "check", broken)
+    replayed, watcher = again(tmp_path, world.lives[0])
+    (*_, first) = (entry for entry in watcher.entries if entry.now < world.now - 0.5)
+    assert replayed.failure.startswith(f"after event {first.number + 1}: a page leaks")
+
+
+def test_what_was_written_in_part_at_the_end_is_left_out(tmp_path: Path) -> None:
+    world = busy_life(3)
+    objects = parts(bytes(world.lives[0]))
+    data = bytes(world.lives[0])[:-3]
+    replayed, _ = again(tmp_path, data)
+    assert replayed.failure == ""
+    assert replayed.events == len(objects) - 3
+    with pytest.raises(ProtocolError, match="no recording"):
+        again(tmp_path, data[: len(objects[0]) + 5])
+
+
+def test_a_replay_ends_where_it_is_told_to(tmp_path: Path) -> None:
+    world = busy_life(0)
+    replayed, _ = again(tmp_path, world.lives[0], Until(event=100))
+    assert replayed.events == 100
+    replayed, watcher = again(tmp_path, world.lives[0], Until(now=101.0))
+    assert 0 < replayed.events < 1000
+    assert replayed.status.now <= 101.0
+    assert watcher.entries[-1].now > 100.9
+
+
+def recording_world(folder: Path, megabytes: int) -> tuple[World, Recorder]:
+    world = World(5, pages=64)
+    world.settings.record_dir, world.settings.record_mb = str(folder), megabytes
+    return world, Recorder(world.group, world.settings)
+
+
+async def test_a_ring_of_segments_stays_within_its_bound_and_can_be_replayed(tmp_path: Path) -> None:
+    world, recorder = recording_world(tmp_path / "ring", 1)
+    world.watch = lambda event, outputs: recorder.saw(world.now, event, b"", outputs)
+    decoding(world)
+    (life,) = lives([tmp_path / "ring"])
+    assert [path.stat().st_mode & 0o777 for path in life] == [0o600]
+    while len(life) < 4 or life[0].name.endswith("0001.ghostrec"):
+        for _ in range(200):
+            world.move()
+        if len(world.requests) - len(world.finished) < 4:
+            world.submit(length=20)
+        recorder.tick(world.now)
+        await recorder.flushed()
+        (life,) = lives([tmp_path / "ring"])
+        assert sum(path.stat().st_size for path in life) <= 1 << 20
+    await recorder.close()
+    (life,) = lives([tmp_path / "ring"])
+    replayed = replay(life, Quiet(), Until())
+    assert replayed.failure == ""
+    assert replayed.status == world.group.status()
+    with pytest.raises(ProtocolError, match="are missing"):
+        replay([life[0], life[-1]], Quiet(), Until())
+
+
+def test_the_command_tells_the_story_and_fails_where_it_is_not_the_same(tmp_path: Path) -> None:
+    world = busy_life(3)
+    path = tmp_path / "life.ghostrec"
+    path.write_bytes(world.lives[0])
+
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"PYTHONHASHSEED": "7"}  # no order of a set may matter
+        return subprocess.run(
+            [sys.executable, "-m", "services.cli", "replay", *arguments],
+            capture_output=True, text=True, timeout=60, env=environment,
+        )  # fmt: skip
+
+    ended = command(str(path))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    for told in (
+        "a rank is lost",
+        "the epoch begins",
+        "recovered",
+        "all as it was recorded",
+        "queued epoch=1 request=r1",
+    ):
+        assert told in ended.stdout
+    assert "StepDone(" in command(str(path), "--events", "--until", "200").stdout
+    data = bytearray(world.lives[0])
+    data[-2] ^= 255  # of what was sent
+    path.write_bytes(data)
+    ended = command(str(path))
+    assert ended.returncode == 1
+    assert "something else was sent" in ended.stdout
+    assert command(str(tmp_path / "nothing")).returncode == 1
