@@ -69,7 +69,7 @@ class ServeSettings(CommonSettings):
     )
     record: bool = Field(
         False,
-        description="record the coordinator's events beside the logs, for `ghostserve replay`; prompts are in them",
+        description="record the coordinator's events, prompts too, beside the logs, for `ghostserve replay FILE`",
     )
 
 

@@ -112,7 +112,8 @@ class CoordinatorSettings(CommonSettings):
     collective_timeout_s: Seconds = Field(60.0, description="bound of every wait inside a collective")
     join_timeout_s: Seconds = Field(60.0, description="time for a rank to load its slice and join, before it is lost")
     record_dir: str = Field(
-        "", description="folder where events are recorded for `ghostserve replay`, prompts among them; empty: nowhere"
+        "",
+        description="folder where events are recorded for `ghostserve replay FILE`, prompts among them; empty: nowhere",
     )
     record_mb: int = Field(256, ge=1, description="size of that folder's recordings, MiB; the oldest parts go first")
 

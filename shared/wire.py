@@ -27,6 +27,11 @@ class Codec:
             if is_dataclass(kind) and isinstance(kind, type) and issubclass(kind, Message) and kind is not Message
         }
 
+    @property
+    def kinds(self) -> list[str]:
+        """The names of the messages."""
+        return sorted(self._adapters)
+
     def encode(self, message: Message) -> bytes:
         """One message as a frame."""
         name = type(message).__name__
@@ -57,14 +62,14 @@ class Codec:
             raise ProtocolError(f"{name}.{where}: {first['msg']}") from error
 
 
-_CONTROL = Codec(messages)
+CONTROL = Codec(messages)
 
 
 def encode(message: Message) -> bytes:
     """One control message as a frame."""
-    return _CONTROL.encode(message)
+    return CONTROL.encode(message)
 
 
 def decode(frame: bytes) -> Message:
     """The control message in a frame. Raises ProtocolError, see `Codec.decode`."""
-    return _CONTROL.decode(frame)
+    return CONTROL.decode(frame)

@@ -78,7 +78,7 @@ async def test_random_frames_on_the_control_channel(cluster: LocalCluster) -> No
     before = await whole(cluster)
     dice = random.Random(12)
     url = cluster.processes["coordinator"].address + CHANNEL_PATH
-    names = list(wire._ADAPTERS)
+    names = wire.CONTROL.kinds
 
     def frame() -> bytes:
         kind = dice.randrange(5)

@@ -11,7 +11,7 @@ from shared import messages, wire
 from shared.errors import ProtocolError
 from shared.messages import Heartbeat, Message, StepPlan
 
-KINDS = sorted(wire._ADAPTERS)
+KINDS = wire.CONTROL.kinds
 
 
 st.register_type_strategy(int, st.integers(-(2**63), 2**64 - 1))
