@@ -1,6 +1,7 @@
 """The coordinator's process: control channels in, one group behind them."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -17,7 +18,7 @@ from services.coordinator.recorder import Recorder
 from services.coordinator.shell import Shell
 from shared.channel import CHANNEL_PATH, Channel, accept
 from shared.config import CoordinatorSettings
-from shared.errors import ConfigError, GhostError
+from shared.errors import ConfigError, GhostError, PeerLost
 from shared.messages import GatewayHello, Goodbye, StoreHello, WorkerHello
 from shared.service import check_bind
 from shared.stripe_index import StripeIndex
@@ -27,28 +28,37 @@ from shared.types import GroupConfig
 
 log = logging.getLogger(__name__)
 
-REDIS_DEADLINE_S = 30.0
+REDIS_PAUSE_S = 0.2
+SHELL_WAIT_S = 1.0
+"""Who dials while the last epoch is read is kept waiting for so long, rather than sent away at once."""
 CLOSE_DEADLINE_S = 2.0
 
-SHELL = web.AppKey("shell", Shell)
+
+class Front:
+    """What stands behind the HTTP side: the shell, once Redis has told the last epoch; before, what it waits for."""
+
+    def __init__(self) -> None:
+        self.waits = "the last epoch is read from Redis"
+        self.shell: asyncio.Future[Shell] = asyncio.get_running_loop().create_future()
+
+
+FRONT = web.AppKey("front", Front)
 TOKEN = web.AppKey("token", object)
 
 
 async def run(
     settings: CoordinatorSettings, stop: asyncio.Event, on_listening: Callable[[str], None] | None = None
 ) -> None:
-    """Serve until `stop` is set. Raises ConfigError for settings that can't be, PeerLost without a Redis."""
+    """Serve until `stop` is set; without a Redis wait for it. Raises ConfigError for settings that can't be."""
     check_bind(settings.host, settings.secret)
     tls = server_context(settings)
     config = group_config(settings)
+    front = Front()
     async with AsyncExitStack() as stack:
         index = await stack.enter_async_context(StripeIndex(settings.redis_url, timeout=2.0))
         traces = stack.enter_context(tracing("coordinator"))
-        epoch = await Journal(index, config.group).open(REDIS_DEADLINE_S)
-        group = Group(config, settings, epoch, time.monotonic(), traces)
-        shell = Shell(group, index, Recorder(group, settings) if settings.record_dir else None)
         runner = web.AppRunner(
-            application(shell, settings.secret), handle_signals=False, shutdown_timeout=CLOSE_DEADLINE_S
+            application(front, settings.secret), handle_signals=False, shutdown_timeout=CLOSE_DEADLINE_S
         )
         await runner.setup()
         try:
@@ -58,12 +68,32 @@ async def run(
             except OSError as error:
                 raise ConfigError(f"can't listen on {settings.host}:{settings.port}: {error.strerror}") from error
             url = f"{'ws' if tls is None else 'wss'}://{settings.host}:{runner.addresses[0][1]}"
-            log.info("coordinator of group %s listens on %s, epoch %d", config.group, url, epoch)
+            log.info("coordinator of group %s listens on %s", config.group, url)
             if on_listening:
                 on_listening(url)
-            await shell.run(stop)
+            if (epoch := await _last_epoch(Journal(index, config.group), front, stop)) is not None:
+                group = Group(config, settings, epoch, time.monotonic(), traces)
+                shell = Shell(group, index, Recorder(group, settings) if settings.record_dir else None)
+                front.shell.set_result(shell)
+                await shell.run(stop)
         finally:
             await runner.cleanup()
+
+
+async def _last_epoch(journal: Journal, front: Front, stop: asyncio.Event) -> int | None:
+    """The epoch that an earlier coordinator was in, from where this one goes on; None: it is told to stop before."""
+    told = False
+    while not stop.is_set():
+        try:
+            return await journal.epoch()
+        except PeerLost as error:
+            front.waits = f"Redis does not tell the last epoch: {error}"
+            if not told:
+                log.warning("%s; waiting for it", front.waits)
+            told = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), REDIS_PAUSE_S)
+    return None
 
 
 def group_config(settings: CoordinatorSettings) -> GroupConfig:
@@ -91,10 +121,10 @@ def group_config(settings: CoordinatorSettings) -> GroupConfig:
     return replace(config, protection="none") if settings.tp == 1 else config
 
 
-def application(shell: Shell, token: str | None) -> web.Application:
+def application(front: Front, token: str | None) -> web.Application:
     """The HTTP side: the control channel, and health for those who watch."""
     app = web.Application()
-    app[SHELL] = shell
+    app[FRONT] = front
     app[TOKEN] = token
     app.router.add_get(CHANNEL_PATH, _channel)
     app.router.add_get("/live", _live)
@@ -108,17 +138,30 @@ async def _live(request: web.Request) -> web.Response:
 
 
 async def _health(request: web.Request) -> web.Response:
-    status = request.app[SHELL].group.status()
+    front = request.app[FRONT]
+    if not front.shell.done():
+        return web.json_response({"state": "starting", "detail": front.waits, "epoch": 0}, status=503)
+    status = front.shell.result().group.status()
     body = {"state": status.state, "detail": status.detail, "epoch": status.epoch}
     return web.json_response(body, status=200 if status.state == "serving" else 503, dumps=json.dumps)
 
 
 async def _metrics(request: web.Request) -> web.Response:
-    return web.Response(body=request.app[SHELL].group.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+    shell = await _shell(request)
+    return web.Response(body=shell.group.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+
+
+async def _shell(request: web.Request) -> Shell:
+    """Raises HTTPServiceUnavailable if it is not there soon: who dials tries again."""
+    front = request.app[FRONT]
+    await asyncio.wait({front.shell}, timeout=SHELL_WAIT_S)
+    if not front.shell.done():
+        raise web.HTTPServiceUnavailable(text=f"{front.waits}\n")
+    return front.shell.result()
 
 
 async def _channel(request: web.Request) -> web.WebSocketResponse:
-    token = request.app[TOKEN]
+    shell, token = await _shell(request), request.app[TOKEN]
     socket, hello = await accept(request, str(token) if token is not None else None)
     if hello is None:
         return socket
@@ -126,7 +169,7 @@ async def _channel(request: web.Request) -> web.WebSocketResponse:
     async with Channel(socket, peer) as channel:
         try:
             if isinstance(hello, WorkerHello | StoreHello | GatewayHello):
-                await request.app[SHELL].serve(hello, channel)
+                await shell.serve(hello, channel)
             else:
                 channel.send(Goodbye(f"a hello was expected, not {type(hello).__name__}", final=True))
         except (GhostError, ConnectionError) as error:

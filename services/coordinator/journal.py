@@ -19,16 +19,9 @@ class Journal:
         self._index = index
         self._group = group
 
-    async def open(self, deadline_s: float) -> int:
-        """The last epoch known. Raises PeerLost if Redis can't be reached by the deadline."""
-        end = asyncio.get_running_loop().time() + deadline_s
-        while True:
-            try:
-                return await self._index.epoch(self._group)
-            except PeerLost as error:
-                if asyncio.get_running_loop().time() > end:
-                    raise PeerLost(f"can't read the journal: {error}") from error
-                await asyncio.sleep(0.2)
+    async def epoch(self) -> int:
+        """The last epoch known. Raises PeerLost without a Redis."""
+        return await self._index.epoch(self._group)
 
     async def next_epoch(self, current: int) -> int:
         """An epoch newer than `current`, known to Redis first unless Redis is away."""
