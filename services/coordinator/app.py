@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 REDIS_PAUSE_S = 0.2
 SHELL_WAIT_S = 1.0
 """Who dials while the last epoch is read is kept waiting for so long, rather than sent away at once."""
+REDIS_CALL_S = 0.5
+"""Of each call: a recovery does not wait longer before it asks the stores."""
 CLOSE_DEADLINE_S = 2.0
 
 
@@ -55,7 +57,7 @@ async def run(
     config = group_config(settings)
     front = Front()
     async with AsyncExitStack() as stack:
-        index = await stack.enter_async_context(StripeIndex(settings.redis_url, timeout=2.0))
+        index = await stack.enter_async_context(StripeIndex(settings.redis_url, timeout=REDIS_CALL_S))
         traces = stack.enter_context(tracing("coordinator"))
         runner = web.AppRunner(
             application(front, settings.secret), handle_signals=False, shutdown_timeout=CLOSE_DEADLINE_S

@@ -21,18 +21,17 @@ from services.coordinator.events import (
     Question,
     Said,
     Send,
-    StripesFound,
     Tick,
 )
 from services.coordinator.group import Group
 from services.coordinator.journal import Journal
 from services.coordinator.recorder import Recorder
 from services.coordinator.recording import encode
-from services.coordinator.recovery import Stripe
+from services.coordinator.whereabouts import Whereabouts
 from shared import wire
 from shared.channel import Channel
 from shared.errors import GhostError, PeerLost
-from shared.messages import GatewayHello, ParityShard, StoreHello, WorkerHello
+from shared.messages import GatewayHello, ShardsFound, StoreHello, WorkerHello
 from shared.stripe_index import StripeIndex
 
 log = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ class Shell:
     ):
         self.group = group
         self._recorder = recorder
-        self._index = index
+        self._whereabouts = Whereabouts(index, group.config.group)
         self._journal = Journal(index, group.config.group)
         self._clock = clock
         self._channels: dict[Peer, Channel] = {}
@@ -81,14 +80,21 @@ class Shell:
         peer = next(self._numbers)
         self._channels[peer] = channel
         reason = "its channel closed"
+        if isinstance(hello, StoreHello):
+            self._whereabouts.joins(hello.store.store_id, channel)
         try:
             self._handle(Came(peer, hello))
             async for frame in channel.frames():
-                self._handle(Said(peer, wire.decode(frame)), frame)
+                message = wire.decode(frame)
+                if isinstance(message, ShardsFound):
+                    self._whereabouts.told(message)
+                else:
+                    self._handle(Said(peer, message), frame)
         except GhostError as error:
             reason = str(error)
             raise
         finally:
+            self._whereabouts.leaves(channel)
             self._handle(Left(peer, reason))
             del self._channels[peer]
 
@@ -133,20 +139,4 @@ class Shell:
                 await self._journal.keep(current)
                 self._handle(Answered(number, EpochIs(current)))
             case FindStripes():
-                self._handle(Answered(number, await self._find(question)))
-
-    async def _find(self, question: FindStripes) -> StripesFound:
-        stores = {store.store_id: store for store in question.stores}
-        incarnations = {store_id: store.incarnation for store_id, store in stores.items()}
-        try:
-            entries = await self._index.get_many(self.group.config.group, question.keys)
-        except GhostError as error:
-            return StripesFound({}, str(error))
-        found = {}
-        for key, entry in entries.items():
-            if shards := entry.alive(incarnations):
-                parity = tuple(
-                    ParityShard(shard.number, stores[shard.store_id].bulk_address, shard.checksum) for shard in shards
-                )
-                found[key] = Stripe(parity, shards[0].data_checksums)
-        return StripesFound(found)
+                self._handle(Answered(number, await self._whereabouts.find(question)))

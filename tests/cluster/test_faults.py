@@ -174,6 +174,14 @@ async def test_after_redis_forgot_everything_a_lost_rank_is_restored_from_the_sa
     assert report.restored_pages >= 2 * (200 // 16)
 
 
+@pytest.mark.parametrize("fault", ["kill", "stop"])
+async def test_a_rank_lost_while_redis_is_away_is_restored_from_what_the_stores_say(
+    cluster: LocalCluster, fault: str
+) -> None:
+    report = await drilled(cluster, fault, "redis", for_s=3.0, then=("rank:1",), when="token:20", then_s=0.05)
+    assert report.restored_pages >= 2 * (200 // 16)
+
+
 # -- flipped bits ----------------------------------------------------------------------------------------------------
 
 
