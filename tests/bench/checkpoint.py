@@ -74,6 +74,8 @@ class Row:
     """Of one chunk: what leaves and enters the rank that moves most, exchange and stores together."""
     cpu_s: float
     kv_bytes: int
+    chunks_s: list[float]
+    """`chunk_s` of each turn."""
     link_gbit: float | None = None
     """Rate that the way to the stores was held to."""
 
@@ -211,6 +213,7 @@ def _row(mode: Mode, k: int, m: int, turns: Sequence[dict[str, float]]) -> Row:
         busiest,
         medians["cpu_s"],
         k * pages,
+        [turn["chunk_s"] for turn in turns],
     )
 
 
@@ -235,14 +238,15 @@ def _cpu(pids: Sequence[int]) -> float:
 def table(rows: Sequence[Row]) -> Table:
     """The rows beside the copies of the same k over the same link."""
     shown = Table(title=f"A checkpoint of 2,048 tokens ({CHUNK_PAGES} pages of {PAGE_BYTES >> 10} KiB a rank)")
-    for column in ("link", "k", "mode", "m", "page ms", "chunk ms", "times faster", "stored MB", "share",
+    for column in ("link", "k", "mode", "m", "page ms", "chunk ms", "from, to", "times faster", "stored MB", "share",
                    "busiest MB", "CPU s"):  # fmt: skip
         shown.add_column(column, justify="right")
     for row in rows:
         peer = replica_of(row, rows)
         shown.add_row(
             f"{row.link_gbit:g} Gb/s" if row.link_gbit else "memory", str(row.k), row.mode, str(row.m),
-            f"{row.page_s * 1e3:.1f}", f"{row.chunk_s * 1e3:.0f}", f"{peer.chunk_s / row.chunk_s:.2f}",
+            f"{row.page_s * 1e3:.1f}", f"{row.chunk_s * 1e3:.0f}",
+            f"{min(row.chunks_s) * 1e3:.0f}, {max(row.chunks_s) * 1e3:.0f}", f"{peer.chunk_s / row.chunk_s:.2f}",
             f"{row.store_bytes / 1e6:.1f}", f"{row.store_bytes / peer.store_bytes:.3f}",
             f"{row.busiest_rank_bytes / 1e6:.1f}", f"{row.cpu_s:.3f}",
         )  # fmt: skip
@@ -275,7 +279,7 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console(width=120)
     if arguments.link_gbit:
-        rows = asyncio.run(measure((4,) if arguments.quick else (4, 8), 3, console))
+        rows = asyncio.run(measure((4,) if arguments.quick else (4, 8), 5, console))
         rows = [replace(row, link_gbit=arguments.link_gbit) for row in rows]
     else:
         rows = run(arguments.quick, console)
