@@ -20,7 +20,7 @@ DECODE_PROMPT_TOKENS = 256
 CASES = (("prefill", 1), ("decode", 1), ("decode", 4), ("decode", 8))
 QUICK_CASES = CASES[::2]
 JUDGED = ("none", "parity")
-ROUNDS, QUICK_ROUNDS, OTHERS_ROUNDS = 9, 5, 3
+ROUNDS, QUICK_ROUNDS, OTHERS_ROUNDS = 7, 5, 3
 
 
 @dataclass(frozen=True, slots=True)

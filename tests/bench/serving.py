@@ -30,7 +30,7 @@ from tests.cluster.conftest import quiet
 LOAD = 0.8
 SHARES = (0.0, 0.05, 0.10, 0.15)
 MODES = ("none", "replicate", "parity")
-REQUESTS, QUICK_REQUESTS = 26, 13
+REQUESTS, QUICK_REQUESTS = 24, 13
 SEED = 20_000
 SPARE_POLL_S = 0.1
 
