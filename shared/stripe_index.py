@@ -3,6 +3,7 @@
 Kept in Redis (or Valkey). Whoever writes an entry has the bytes in place first, and removes the entry before the bytes.
 
     ghost:{<group>}:epoch           the group's epoch, a decimal integer that only grows
+    ghost:{<group>}:cordons         MessagePack map: worker that is not to be taken -> rank that it was drained of
     ghost:{<group>}:s:<page key>    hash, one stripe: parity shard number -> MessagePack array [store id, incarnation,
                                     epoch, k, m, length, checksum, data checksums]; page key is 16 raw bytes
 
@@ -102,6 +103,18 @@ class StripeIndex:
         current = await self.epoch(group)
         return int(await self._call(self._redis.incrby(_epoch_key(group), max(1, at_least + 1 - current))))
 
+    async def cordons(self, group: str) -> dict[str, int | None]:
+        """Return the workers that are cordoned, and the rank that each was drained of."""
+        packed = await self._call(self._redis.get(_cordons_key(group)))
+        try:
+            return {str(name): rank for name, rank in msgpack.unpackb(packed).items()} if packed else {}
+        except (ValueError, AttributeError, msgpack.UnpackException) as error:
+            raise ProtocolError(f"the journal of group {group} holds malformed cordons") from error
+
+    async def keep_cordons(self, group: str, cordons: Mapping[str, int | None]) -> None:
+        """Write which workers are cordoned."""
+        await self._call(self._redis.set(_cordons_key(group), msgpack.packb(dict(cordons))))
+
     async def put_many(self, group: str, epoch: int, entries: Sequence[ShardEntry]) -> None:
         """Write entries, each over what the index said of that shard. Raises Fenced if the epoch is older.
 
@@ -192,6 +205,10 @@ class StripeIndex:
 
 def _epoch_key(group: str) -> bytes:
     return b"ghost:{%s}:epoch" % group.encode()
+
+
+def _cordons_key(group: str) -> bytes:
+    return b"ghost:{%s}:cordons" % group.encode()
 
 
 def _store_key(store_id: str) -> bytes:

@@ -59,6 +59,7 @@ async def run(
     async with AsyncExitStack() as stack:
         index = await stack.enter_async_context(StripeIndex(settings.redis_url, timeout=REDIS_CALL_S))
         traces = stack.enter_context(tracing("coordinator"))
+        journal = Journal(index, config.group)
         runner = web.AppRunner(
             application(front, settings.secret), handle_signals=False, shutdown_timeout=CLOSE_DEADLINE_S
         )
@@ -73,21 +74,22 @@ async def run(
             log.info("coordinator of group %s listens on %s", config.group, url)
             if on_listening:
                 on_listening(url)
-            if (epoch := await _last_epoch(Journal(index, config.group), front, stop)) is not None:
-                group = Group(config, settings, epoch, time.monotonic(), traces)
-                shell = Shell(group, index, Recorder(group, settings) if settings.record_dir else None)
+            if (last := await _last(journal, front, stop)) is not None:
+                epoch, cordons = last
+                group = Group(config, settings, epoch, time.monotonic(), traces, cordons)
+                shell = Shell(group, index, journal, Recorder(group, settings) if settings.record_dir else None)
                 front.shell.set_result(shell)
                 await shell.run(stop)
         finally:
             await runner.cleanup()
 
 
-async def _last_epoch(journal: Journal, front: Front, stop: asyncio.Event) -> int | None:
-    """The epoch that an earlier coordinator was in, from where this one goes on; None: it is told to stop before."""
+async def _last(journal: Journal, front: Front, stop: asyncio.Event) -> tuple[int, dict[str, int | None]] | None:
+    """What an earlier coordinator left, from where this one goes on; None: it is told to stop before."""
     told = False
     while not stop.is_set():
         try:
-            return await journal.epoch()
+            return await journal.last()
         except PeerLost as error:
             front.waits = f"Redis does not tell the last epoch: {error}"
             if not told:

@@ -26,10 +26,14 @@ class NextEpoch(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class KeepEpoch(Message):
-    """See that Redis knows the current epoch, also one that has lost its memory. Answered by EpochIs."""
+class Keep(Message):
+    """See that Redis knows the current epoch, and which workers are cordoned, also one that has lost its memory.
+
+    Answered by EpochIs.
+    """
 
     current: int
+    cordons: Mapping[str, int | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,7 @@ class StripesFound(Message):
     trouble: str = ""
 
 
-Question = NextEpoch | KeepEpoch | FindStripes
+Question = NextEpoch | Keep | FindStripes
 Answer = EpochIs | StripesFound
 
 

@@ -6,6 +6,7 @@ which model is served.
 """
 
 import logging
+from collections.abc import Mapping
 
 from services.coordinator.detector import Detector
 from services.coordinator.epochs import Epochs
@@ -15,7 +16,7 @@ from services.coordinator.events import (
     EpochIs,
     Event,
     FindStripes,
-    KeepEpoch,
+    Keep,
     Left,
     NextEpoch,
     Output,
@@ -68,7 +69,7 @@ STATUS_S = 0.5
 class Group:
     """k ranks that together run one copy of the model, their spares, and the requests they work on.
 
-    `epoch`: the last one that Redis knows; `now`: when this coordinator started.
+    `epoch` and `cordons`: what Redis knows of the one before; `now`: when this coordinator started.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Group:
         epoch: int,
         now: float,
         tracing: Tracing | None = None,
+        cordons: Mapping[str, int | None] | None = None,
     ):
         self.config = config
         self.membership = Membership(
@@ -86,6 +88,7 @@ class Group:
             join_timeout_s=settings.join_timeout_s,
             epoch=epoch,
         )
+        self.membership.cordons.update(cordons or {})
         self.outside = Outside(self.membership)
         self.outside.now = now
         self.detector = Detector(
@@ -155,12 +158,12 @@ class Group:
             self.epochs.serving.tick()
         if now - self._status_sent > STATUS_S:
             self.outside.changed = True
-            if not self.outside.asks(KeepEpoch):
-                self.outside.ask(KeepEpoch(self.membership.epoch))
 
     def _announce(self, now: float) -> None:
-        """Tell all gateways the state."""
+        """Tell all gateways the state, and Redis what of it must not be forgotten."""
         self.outside.changed, self._status_sent = False, now
+        if not self.outside.asks(Keep):
+            self.outside.ask(Keep(self.membership.epoch, dict(self.membership.cordons)))
         self.outside.to_all(self.gateways.peers, StatusChanged(self.status()))
 
     # -- peers -------------------------------------------------------------------------------------------------------

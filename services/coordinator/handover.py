@@ -74,14 +74,14 @@ class Handover:
         if action == "resume":
             if self.move is not None and self.move.old == member.name and self.move.phase != "switching":
                 self._end("the operator changed their mind")
-            member.cordoned = False
+            self._membership.uncordon(member.name)
             if member.rank is None:
                 self._outside.to_worker(member.name, StandBy(self._membership.epoch, hold=True))
             return f"{member.name} may be taken again"
         if member.rank is None:
             if action == "replace":
                 raise RequestRejected(f"{member.name} holds no rank", status=409, code="no_rank", param="target")
-            member.cordoned = True
+            self._membership.cordon(member.name)
             return f"{member.name} is a spare, and won't be taken before it is resumed"
         if self.move is not None:
             text = f"rank {self.move.rank} is on its way; one rank moves at a time"
@@ -183,9 +183,8 @@ class Handover:
             return
         if formation.ranks[move.rank] == move.new:
             self._pool.regain(move.rank, move.tail)
-            old = self._membership.members.get(move.old)
-            if old is not None:
-                old.cordoned, old.was = move.action == "drain", move.rank
+            if move.action == "drain" and move.old in self._membership.members:
+                self._membership.cordon(move.old, move.rank)
             log.info("a rank has moved", extra={"rank": move.rank, "worker": move.old, "successor": move.new})
             self._end("")
         elif formation.ranks[move.rank] != move.old:

@@ -1,7 +1,10 @@
-"""What a coordinator must not forget: the group's epoch, in Redis, from where stores and index are fenced."""
+"""What a coordinator must not forget: the group's epoch, in Redis, from where stores and index are fenced, and which
+workers an operator has cordoned.
+"""
 
 import asyncio
 import logging
+from collections.abc import Mapping
 
 from shared.errors import PeerLost
 from shared.stripe_index import StripeIndex
@@ -13,15 +16,17 @@ ADVANCE_DEADLINE_S = 0.5
 
 
 class Journal:
-    """The group's epoch. Only one coordinator writes it."""
+    """The group's epoch and cordons. Only one coordinator writes them."""
 
     def __init__(self, index: StripeIndex, group: str):
         self._index = index
         self._group = group
+        self._cordons: dict[str, int | None] = {}  # in Redis, as far as is known
 
-    async def epoch(self) -> int:
-        """The last epoch known. Raises PeerLost without a Redis."""
-        return await self._index.epoch(self._group)
+    async def last(self) -> tuple[int, dict[str, int | None]]:
+        """The last epoch known, and the workers that were cordoned. Raises PeerLost without a Redis."""
+        self._cordons = await self._index.cordons(self._group)
+        return await self._index.epoch(self._group), dict(self._cordons)
 
     async def next_epoch(self, current: int) -> int:
         """An epoch newer than `current`, known to Redis first unless Redis is away."""
@@ -33,10 +38,14 @@ class Journal:
             return current + 1
         return epoch
 
-    async def keep(self, current: int) -> None:
-        """See that Redis knows the current epoch, also a Redis that was away, or has lost its memory."""
+    async def keep(self, current: int, cordons: Mapping[str, int | None]) -> None:
+        """See that Redis knows this, also a Redis that was away, or has lost its memory."""
         try:
-            if await self._index.epoch(self._group) < current:
+            forgot = await self._index.epoch(self._group) < current
+            if forgot:
                 await self._index.advance_epoch(self._group, at_least=current - 1)
+            if forgot or cordons != self._cordons:
+                await self._index.keep_cordons(self._group, cordons)
+                self._cordons = dict(cordons)
         except PeerLost as error:
             log.debug("Redis is still away: %s", error)

@@ -28,6 +28,10 @@ TRANSITIONS: dict[tuple[GroupState, GroupEvent], GroupState] = {
 }
 
 
+MAX_CORDONS = 256
+"""Of workers that do not come back, the oldest are forgotten."""
+
+
 class InvalidTransition(AssertionError):
     """An event that can't happen in this state: a defect. The message tells the last events."""
 
@@ -123,6 +127,8 @@ class Membership:
         self.epoch = epoch
         self.return_grace_s = return_grace_s
         self.members: dict[str, Member] = {}
+        self.cordons: dict[str, int | None] = {}
+        """Workers that are not to be taken, here or not, and the rank from which each was moved."""
         self.ranks: list[str | None] = [None] * size
         self.story: deque[str] = deque(maxlen=32)
         self._heartbeat_timeout_s = heartbeat_timeout_s
@@ -141,7 +147,24 @@ class Membership:
         if member.name in self.members:
             raise AssertionError(f"{member.name} is here already")
         self.members[member.name] = member
+        self._mark(member)
         self._tell(f"hello {member.name}")
+
+    def cordon(self, name: str, was: int | None = None) -> None:
+        """A worker is not to be taken any more. `was`: the rank that moved away from it."""
+        self.cordons[name] = was
+        while len(self.cordons) > MAX_CORDONS:
+            del self.cordons[next(iter(self.cordons))]
+        self._mark(self.members[name])
+
+    def uncordon(self, name: str) -> None:
+        """A worker may be taken again."""
+        self.cordons.pop(name, None)
+        if name in self.members:
+            self._mark(self.members[name])
+
+    def _mark(self, member: Member) -> None:
+        member.cordoned, member.was = member.name in self.cordons, self.cordons.get(member.name)
 
     def ready(self, name: str, now: float, held: Held | None = None) -> None:
         """A worker has loaded: a spare, that may have held a rank before."""

@@ -13,7 +13,7 @@ from services.coordinator.events import (
     EpochIs,
     Event,
     FindStripes,
-    KeepEpoch,
+    Keep,
     Left,
     NextEpoch,
     Output,
@@ -46,13 +46,14 @@ class Shell:
         self,
         group: Group,
         index: StripeIndex,
+        journal: Journal,
         recorder: Recorder | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.group = group
         self._recorder = recorder
         self._whereabouts = Whereabouts(index, group.config.group)
-        self._journal = Journal(index, group.config.group)
+        self._journal = journal
         self._clock = clock
         self._channels: dict[Peer, Channel] = {}
         self._numbers = itertools.count(1)
@@ -135,8 +136,8 @@ class Shell:
         match question:
             case NextEpoch(current):
                 self._handle(Answered(number, EpochIs(await self._journal.next_epoch(current))))
-            case KeepEpoch(current):
-                await self._journal.keep(current)
+            case Keep(current, cordons):
+                await self._journal.keep(current, cordons)
                 self._handle(Answered(number, EpochIs(current)))
             case FindStripes():
                 self._handle(Answered(number, await self._whereabouts.find(question)))

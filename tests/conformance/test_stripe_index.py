@@ -64,6 +64,14 @@ def entry(number: int = 3, *, store: str = "store-a", incarnation: str = "i1", e
     return ShardEntry(os.urandom(16), number, store, incarnation, epoch, 3, 2, 122880, (1 << 63) + 7, checksums)
 
 
+async def test_cordons_are_kept(index: StripeIndex, group: str) -> None:
+    assert await index.cordons(group) == {}
+    await index.keep_cordons(group, {"w1": 2, "w2": None})
+    assert await index.cordons(group) == {"w1": 2, "w2": None}
+    await index.keep_cordons(group, {})
+    assert await index.cordons(group) == {}
+
+
 async def test_what_was_put_is_read_back_exactly(index: StripeIndex, group: str) -> None:
     first = entry(3)
     second = replace(first, number=4, store_id="store-b", checksum=0)

@@ -34,8 +34,8 @@ def finish(world: World) -> None:
     """No more faults: enough workers and a store, until every request has ended."""
     world.add_store()
     world.copy_failures = 0.0
-    for worker in world.group.membership.members.values():
-        worker.cordoned = False
+    for name in list(world.group.membership.cordons):
+        world.group.membership.uncordon(name)
     while len(world.workers) < world.size + 1:
         world.add_worker()
     until(world, lambda: len(world.finished) == len(world.requests))
@@ -350,6 +350,27 @@ def test_a_rank_that_moves_and_a_loss_on_the_way(dies: str, after: int) -> None:
     world.kill(world.workers[{"old": old, "new": move.new, "other": str(world.group.membership.ranks[2])}[dies]])
     moved(world, 1, old)
     world.group.check()
+    finish(world)
+
+
+@pytest.mark.parametrize("lost", ["coordinator", "channel"])
+def test_a_drained_worker_stays_cordoned_when_it_comes_again(lost: str) -> None:
+    world = World(25, pages=128)
+    decoding(world)
+    old = str(world.group.membership.ranks[1])
+    world.operate("drain", "rank:1")
+    moved(world, 1, old)
+    until(world, lambda: world.last_cordons == {old: 1})
+    if lost == "coordinator":
+        world.crash()
+    else:
+        world.cut_off(world.workers[old])
+    serving(world)
+    until(world, lambda: old in world.group.membership.members and world.group.membership.members[old].ready)
+    assert world.group.membership.spares() == []
+    world.operate("resume", "rank:1")
+    assert [spare.name for spare in world.group.membership.spares()] == [old]
+    until(world, lambda: world.last_cordons == {})
     finish(world)
 
 

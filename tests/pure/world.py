@@ -20,7 +20,7 @@ from services.coordinator.events import (
     EpochIs,
     Event,
     FindStripes,
-    KeepEpoch,
+    Keep,
     Left,
     NextEpoch,
     Output,
@@ -182,6 +182,7 @@ class World:
         self.tracing = tracing
         self.now = 100.0
         self.last_epoch = 0
+        self.last_cordons: dict[str, int | None] = {}
         """What Redis knows."""
         self.questions: dict[int, tuple[Question, Answer]] = {}
         """Not answered yet."""
@@ -219,7 +220,9 @@ class World:
     # -- the coordinator ---------------------------------------------------------------------------------------------
 
     def _make_group(self) -> Group:
-        group = Group(group_config(self.settings), self.settings, self.last_epoch, self.now, self.tracing)
+        group = Group(
+            group_config(self.settings), self.settings, self.last_epoch, self.now, self.tracing, self.last_cordons
+        )
         group.membership.return_grace_s = self.dice.choice((0.0, 0.1, 0.3))
         return group
 
@@ -259,8 +262,8 @@ class World:
             case NextEpoch(current):
                 self.last_epoch = max(self.last_epoch, current) + 1
                 return EpochIs(self.last_epoch)
-            case KeepEpoch(current):
-                self.last_epoch = max(self.last_epoch, current)
+            case Keep(current, cordons):
+                self.last_epoch, self.last_cordons = max(self.last_epoch, current), dict(cordons)
                 return EpochIs(self.last_epoch)
             case FindStripes(keys=keys, stores=stores):
                 here = [store for store in stores if store.incarnation == self.incarnation]
