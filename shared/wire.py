@@ -17,9 +17,10 @@ MAX_FRAME_BYTES = 16 * 1024 * 1024
 
 
 class Codec:
-    """Frames of the messages that these modules define."""
+    """Frames of the messages that these modules define, of so many bytes at most."""
 
-    def __init__(self, *modules: ModuleType):
+    def __init__(self, *modules: ModuleType, limit: int = MAX_FRAME_BYTES):
+        self._limit = limit
         kinds = (kind for module in modules for kind in vars(module).values())
         self._adapters: dict[str, TypeAdapter[Message]] = {
             kind.__name__: TypeAdapter(kind)
@@ -40,8 +41,8 @@ class Codec:
 
     def decode(self, frame: bytes) -> Message:
         """The message in a frame, validated. Raises ProtocolError, with what was wrong, for anything else."""
-        if len(frame) > MAX_FRAME_BYTES:
-            raise ProtocolError(f"frame of {len(frame)} bytes; at most {MAX_FRAME_BYTES} are allowed")
+        if len(frame) > self._limit:
+            raise ProtocolError(f"frame of {len(frame)} bytes; at most {self._limit} are allowed")
         try:
             content: Any = msgpack.unpackb(frame, raw=False, strict_map_key=True)
         except Exception as error:  # msgpack raises many kinds, ValueError and its own among them

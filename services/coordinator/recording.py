@@ -37,7 +37,7 @@ MAX_OBJECT_BYTES = 1 << 30
 SECRET = frozenset({"token", "redis_url", "tls_cert_file", "tls_key_file", "tls_ca_file", "fault_dir", "record_dir"})
 """Settings that stay out of recordings: secrets, what may contain them, and paths of this machine."""
 
-CODEC = Codec(messages, events)
+CODEC = Codec(messages, events, limit=MAX_OBJECT_BYTES)
 
 
 @dataclass(frozen=True, slots=True)

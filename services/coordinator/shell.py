@@ -105,11 +105,15 @@ class Shell:
         try:
             self.group.handle(now, event)
         finally:
-            outputs = [(output, encode(output)) for output in self.group.take()]
+            recorder = self._recorder
+            outputs = [
+                (output, encode(output) if recorder is not None or isinstance(output, Send) else b"")
+                for output in self.group.take()
+            ]
             for output, sent in outputs:
                 self._do(output, sent)
-            if self._recorder is not None:
-                self._recorder.saw(now, event, frame, outputs)
+            if recorder is not None:
+                recorder.saw(now, event, frame, outputs)
 
     def _do(self, output: Output, frame: bytes) -> None:
         match output:
