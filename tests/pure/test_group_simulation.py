@@ -48,12 +48,8 @@ def finish(world: World) -> None:
     world.check_nothing_stale()
 
 
-@pytest.mark.parametrize("parity", [1, 2])
-@pytest.mark.parametrize("seed", range(40))
-def test_streams_are_right_whatever_dies_when(seed: int, parity: int) -> None:
-    silent_loss = seed % 4 == 3
-    world = World(seed, parity=parity, protect_tail=seed % 8 >= 4)
-    world.room = 5 if seed % 5 == 2 else world.room
+def mayhem(world: World, *, silent_loss: bool) -> None:
+    """A few hundred moves, and faults of all kinds among them. `silent_loss`: the store's memory among what is lost."""
     dice = world.dice
     for _ in range(world.size + 1):
         world.add_worker()
@@ -97,6 +93,14 @@ def test_streams_are_right_whatever_dies_when(seed: int, parity: int) -> None:
         if not silent_loss:
             world.check_parity()
         world.settle()
+
+
+@pytest.mark.parametrize("parity", [1, 2])
+@pytest.mark.parametrize("seed", range(40))
+def test_streams_are_right_whatever_dies_when(seed: int, parity: int) -> None:
+    world = World(seed, parity=parity, protect_tail=seed % 8 >= 4)
+    world.room = 5 if seed % 5 == 2 else world.room
+    mayhem(world, silent_loss=seed % 4 == 3)
     finish(world)
 
 

@@ -20,7 +20,7 @@ from services.coordinator.replay import Replayed, Until, lives, replay
 from shared.errors import ProtocolError
 from shared.messages import StepPlan, Tokens
 from shared.tracing import NoTracing
-from tests.pure.test_group_simulation import decoding
+from tests.pure.test_group_simulation import decoding, mayhem
 from tests.pure.world import World
 
 
@@ -92,6 +92,17 @@ def test_a_core_that_was_written_and_read_again_goes_on_as_if_nothing_had_been(t
 
 def world_moves(seed: int) -> int:
     return 150 + 97 * seed
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_every_life_can_be_replayed_whatever_died_when(tmp_path: Path, seed: int) -> None:
+    world = World(seed, parity=1 + seed % 2, protect_tail=seed % 4 >= 2)
+    world.record()
+    mayhem(world, silent_loss=seed % 4 == 3)
+    for life in world.lives:
+        replayed, _ = again(tmp_path, life)
+        assert replayed.failure == ""
+    assert replayed.status == world.group.status()
 
 
 def copied(world: World) -> Group:
