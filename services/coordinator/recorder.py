@@ -66,7 +66,10 @@ class Recorder:
         self._flushed = now
         self._writing = asyncio.create_task(self._written(self._path(), self._take()))
         if self._segment_bytes > (self._full / 2 if self._idle else self._full):
-            self._begin(now)
+            try:
+                self._begin(now)
+            except TypeError as error:  # serving goes on
+                self._end(str(error))
 
     async def flushed(self) -> None:
         """Wait until what is being written is."""
