@@ -30,7 +30,9 @@ from tests.cluster.conftest import quiet
 LOAD = 0.8
 SHARES = (0.0, 0.05, 0.10, 0.15)
 MODES = ("none", "replicate", "parity")
-REQUESTS, QUICK_REQUESTS = 24, 13
+CELL_S, QUICK_CELL_S = 50.0, 30.0
+"""How long requests come for, in each mode at each share: it says how many there are."""
+LEAST_REQUESTS, MOST_REQUESTS = 13, 500
 SEED = 20_000
 SPARE_POLL_S = 0.1
 
@@ -164,10 +166,11 @@ class _Run:
 
 async def measure(clusters: Mapping[str, LocalCluster], console: Console, *, quick: bool) -> list[Row]:
     """All rows: at each share the modes take turns with the same trace. `none` must be among them."""
-    count, shares = (QUICK_REQUESTS, SHARES[-1:]) if quick else (REQUESTS, SHARES)
-    arrivals, rows = trace(count), list[Row]()
-    capacity = await _capacity(clusters["none"], arrivals)
+    seconds, shares = (QUICK_CELL_S, SHARES[-1:]) if quick else (CELL_S, SHARES)
+    capacity = await _capacity(clusters["none"])
     rate = LOAD * capacity
+    count = min(MOST_REQUESTS, max(LEAST_REQUESTS, round(rate * seconds)))
+    arrivals, rows = trace(count), list[Row]()
     console.print(f"capacity {capacity:.2f} requests/s; they arrive at {rate:.2f}, {count} of them")
     for number, share in enumerate(shares):
         for mode in (mode for mode in MODES if mode in clusters):
@@ -182,9 +185,9 @@ async def measure(clusters: Mapping[str, LocalCluster], console: Console, *, qui
     return rows
 
 
-async def _capacity(cluster: LocalCluster, arrivals: Sequence[Arrival]) -> float:
+async def _capacity(cluster: LocalCluster) -> float:
     """Requests a second that a cluster finishes when it has all of them at once, and loses no rank."""
-    at_once = [Arrival(0.0, arrival.prompt, arrival.tokens) for arrival in arrivals[:QUICK_REQUESTS]]
+    at_once = [Arrival(0.0, arrival.prompt, arrival.tokens) for arrival in trace(LEAST_REQUESTS)]
     await quiet(cluster)
     run = _Run(cluster, at_once, 1.0, 50_000)
     await run.run(0)
