@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import services.worker.runner
+import services.worker.meeting
 from shared import faults
 from shared.errors import CommunicatorAborted, DeadlineExceeded
 
@@ -60,7 +60,7 @@ class _Breakage:
         def refuse(*_: Any, **__: Any) -> NoReturn:
             raise CommunicatorAborted("cut off from its peers")
 
-        self._replace(services.worker.runner, "create", refuse)
+        self._replace(services.worker.meeting, "create", refuse)
         runner = self._worker._runner
         for communicator in (runner._communicator, getattr(runner.shadow._exchange, "communicator", None)):
             if communicator is not None:

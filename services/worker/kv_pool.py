@@ -17,6 +17,11 @@ from services.worker.memory import Bytes, Memory
 _HUGE_PAGE = 2 << 20
 
 
+def page_bytes(layers: int, page_tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """What a page takes: keys and values of its tokens in all layers, of one rank's `kv_heads`."""
+    return layers * 2 * page_tokens * kv_heads * head_dim * dtype.itemsize
+
+
 class KVPool:
     """`pages` pages of KV.
 
@@ -52,7 +57,7 @@ class KVPool:
         self.blocks = flat.view(pages * layers * 2, self._block_values)
         # slots: [pages * layers * 2 * page_tokens, kv_heads, head_dim], one row a token
         self.slots = flat.view(-1, kv_heads, head_dim)
-        self.page_bytes = layers * 2 * self._block_values * dtype.itemsize
+        self.page_bytes = page_bytes(layers, page_tokens, kv_heads, head_dim, dtype)
         self._bytes = flat.view(torch.uint8).view(pages, self.page_bytes)
         self._host: Bytes | None = self._bytes.numpy() if self.device.type == "cpu" else None
 

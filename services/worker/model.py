@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from services.worker import attention
 from services.worker.batch import Chunk
 from services.worker.communicator.base import Communicator
-from services.worker.kv_pool import KVPool
+from services.worker.kv_pool import KVPool, page_bytes
 from services.worker.modules import fill_buffers, replace_activations, replace_rms_norms
 from services.worker.rotary import replace_rotary
 from services.worker.spec import read_config, read_spec
@@ -74,6 +74,20 @@ class RankModel:
     def forget_prepared(self) -> None:
         """Give back the memory of slices that were prepared; the one that is loaded stays."""
         self._ready.clear()
+
+    def make_pool(self, page_tokens: int, *, memory_bytes: int) -> KVPool:
+        """A pool for one rank's KV, of as many pages as there is memory for, and one at least."""
+        spec, kv_heads = self.spec, self.spec.kv_heads // self.size
+        each = page_bytes(spec.layers, page_tokens, kv_heads, spec.head_dim, self.dtype)
+        return KVPool(
+            pages=max(1, memory_bytes // each),
+            layers=spec.layers,
+            page_tokens=page_tokens,
+            kv_heads=kv_heads,
+            head_dim=spec.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
 
     def _all_linears(self) -> list[PackedLinear]:
         return [*(sharded.linear for sharded in self._sharded), self._head]

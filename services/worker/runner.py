@@ -5,7 +5,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -14,13 +13,13 @@ import numpy as np
 import torch
 
 from services.worker.batch import Chunk
-from services.worker.communicator import RendezvousHandle, create, open_rendezvous
-from services.worker.communicator.base import Communicator, Kind
+from services.worker.communicator.base import Communicator
 from services.worker.draw import draw
 from services.worker.inventory import Inventory
-from services.worker.kv_pool import KVPool
+from services.worker.meeting import Meeting
 from services.worker.model import RankModel
-from services.worker.shadow import Shadow
+from services.worker.shadow import SLOT_BYTES, Shadow
+from services.worker.spec import model_info
 from shared.errors import CommunicatorAborted, CutOff, DeadlineExceeded
 from shared.messages import (
     Assign,
@@ -32,14 +31,13 @@ from shared.messages import (
     Prepare,
     Prepared,
     RankFailed,
-    Rendezvous,
     RestorePlan,
     SequenceStep,
     StandBy,
     StepDone,
     StepPlan,
 )
-from shared.types import GroupConfig, ModelInfo, unpack_keys
+from shared.types import GroupConfig, unpack_keys
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +85,6 @@ class Runner:
         self._cancelled = threading.Event()  # set when the epoch that it belongs to ends
         self._jobs: queue.Queue[tuple[Job, float] | None] = queue.Queue(MAX_JOBS)
         self._communicator: Communicator | None = None
-        self._rendezvous: list[RendezvousHandle] = []
         self._place: Place | None = None
         self._assigned = -1  # the rank that it has or is about to take
         self._loaded_rank: int | None = None
@@ -95,33 +92,10 @@ class Runner:
         self._unprepared = list(range(config.size)) if hold_weights else []
         dtype = cast(torch.dtype, getattr(torch, config.dtype))
         self.model = RankModel(model_dir, size=config.size, dtype=dtype, device=device)
-        spec = self.model.spec
-        per_page = (
-            spec.layers * 2 * config.page_tokens * (spec.kv_heads // config.size) * spec.head_dim * dtype.itemsize
-        )
-        self.pool = KVPool(
-            pages=max(1, config.kv_bytes // per_page),
-            layers=spec.layers,
-            page_tokens=config.page_tokens,
-            kv_heads=spec.kv_heads // config.size,
-            head_dim=spec.head_dim,
-            dtype=dtype,
-            device=device,
-        )
-        self.info = ModelInfo(
-            model_dir=str(model_dir),
-            fingerprint=spec.fingerprint,
-            architecture=spec.architecture,
-            dtype=config.dtype,
-            vocab_size=spec.vocab_size,
-            max_positions=spec.max_positions,
-            layers=spec.layers,
-            kv_heads=spec.kv_heads,
-            head_dim=spec.head_dim,
-            eos_token_ids=tuple(spec.eos_token_ids),
-            page_bytes=self.pool.page_bytes,
-        )
-        self._slot_bytes = config.max_step_tokens * spec.hidden * dtype.itemsize
+        self.pool = self.model.make_pool(config.page_tokens, memory_bytes=config.kv_bytes)
+        self.info = model_info(model_dir, self.model.spec, self.pool.page_bytes)
+        step_bytes = config.max_step_tokens * self.model.spec.hidden * dtype.itemsize
+        self._meeting = Meeting((step_bytes, SLOT_BYTES), config.collective_timeout_s)
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
         self._thread.start()
 
@@ -221,10 +195,7 @@ class Runner:
         self.step_done = 0
         self._inventory.begin(assign.epoch, assign.rank)
         if assign.rank == 0:
-            kind = cast(Kind, assign.communicator)
-            for slot_bytes in (self._slot_bytes, self.shadow.slot_bytes):
-                self._rendezvous.append(open_rendezvous(kind, assign.size, host=self.address, slot_bytes=slot_bytes))
-            self._report(Rendezvous(assign.epoch, *(each.address for each in self._rendezvous)))
+            self._report(self._meeting.open(assign, self.address))
 
     def _stand_by(self, job: StandBy) -> None:
         """No rank any more, or still none; with `hold`, slices that are not at hand are read when there is time."""
@@ -239,44 +210,18 @@ class Runner:
             self._report(Prepared(job.move))
 
     def _join(self, join: Join) -> None:
-        place = self._place
-        if place is None:
+        place, cancelled = self._place, self._cancelled
+        if place is None or join.epoch != self._epoch:  # looked at after `cancelled`, which belongs to the epoch
             return
-        made: list[Communicator] = []
-        assign, cancelled = place.assign, self._cancelled
-        if join.epoch != self._epoch:
-            return
-        with ExitStack() as undo:
-            for address, slot_bytes in (
-                (join.model_address, self._slot_bytes),
-                (join.exchange_address, self.shadow.slot_bytes),
-            ):
-                communicator = create(
-                    cast(Kind, assign.communicator),
-                    address,
-                    assign.rank,
-                    assign.size,
-                    timeout=self.config.collective_timeout_s,
-                    slot_bytes=slot_bytes,
-                    cancelled=cancelled,
-                )
-                undo.callback(communicator.close)
-                made.append(communicator)
-            undo.pop_all()
-        self._communicator, exchange = made
+        self._communicator, exchange = self._meeting.connect(place.assign, join, cancelled)
         self.shadow.enter(join.epoch, exchange, self.pool, self.pool.tokens)
-        for handle in self._rendezvous:
-            handle.close()
-        self._rendezvous.clear()
-        self._report(Joined(join.epoch, assign.rank, place.weights_s, time.monotonic() - place.assigned_at))
+        self._report(Joined(join.epoch, place.assign.rank, place.weights_s, time.monotonic() - place.assigned_at))
 
     def _leave(self) -> None:
         if self._communicator is not None:
             self._communicator.close()
             self._communicator = None
-        for handle in self._rendezvous:
-            handle.close()
-        self._rendezvous.clear()
+        self._meeting.close()
 
     def step(self, plan: StepPlan) -> StepDone:
         """Run the model over a step's chunks and draw the next tokens; KV goes to the pool."""

@@ -24,8 +24,6 @@ SLOT_BYTES = 4 << 20
 class Shadow:
     """Runs ProtectPlans and RestorePlans in order, over the exchange communicator of the epoch."""
 
-    slot_bytes = SLOT_BYTES
-
     def __init__(
         self, protector: Protector, restorer: Restorer, inventory: Inventory, report: Callable[[Message], None]
     ):

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from services.worker.tensor_parallel import check_plan
 from services.worker.weights import weight_files
 from shared.errors import ModelError
+from shared.types import ModelInfo
 
 _SAMPLE_BYTES = 1 << 20
 # settings by which an architecture changes its logits after the head: we call the head ourselves
@@ -59,6 +60,23 @@ def read_spec(model_dir: Path, size: int, dtype: torch.dtype = torch.bfloat16) -
         dtype=str(dtype).removeprefix("torch."),
         eos_token_ids=_eos_token_ids(model_dir, config),
         fingerprint=_fingerprint(model_dir),
+    )
+
+
+def model_info(model_dir: Path, spec: ModelSpec, page_bytes: int) -> ModelInfo:
+    """What the coordinator is told of a model, of which a rank's page takes `page_bytes`."""
+    return ModelInfo(
+        model_dir=str(model_dir),
+        fingerprint=spec.fingerprint,
+        architecture=spec.architecture,
+        dtype=spec.dtype,
+        vocab_size=spec.vocab_size,
+        max_positions=spec.max_positions,
+        layers=spec.layers,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        eos_token_ids=spec.eos_token_ids,
+        page_bytes=page_bytes,
     )
 
 
