@@ -15,13 +15,13 @@ import platform
 import select
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
 from services.worker.communicator.base import Communicator, cut
-from services.worker.memory import Memory, to_host
+from services.worker.memory import Bytes, Memory, to_host
 from shared.errors import CommunicatorAborted, ConfigError, DeadlineExceeded, ProtocolError
 
 _SYS_FUTEX = 202  # x86-64
@@ -157,36 +157,30 @@ class ShmCommunicator(Communicator):
         self._check_exchange(send, receive)
         sources = [[to_host(buffer) for buffer in buffers] for buffers in send]
         targets = [[to_host(buffer) for buffer in buffers] for buffers in receive]
-        send_sizes = [[len(buffer) for buffer in buffers] for buffers in send]
-        receive_sizes = [[len(buffer) for buffer in buffers] for buffers in receive]
-        totals = self._gather_totals([sum(sizes) for sizes in send_sizes])  # [from, to] bytes
-        if [int(n) for n in totals[:, self.rank]] != [sum(sizes) for sizes in receive_sizes]:
-            self.abort()
-            raise ProtocolError(f"all_to_all: rank {self.rank} expects other sizes than its peers send")
-        part = self._slot_bytes // self.size
-        for start in range(0, int(totals.max()), part):
-            buffer = self._operation % 2
+        sent = [sum(map(len, buffers)) for buffers in sources]
+        expected = [sum(map(len, buffers)) for buffers in targets]
+        # each slot begins with `sent` of its rank, so that the first round says how many there are: one barrier a round
+        head = self.size * 8
+        part = (self._slot_bytes - head) // self.size
+        start, end = 0, 1
+        while start < end:
+            slots = self._slots_np[:, self._operation % 2]
             self._operation += 1
-            for to in range(self.size):
-                at = to * part
-                for piece in cut(send_sizes[to], start, part):
-                    source = sources[to][piece.buffer][piece.offset : piece.offset + piece.length]
-                    self._slots_np[self.rank, buffer, at : at + piece.length] = source
-                    at += piece.length
+            totals = slots[:, :head].view(np.int64)  # [from, to]
+            totals[self.rank] = sent
+            for to, buffers in enumerate(sources):
+                room = slots[self.rank, head + to * part :]
+                for buffer, at, length in _laid_out(buffers, start, part):
+                    room[at : at + length] = buffer
             self._barrier()
-            for source_rank in range(self.size):
-                at = self.rank * part
-                for piece in cut(receive_sizes[source_rank], start, part):
-                    target = targets[source_rank][piece.buffer]
-                    target[piece.offset : piece.offset + piece.length] = self._slots_np[
-                        source_rank, buffer, at : at + piece.length
-                    ]
-                    at += piece.length
-
-    def _gather_totals(self, totals: Sequence[int]) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-        out = torch.empty(self.size, self.size, dtype=torch.int64)
-        self.all_gather(torch.tensor(totals, dtype=torch.int64), out)
-        return out.numpy()
+            if totals[:, self.rank].tolist() != expected:
+                self.abort()
+                raise ProtocolError(f"all_to_all: rank {self.rank} expects other sizes than its peers send")
+            for source, buffers in enumerate(targets):
+                room = slots[source, head + self.rank * part :]
+                for buffer, at, length in _laid_out(buffers, start, part):
+                    buffer[:] = room[at : at + length]
+            start, end = start + part, int(totals.max())
 
     def abort(self) -> None:
         if self._closed:
@@ -260,6 +254,14 @@ class ShmCommunicator(Communicator):
         if time.monotonic() > deadline:
             self.abort()
             raise DeadlineExceeded(f"rank {peer} did not take part within {self.timeout} s")
+
+
+def _laid_out(buffers: Sequence[Bytes], start: int, length: int) -> Iterator[tuple[Bytes, int, int]]:
+    """The views that make up bytes [start, start + length) of buffers laid end to end; where each goes, its length."""
+    at = 0
+    for piece in cut([len(buffer) for buffer in buffers], start, length):
+        yield buffers[piece.buffer][piece.offset : piece.offset + piece.length], at, piece.length
+        at += piece.length
 
 
 def _ordered_sum(slots: Sequence[torch.Tensor], out: torch.Tensor) -> None:
