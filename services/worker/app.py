@@ -11,15 +11,10 @@ from pathlib import Path
 import torch
 
 from services.worker import faults
-from services.worker.coder import make_coder
+from services.worker.assembly import make_runner
 from services.worker.copies import PageServer, copy_pages
 from services.worker.inventory import Inventory
-from services.worker.model_files import resolve_model
-from services.worker.protect import Protector
-from services.worker.replicate import CopyRestorer, Replicator
-from services.worker.restore import Restorer
 from services.worker.runner import Runner
-from services.worker.shadow import Shadow
 from services.worker.stores import StoreClients
 from shared.channel import REDIAL_S, Channel, dial
 from shared.config import WorkerSettings
@@ -44,8 +39,6 @@ from shared.messages import (
     WorkerReady,
 )
 from shared.tls import client_context
-from shared.transport import ucx_engine
-from shared.transport.backends import choose
 from shared.transport.server import serve
 from shared.types import GroupConfig, unpack_ids, unpack_keys
 
@@ -164,33 +157,18 @@ class Worker:
             return self._runner
         self._config = config
         began = time.monotonic()
-        self._runner = await asyncio.to_thread(self._make_runner, config)
+        self._runner = await asyncio.to_thread(
+            make_runner,
+            self._settings,
+            config,
+            torch.device(self._device),
+            self._stores,
+            self._inventory,
+            self._loop,
+            self._report,
+        )
         log.info("ready in %.2f s: %d pages", time.monotonic() - began, self._runner.pool.pages)
         return self._runner
-
-    def _make_runner(self, config: GroupConfig) -> Runner:
-        if choose(self._settings.transport)[0] == "ucx":
-            ucx_engine.library()  # most of a second, which no recovery shall wait for
-        device = torch.device(self._device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f"device {self._device}: no CUDA device here")
-        coder = make_coder(config.size, config.parity, device)
-        if config.protection == "parity":
-            coder.prepare()
-        copies = config.protection == "replicate"
-        protector = (Replicator if copies else Protector)(config.group, coder, self._stores, self._loop, self._report)
-        restorer = (CopyRestorer if copies else Restorer)(config.group, coder, self._stores, self._loop)
-        model_dir = resolve_model(self._settings.model or config.model)
-        shadow = Shadow(protector, restorer, self._inventory, self._report)
-        return Runner(
-            Path(model_dir),
-            config,
-            device,
-            shadow,
-            self._inventory,
-            self._report,
-            hold_weights=self._settings.hold_weights,
-        )
 
     def _handle(self, runner: Runner, message: Message) -> None:
         match message:
