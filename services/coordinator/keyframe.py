@@ -80,8 +80,8 @@ def thaw(data: bytes, externals: Externals) -> Any:
     try:
         fields, nodes = msgpack.unpackb(data, ext_hook=_ext, strict_map_key=False)
         return _Thaw(fields, nodes, externals).get(_Ref(0))
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, ImportError) as error:
-        raise ProtocolError(f"a keyframe that can't be read: {error}") from error
+    except Exception as error:  # of many kinds, for what was damaged anywhere
+        raise ProtocolError(f"a keyframe that can't be read: {type(error).__name__}: {error}") from error
 
 
 class _Ref(int):
@@ -116,7 +116,7 @@ class _Thaw:
             case "external":
                 made[number] = self._externals[parts[0]]
             case "enum":
-                made[number] = _class(parts[0])(parts[1])
+                made[number] = _enum(parts[0])(parts[1])
             case "tuple":
                 made[number] = tuple(map(self.get, parts))
             case "frozenset":
@@ -158,6 +158,12 @@ def _class(name: str) -> Any:
     module, _, qualified = name.partition(":")
     if not module.startswith(_HOMES) or not isinstance(kind := getattr(import_module(module), qualified), type):
         raise ProtocolError(f"{name} is no class of the core")
+    return kind
+
+
+def _enum(name: str) -> Any:
+    if not issubclass(kind := _class(name), Enum):
+        raise ProtocolError(f"{name} is no enumeration")
     return kind
 
 

@@ -20,6 +20,7 @@ from shared.errors import ConfigError
 log = logging.getLogger(__name__)
 
 PATTERN = "coordinator-*.ghostrec"
+MIB = 1 << 20
 SEGMENTS = 8
 """Of the bound, each segment takes one part of so many."""
 FLUSH_S = 0.25
@@ -33,7 +34,7 @@ class Recorder:
         """Raises ConfigError where the folder can't be written to."""
         self._group = group
         self._folder = Path(settings.record_dir)
-        self._bound = settings.record_mb << 20
+        self._bound = settings.record_mb * MIB
         self._life = time.strftime("%Y%m%dT%H%M%S", time.gmtime()) + f"-{os.getpid()}"
         self._writer = Writer(group, settings, self._life)
         self._buffer = bytearray()

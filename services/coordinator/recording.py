@@ -184,13 +184,17 @@ class Segment:
             )
         self._seen = xxh3_64_intdigest(keyframe)
         self._keyframe = keyframe
-        self.settings = CoordinatorSettings(**self.header.settings)
+        try:
+            self.settings = CoordinatorSettings(**self.header.settings)
+        except (TypeError, ValueError) as error:
+            raise ProtocolError(f"its settings can't be read: {error}") from error
 
     def core(self) -> Group:
         """The core as it was when the segment began. Raises ProtocolError."""
         metrics = Metrics(lambda: group.status())
         group = thaw(self._keyframe, externals(metrics, NoTracing(), self.settings))
-        assert isinstance(group, Group)
+        if not isinstance(group, Group):
+            raise ProtocolError(f"its keyframe is no core but {type(group).__name__}")
         return group
 
     def entries(self) -> Iterator[Entry]:

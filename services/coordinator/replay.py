@@ -164,7 +164,7 @@ class _Run:
         try:
             self.group.check()
             self.good = number
-        except AssertionError as error:
+        except Exception as error:
             self.failure, self.inconsistent = f"after event {number}: {error}", True
         self._checked_s += time.perf_counter() - began
 

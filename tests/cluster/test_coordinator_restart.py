@@ -118,7 +118,7 @@ async def test_the_lives_of_both_coordinators_can_be_replayed(cluster: LocalClus
     (ended, began) = lives([cluster.recordings])[-2:]
     assert ended == before[-1]
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in (*ended, *began))
-    for life, told in ((ended, b"request=restart-replay-calm"), (began, b"a rank is lost")):
+    for life, told in ((ended, b"queued"), (began, b"are back with")):
         command = [sys.executable, "-m", "services.cli", "replay", *map(str, life)]
         replay = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
         story, _ = await asyncio.wait_for(replay.communicate(), 120)
