@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 CHANNEL_PATH = "/channel"
 HELLO_DEADLINE_S = 10.0
 CLOSE_DEADLINE_S = 2.0
-PING_S = 5.0
+PING_S = 10.0
+"""Half of it is how long a pong may take: a worker that loads on a busy machine is slow to answer."""
 REDIAL_S = 0.2
 """Pause of whoever dials, while the coordinator is away: short, since streams stand still meanwhile."""
 MAX_QUEUED_BYTES = 64 * 1024 * 1024

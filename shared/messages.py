@@ -21,6 +21,9 @@ from shared.types import (
     TokenLogprob,
 )
 
+TOLD_TO_STOP = "it was told to stop"
+"""The reason of who says Goodbye to the coordinator."""
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -65,7 +68,10 @@ class Welcome(Message):
 
 @dataclass(frozen=True, slots=True)
 class Goodbye(Message):
-    """The peer is not wanted (again): the reason, for its log. It may not dial again if `final`."""
+    """From the coordinator: the peer is not wanted (again), and why; it may not dial again if `final`.
+
+    To the coordinator, from a worker or a store: it ends in order, as it was told to.
+    """
 
     reason: str
     final: bool = False

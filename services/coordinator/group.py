@@ -192,18 +192,15 @@ class Group:
         elif peer in self.gateways.peers:
             self.gateways.said(peer, message, self.serving)
         elif (store := self._stores_by_peer.get(peer)) is not None:
-            self._from_store(store.store_id, message)
+            self._from_store(peer, store.store_id, message)
 
     def _left(self, peer: Peer, reason: str) -> None:
         if (name := self.workers.name(peer)) is not None:
             self._give_up(name, reason, "closed")
         elif peer in self.gateways.peers:
             self.gateways.left(peer, self.serving)
-        elif (store := self._stores_by_peer.pop(peer, None)) is not None and self.stores.leave(store.store_id, peer):
-            log.warning("parity store %s is lost", store.store_id)
-            if self.serving is not None:
-                self.serving.protection.store_gone()
-            self.outside.changed = True
+        elif peer in self._stores_by_peer:
+            self._store_gone(peer, reason)
 
     def _give_up(self, name: str, reason: str, kind: LossKind) -> None:
         if self.epochs is not None:
@@ -221,6 +218,8 @@ class Group:
             self.detector.beat(name, message, now)
         elif isinstance(message, WorkerReady):
             self._ready(name, message)
+        elif isinstance(message, Goodbye):
+            self._give_up(name, message.reason, "stopped")
         if self.epochs is None:
             return
         serving = self.epochs.serving
@@ -276,8 +275,22 @@ class Group:
 
     # -- stores ------------------------------------------------------------------------------------------------------
 
-    def _from_store(self, store_id: str, message: Message) -> None:
+    def _store_gone(self, peer: Peer, reason: str, *, told: bool = False) -> None:
+        """A store is lost, or leaves because it was told to."""
+        store_id = self._stores_by_peer.pop(peer).store_id
+        if not self.stores.leave(store_id, peer):
+            return
+        level, ends = (logging.INFO, "leaves") if told else (logging.WARNING, "is lost")
+        log.log(level, "parity store %s %s: %s", store_id, ends, reason)
+        if self.serving is not None:
+            self.serving.protection.store_gone()
+        self.outside.changed = True
+
+    def _from_store(self, peer: Peer, store_id: str, message: Message) -> None:
         match message:
+            case Goodbye(reason=reason):
+                self._store_gone(peer, reason, told=True)
+                return
             case ShardsLost(keys=keys):
                 self.metrics.checksum_failures.labels("store").inc(len(keys))
                 log.warning("a store lost damaged stripes", extra={"store": store_id, "stripes": len(keys)})

@@ -16,7 +16,7 @@ from shared.types import ClusterStatus, RecoveryRecord
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-LossKind = Literal["closed", "silent", "late", "hung", "cut off", "failed", "replaced"]
+LossKind = Literal["closed", "silent", "late", "hung", "cut off", "failed", "replaced", "stopped"]
 """Why a worker was given up: its channel closed, no heartbeat, not joined in time, no progress though it beats, no way
 to its peers, its device failed, or another process came under its name."""
 

@@ -41,6 +41,7 @@ class Workers:
         silent_s = self._outside.now - self._membership.members[name].seen
         rank = self._membership.gone(name, reason)
         told = {"worker": name, "rank": rank, "kind": kind, "reason": reason}
-        log.warning("a spare is lost" if rank is None else "a rank is lost", extra=told)
+        who, ends = "a spare" if rank is None else "a rank", "leaves" if kind == "stopped" else "is lost"
+        log.log(logging.INFO if kind == "stopped" else logging.WARNING, "%s %s", who, ends, extra=told)
         self._outside.changed = True
         return rank, silent_s

@@ -90,6 +90,7 @@ async def run(
                     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
                     if not stop.is_set():
                         log.info("drained: nothing is left here")
+                    upkeep.take_leave()
                     for task in (*running, *ends):
                         task.cancel()
         store.table.check()

@@ -12,7 +12,7 @@ from services.parity_store.shards import Shard
 from services.parity_store.store import Store
 from shared.channel import Channel
 from shared.errors import GhostError, PeerLost
-from shared.messages import Message, ShardsLost, StoreDrains
+from shared.messages import TOLD_TO_STOP, Goodbye, Message, ShardsLost, StoreDrains
 from shared.stripe_index import StripeIndex
 from shared.types import PageKey
 
@@ -68,6 +68,10 @@ class Upkeep:
         if self._store.draining:
             for group, keys in self._keys():
                 self._tell(StoreDrains(group, keys))
+
+    def take_leave(self) -> None:
+        """Tell the coordinator that the store ends in order; sent before the channel is closed."""
+        self._tell(Goodbye(TOLD_TO_STOP))
 
     async def drained(self) -> None:
         """Return when a drain is over: nothing that is here is named by the index any more."""

@@ -21,6 +21,7 @@ from shared.config import WorkerSettings
 from shared.errors import ConfigError, GhostError, PeerLost
 from shared.logs import epoch_is
 from shared.messages import (
+    TOLD_TO_STOP,
     Assign,
     CopyPages,
     DigestPlan,
@@ -58,6 +59,7 @@ async def run(settings: WorkerSettings, name: str, device: str, stop: asyncio.Ev
     tasks: list[asyncio.Task[object]] = [asyncio.create_task(work) for work in works]
     try:
         done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        worker.take_leave()
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
@@ -114,6 +116,11 @@ class Worker:
                     self._runner.interrupt(0)
             await self._settle()
             await asyncio.sleep(REDIAL_S)
+
+    def take_leave(self) -> None:
+        """Tell the coordinator, if it is there, that this worker ends in order; sent before the channel is closed."""
+        if self._channel is not None and not self._channel.closed:
+            self._channel.send(Goodbye(TOLD_TO_STOP))
 
     def _hello(self, own_address: str) -> WorkerHello:
         self._own_address = own_address
@@ -216,6 +223,9 @@ class Worker:
     async def _beat(self, channel: Channel, runner: Runner, interval_s: float) -> None:
         while not channel.closed:
             channel.send(Heartbeat(self._epoch, runner.step_done, runner.in_flight, runner.progress))
+            if runner.overstay_s > SETTLE_S:
+                log.error("the compute thread does not come back from a step whose epoch is over")
+                await channel.close()  # this worker is lost: `_settle` ends it
             await asyncio.sleep(interval_s)
 
     def _report(self, message: Message) -> None:

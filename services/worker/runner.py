@@ -79,6 +79,8 @@ class Runner:
         self.at_rest = threading.Event()
         """Set while the compute thread waits for a job."""
         self._marks = 0  # what it has begun in this epoch, without collectives
+        self._former: Communicator | None = None  # the one of the epoch before, whose collectives count no more
+        self._overstays: float | None = None  # since when the epoch of the step in flight is over
         self._inventory = inventory
         self._report = report
         self._epoch = 0
@@ -118,16 +120,28 @@ class Runner:
     def progress(self) -> int:
         """How much the compute thread has begun in this epoch; see Heartbeat."""
         communicator = self._communicator
-        return self._marks + (communicator.entered if communicator is not None else 0)
+        if communicator is None or communicator is self._former:
+            return self._marks
+        return self._marks + communicator.entered
+
+    @property
+    def overstay_s(self) -> float:
+        """For how long a step has been computed whose epoch is over, though its collectives were aborted."""
+        since = self._overstays
+        return time.monotonic() - since if since is not None and self.in_flight else 0.0
 
     def interrupt(self, epoch: int) -> None:
         """From now on only jobs of `epoch` count; a step that waits for peers ends at once."""
+        if not self.in_flight:
+            self._overstays = None
+        elif self._overstays is None:
+            self._overstays = time.monotonic()
         self._epoch = epoch
         self._marks = 0
         self._cancelled.set()
         self._cancelled = threading.Event()
         self.shadow.interrupt(epoch)
-        communicator = self._communicator
+        communicator = self._former = self._communicator
         if communicator is not None:
             communicator.abort()
 
@@ -168,6 +182,7 @@ class Runner:
                 self._failed(epoch, f"{type(job).__name__}: {type(error).__name__}: {error}", fatal=True)
             finally:
                 self.in_flight = False
+                self._overstays = None
         self._leave()
 
     def _next_job(self) -> tuple[Job, float] | None:

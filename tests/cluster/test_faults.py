@@ -89,6 +89,12 @@ async def test_a_worker_that_hangs_while_it_beats_is_lost(cluster: LocalCluster)
     assert report.restored_pages >= 2 * (200 // 16)
 
 
+async def test_a_worker_that_hangs_when_its_epoch_ends_does_not_hold_up_the_next_one(cluster: LocalCluster) -> None:
+    """A rank dies before the hang is seen. In the new epoch the stuck thread begins nothing, and the others wait."""
+    report = await drilled(cluster, "hang", "rank:0", for_s=0.1, then=("rank:1",), then_s=0.5)
+    assert report.stall_s < 20.0  # far below the time that ranks have to join
+
+
 @pytest.mark.parametrize("fault", ["cut:peers", "cut:coordinator"])
 async def test_a_worker_cut_off_is_replaced(cluster: LocalCluster, fault: str) -> None:
     report = await drilled(cluster, fault, "rank:1", for_s=6.0)

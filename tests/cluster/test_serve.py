@@ -70,8 +70,8 @@ async def gone(pids: set[int]) -> None:
             await asyncio.sleep(0.02)
 
 
-async def test_serve_answers_the_official_client_and_leaves_no_process(small_model_dir: Path) -> None:
-    async with serving(small_model_dir) as (process, printed):
+async def test_serve_answers_the_official_client_and_leaves_no_process(small_model_dir: Path, tmp_path: Path) -> None:
+    async with serving(small_model_dir, "--log-dir", str(tmp_path)) as (process, printed):
         assert {"redis", "coordinator", "workers", "gateway", "store-0"} <= pids(printed).keys()
         base_url = re.search(r"Base URL\s+(\S+)", printed)
         assert base_url is not None
@@ -91,6 +91,13 @@ async def test_serve_answers_the_official_client_and_leaves_no_process(small_mod
         process.send_signal(signal.SIGINT)
         assert await asyncio.wait_for(process.wait(), 30) == 0
         await gone(family)
+    assert not warnings(tmp_path)  # an end in order is nothing to be warned of
+
+
+def warnings(folder: Path) -> list[str]:
+    """What the services' own logs warn of."""
+    lines = [line for log in folder.glob("*.log") if log.name != "redis.log" for line in log.read_text().splitlines()]
+    return [line for line in lines if " WARNING " in line or " ERROR " in line]
 
 
 async def said(process: asyncio.subprocess.Process, text: str) -> None:

@@ -9,7 +9,7 @@ from services.coordinator.epochs import BROKEN_GRACE_S
 from services.coordinator.events import Came
 from services.coordinator.pages import Shadow
 from services.coordinator.scheduler import Sequence
-from shared.messages import Applied, RankFailed, Refused, StoreDrains, StoreHello
+from shared.messages import TOLD_TO_STOP, Applied, Goodbye, RankFailed, Refused, StoreDrains, StoreHello
 from shared.types import OperatorAction, StoreInfo
 from tests.pure.world import TICK_S, World
 
@@ -410,6 +410,21 @@ def test_what_can_not_move_is_refused() -> None:
         assert answer.status == status
     assert isinstance(world.operate("drain", f"worker:{spare}"), Applied)
     assert world.group.membership.spares() == []
+
+
+def test_a_worker_and_a_store_that_are_told_to_stop_leave_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    world = World(28, pages=128)
+    decoding(world)
+    name = str(world.group.membership.ranks[1])
+    world.says(name, Goodbye(TOLD_TO_STOP))
+    world.store_says(Goodbye(TOLD_TO_STOP))
+    assert world.group.membership.state == "forming"
+    assert world.group.status().stores == ()
+    world.kill(world.workers[name])
+    world.lose_store()
+    assert not [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert b'rank_failures_total{reason="stopped"} 1.0' in world.group.metrics.render()
+    finish(world)
 
 
 def test_without_a_spare_it_says_what_it_waits_for_and_goes_on_when_one_comes() -> None:
