@@ -1,12 +1,21 @@
 -- Fenced writes of the stripe index. The epoch in KEYS[1] only grows; a call of an older epoch changes nothing.
--- KEYS[1]  epoch of the group       ARGV[1]  operation: put, delete, drop or purge
+-- KEYS[1]  epoch of the group       ARGV[1]  operation: put, delete, drop, purge or raise
 -- KEYS[2]  and on: stripes          ARGV[2]  epoch of the caller (drop, purge: unused)
 -- put:     ARGV[3..] pairs (shard number, entry), one for each stripe key; a stripe may be named more than once
 -- delete:  whole stripes
 -- drop:    ARGV[3..] pairs (shard number, owner): deletes the entry only if it still begins with owner
 -- purge:   ARGV[3] what entries of a store begin with, ARGV[4] what those of its present life do: deletes all others of it
+-- raise:   the group's epoch becomes ARGV[2] if it was less; returns {1, what it was}
 -- Returns {1, how many entries or stripes it touched}, or {0, the group's epoch} if the caller is fenced off.
 local operation = ARGV[1]
+
+if operation == 'raise' then
+  local current = tonumber(redis.call('GET', KEYS[1]) or '0')
+  if current < tonumber(ARGV[2]) then
+    redis.call('SET', KEYS[1], ARGV[2])
+  end
+  return {1, current}
+end
 
 if operation ~= 'drop' and operation ~= 'purge' then
   local current = tonumber(redis.call('GET', KEYS[1]) or '0')

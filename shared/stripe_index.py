@@ -100,8 +100,15 @@ class StripeIndex:
 
         From the moment Redis has done it, writes of older epochs are refused.
         """
-        current = await self.epoch(group)
-        return int(await self._call(self._redis.incrby(_epoch_key(group), max(1, at_least + 1 - current))))
+        epoch = at_least + 1
+        while (before := await self.raise_epoch(group, epoch)) >= epoch:  # another's, or sent twice as a call was lost
+            epoch = before + 1
+        return epoch
+
+    async def raise_epoch(self, group: str, epoch: int) -> int:
+        """Let the group's epoch be no less than this, and return what it was. Doing it twice is doing it once."""
+        _, before = await self._call(self._script(keys=[_epoch_key(group)], args=["raise", epoch]))
+        return int(before)
 
     async def cordons(self, group: str) -> dict[str, int | None]:
         """Return the workers that are cordoned, and the rank that each was drained of."""

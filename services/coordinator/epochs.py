@@ -100,6 +100,11 @@ class Epochs:
         self._interrupt(reason)
         self._membership.restart(reason)
 
+    def known(self, epoch: int) -> None:
+        """What Redis has. A newer epoch than this group's, of an advance whose answer was lost, fences it off."""
+        if self._fencing is None and epoch > self._membership.epoch:
+            self.broken(f"Redis is at epoch {epoch} already")
+
     def _hand_over(self) -> None:
         """Between two steps: the last pages of a rank that moves are copied, then the epoch ends for the next one."""
         handover = self.serving.handover

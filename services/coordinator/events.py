@@ -29,7 +29,7 @@ class NextEpoch(Message):
 class Keep(Message):
     """See that Redis knows the current epoch, and which workers are cordoned, also one that has lost its memory.
 
-    Answered by EpochIs.
+    Answered by EpochIs: the epoch that Redis has then, which can be a newer one.
     """
 
     current: int

@@ -312,6 +312,8 @@ class Group:
         match question, answer:
             case NextEpoch(), EpochIs(epoch=epoch):
                 self.epochs.fenced(epoch)
+            case Keep(), EpochIs(epoch=epoch):
+                self.epochs.known(epoch)
             case FindStripes(purpose="restore", epoch=epoch), StripesFound():
                 self.epochs.serving.restorable(epoch, answer)
             case FindStripes(purpose="cached", epoch=epoch), StripesFound():

@@ -38,14 +38,14 @@ class Journal:
             return current + 1
         return epoch
 
-    async def keep(self, current: int, cordons: Mapping[str, int | None]) -> None:
-        """See that Redis knows this, also a Redis that was away, or has lost its memory."""
+    async def keep(self, current: int, cordons: Mapping[str, int | None]) -> int:
+        """See that Redis knows this, also a Redis that was away, or has lost its memory. Returns the epoch there."""
         try:
-            forgot = await self._index.epoch(self._group) < current
-            if forgot:
-                await self._index.advance_epoch(self._group, at_least=current - 1)
-            if forgot or cordons != self._cordons:
+            before = await self._index.raise_epoch(self._group, current)
+            if before < current or cordons != self._cordons:
                 await self._index.keep_cordons(self._group, cordons)
                 self._cordons = dict(cordons)
         except PeerLost as error:
             log.debug("Redis is still away: %s", error)
+            return current
+        return max(before, current)

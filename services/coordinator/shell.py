@@ -141,7 +141,6 @@ class Shell:
             case NextEpoch(current):
                 self._handle(Answered(number, EpochIs(await self._journal.next_epoch(current))))
             case Keep(current, cordons):
-                await self._journal.keep(current, cordons)
-                self._handle(Answered(number, EpochIs(current)))
+                self._handle(Answered(number, EpochIs(await self._journal.keep(current, cordons))))
             case FindStripes():
                 self._handle(Answered(number, await self._whereabouts.find(question)))

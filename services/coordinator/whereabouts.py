@@ -15,7 +15,7 @@ from shared.types import PageKey, StoreInfo
 
 log = logging.getLogger(__name__)
 
-STORES_DEADLINE_S = 0.5
+STORES_DEADLINE_S = 2.0
 """A recovery does not wait longer for what a store has to say."""
 KEYS_AT_ONCE = 4096
 

@@ -108,6 +108,20 @@ async def test_the_epoch_grows_past_what_the_caller_knows(index: StripeIndex, gr
     assert await index.epoch(group) == 9
 
 
+async def test_epochs_that_are_asked_for_at_once_are_different_ones(index: StripeIndex, group: str) -> None:
+    epochs = await asyncio.gather(*(index.advance_epoch(group, at_least=n % 3) for n in range(12)))
+    assert len(set(epochs)) == 12
+    assert await index.epoch(group) == max(epochs)
+
+
+async def test_to_raise_the_epoch_never_lowers_it_and_counts_once(index: StripeIndex, group: str) -> None:
+    assert [await index.raise_epoch(group, epoch) for epoch in (4, 4, 2, 5)] == [0, 4, 4, 4]
+    assert await index.epoch(group) == 5
+    told = await asyncio.gather(index.raise_epoch(group, 7), index.advance_epoch(group, at_least=6))
+    assert told[1] in (7, 8)
+    assert await index.epoch(group) == told[1]
+
+
 async def test_many_writers_at_once_and_an_epoch_in_between(index: StripeIndex, group: str) -> None:
     await index.advance_epoch(group)
     batches = [[entry() for _ in range(700)] for _ in range(4)]

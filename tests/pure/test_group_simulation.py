@@ -459,6 +459,17 @@ def test_a_late_word_of_the_epoch_before_does_not_break_the_new_one() -> None:
     assert world.group.membership.epoch == 2
 
 
+def test_a_newer_epoch_in_redis_is_overtaken() -> None:
+    """Its answer was lost: what the group wrote in its own epoch would be refused for ever."""
+    world = World(29, pages=64)
+    decoding(world)
+    world.last_epoch += 3
+    until(world, lambda: world.group.membership.epoch > world.last_epoch - 1)
+    serving(world)
+    assert world.group.membership.epoch == world.last_epoch
+    finish(world)
+
+
 def test_an_epoch_that_is_broken_though_nobody_is_lost_is_formed_again() -> None:
     world = World(4)
     for _ in range(world.size):
