@@ -3,6 +3,7 @@
 import argparse
 import json
 import time
+from collections.abc import Collection
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +12,8 @@ from services.status_cli import add_gateway_arguments, call
 from shared.errors import GhostError
 
 _POLL_S = 0.2
+_GIVEN_UP_S = 2.0
+"""Of a group that serves, and moves nothing: it has told by then that a rank has moved, or none has."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, summary: str) -> None:
@@ -26,7 +29,7 @@ def move(arguments: argparse.Namespace) -> int:
     """Ask for it, and wait until it is done. Raises GhostError where it is refused, or not done in time."""
     console = Console()
     asked = {"action": arguments.action, "target": arguments.target}
-    before = len(_moves(arguments.url))
+    before = {record["started"] for record in _moves(_status(arguments.url))}
     told = json.loads(call(arguments.url, "/v1/fault_tolerance/apply", json.dumps(asked).encode()))
     console.print(told["message"], highlight=False)
     if arguments.no_wait or "moves" not in told["message"]:
@@ -39,13 +42,23 @@ def move(arguments: argparse.Namespace) -> int:
             if time.monotonic() > end:
                 raise GhostError(f"not done after {arguments.deadline:.0f} s: {on_its_way['phase']}")
             time.sleep(_POLL_S)
-    while not (moves := _moves(arguments.url)[before:]):
-        if _status(arguments.url)["state"] == "serving" and time.monotonic() > end:
+    record = _record(arguments.url, before, end)
+    stall = record["ended"] - record["started"]
+    console.print(f"done: {record['reason']}; requests waited {1000 * stall:.0f} ms", highlight=False)
+    return 0
+
+
+def _record(url: str, before: Collection[float], end: float) -> dict[str, Any]:
+    """The move's record, which closes when requests go on. Raises GhostError if there is none, at `end` at last."""
+    serves_since = None
+    while True:
+        status, now = _status(url), time.monotonic()
+        if found := [record for record in _moves(status) if record["started"] not in before]:
+            return found[-1]
+        serves_since = (serves_since or now) if status["state"] == "serving" else None
+        if now > end or (serves_since is not None and now - serves_since > _GIVEN_UP_S):
             raise GhostError("the rank did not move; the coordinator's log says why")
         time.sleep(_POLL_S)
-    stall = moves[-1]["ended"] - moves[-1]["started"]
-    console.print(f"done: {moves[-1]['reason']}; requests waited {1000 * stall:.0f} ms", highlight=False)
-    return 0
 
 
 def _status(url: str) -> dict[str, Any]:
@@ -53,5 +66,5 @@ def _status(url: str) -> dict[str, Any]:
     return shown
 
 
-def _moves(url: str) -> list[dict[str, Any]]:
-    return [record for record in _status(url)["recoveries"] if record["planned"]]
+def _moves(status: dict[str, Any]) -> list[dict[str, Any]]:
+    return [record for record in status["recoveries"] if record["planned"]]

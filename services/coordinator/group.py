@@ -219,6 +219,7 @@ class Group:
         elif isinstance(message, WorkerReady):
             self._ready(name, message)
         elif isinstance(message, Goodbye):
+            self.membership.uncordon(name)  # whoever comes next under its name is another process
             self._give_up(name, message.reason, "stopped")
         if self.epochs is None:
             return

@@ -378,6 +378,20 @@ def test_a_drained_worker_stays_cordoned_when_it_comes_again(lost: str) -> None:
     finish(world)
 
 
+def test_a_drained_worker_that_was_stopped_and_started_again_is_a_spare() -> None:
+    """As a container is that an operator drained and restarted: its new process has the old one's name."""
+    world = World(25, pages=128)
+    decoding(world)
+    old = str(world.group.membership.ranks[1])
+    world.operate("drain", "rank:1")
+    moved(world, 1, old)
+    world.says(old, Goodbye(TOLD_TO_STOP))
+    world.cut_off(world.workers[old])
+    until(world, lambda: [spare.name for spare in world.group.membership.spares()] == [old])
+    assert world.group.membership.cordons == {}
+    finish(world)
+
+
 def test_without_a_spare_a_rank_waits_to_move_and_the_group_serves() -> None:
     world = World(23, pages=128)
     name = decoding(world, spares=0)
