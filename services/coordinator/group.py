@@ -318,7 +318,7 @@ class Group:
             case FindStripes(purpose="restore", epoch=epoch), StripesFound():
                 self.epochs.serving.restorable(epoch, answer)
             case FindStripes(purpose="cached", epoch=epoch), StripesFound():
-                self.epochs.serving.restoration.cached_found(epoch, answer)
+                self.epochs.serving.cached.found(epoch, answer)
             case FindStripes(purpose="recognise"), StripesFound():
                 self.epochs.serving.protection.looked_up(question, answer)
 

@@ -1,17 +1,17 @@
 """How lost pages come back: what each sequence needs is decoded in order, and it takes part in steps again when that is
-there. Cached pages follow when the group serves, a few at a time.
+there. Cached pages follow later (`cached`).
 """
 
 import logging
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from services.coordinator.events import FindStripes, StripesFound
 from services.coordinator.membership import Membership
 from services.coordinator.outside import Outside
 from services.coordinator.pages import PagePool
-from services.coordinator.recovery import Rates, Stripe, plan_restore, rebuilt, restorable, valid_tokens, wanted_keys
+from services.coordinator.recovery import Rates, Stripe, plan_restore, rebuilt, valid_tokens, wanted_keys
 from services.coordinator.scheduler import Scheduler, Sequence
 from services.coordinator.stores import Stores
 from services.coordinator.tails import Tails
@@ -23,10 +23,6 @@ log = logging.getLogger(__name__)
 
 PLANS_IN_FLIGHT = 3
 """While one is decoded, the parity of the next ones is on its way."""
-CACHED_BYTES = 2 << 20
-CACHED_PAUSE_S = 0.05
-"""Cached pages come back at CACHED_BYTES every CACHED_PAUSE_S at most: the running sequences have the first call."""
-INDEX_RETRY_S = 2.0
 
 
 @dataclass(slots=True)
@@ -36,16 +32,6 @@ class Batch:
     stripes: tuple[StripeRestore, ...]
     tail: bool
     answers: dict[int, RestoreDone] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Cached:
-    """The return of cached pages in this epoch: so many were lost when it began, and these are looked up."""
-
-    began: int
-    pages: tuple[int, ...] = ()
-    asked: bool = False
-    not_before: float = 0.0
 
 
 class Restoration:
@@ -83,7 +69,6 @@ class Restoration:
         """Single tokens whose KV is there again, in this epoch."""
         self._batches: dict[int, Batch] = {}
         self._plans = 0
-        self._cached: Cached | None = None
 
     # -- events ------------------------------------------------------------------------------------------------------
 
@@ -96,7 +81,6 @@ class Restoration:
         for batch in self._batches.values():
             self._unpin(batch)
         self._batches.clear()
-        self._cached = None
 
     def plan(self) -> None:
         """Look up what the running sequences lack, while the ranks still connect."""
@@ -189,6 +173,11 @@ class Restoration:
             self._pool.forget(stripe.page for stripe in batch.stripes if stripe.key in failed)
         self._send()
 
+    def add(self, stripes: Iterable[StripeRestore]) -> None:
+        """Restore these too, after all others."""
+        self._queue.extend(stripes)
+        self._send()
+
     @property
     def idle(self) -> bool:
         """Whether nothing is to be restored."""
@@ -231,47 +220,6 @@ class Restoration:
         recovery = self._timeline.current
         if recovery is not None:
             self._rates.saw_restore(recovery.restored_pages * self._page_bytes, now - recovery.joined)
-
-    # -- cached pages ------------------------------------------------------------------------------------------------
-
-    def begin_cached(self) -> None:
-        """From now on, while the epoch serves, cached pages come back; what can't be restored is dropped."""
-        self._cached = Cached(self._pool.lost) if self._membership.state == "serving" else None
-
-    def tick(self) -> None:
-        """Ask for the next cached pages, if it is time and those before are done with."""
-        cached, now = self._cached, self._outside.now
-        if cached is None or cached.asked or now < cached.not_before or not self.idle:
-            return
-        cached.pages = tuple(page.number for page in self._pool.lost_cached(max(1, CACHED_BYTES // self._page_bytes)))
-        if not cached.pages:
-            if done := cached.began - self._pool.lost:
-                log.info("cached pages are restored or dropped", extra={"pages": done})
-            self._cached = None
-            return
-        cached.asked, cached.not_before = True, now + CACHED_PAUSE_S
-        keys = tuple(key for number in cached.pages if (key := self._pool.pages[number].key) is not None)
-        self._outside.ask(FindStripes("cached", self._membership.epoch, keys, self._stores.infos()))
-
-    def cached_found(self, epoch: int, found: StripesFound) -> None:
-        """The index has told of cached pages: those that it knows are restored."""
-        cached = self._cached
-        if cached is None or epoch != self._membership.epoch:
-            return
-        cached.asked = False
-        if found.trouble:
-            log.warning("the stripe index can't be read: %s", found.trouble)
-            cached.not_before = self._outside.now + INDEX_RETRY_S
-            return
-        for number in cached.pages:
-            page = self._pool.pages[number]
-            if page.missing:
-                way = restorable(page, found.stripes, copies=self._config.protection == "replicate")
-                if way is not None:
-                    self._queue.append(way)
-                else:
-                    self._pool.forget([number])
-        self._send()
 
     # -- inside ------------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ after a loss.
 
 import logging
 
+from services.coordinator.cached import CachedPages
 from services.coordinator.events import StripesFound
 from services.coordinator.handover import Handover
 from services.coordinator.membership import Membership
@@ -71,6 +72,9 @@ class Serving:
             config, self.model, membership, self.scheduler, tails, stores, self.timeline, self.rates, outside,
             always=settings.restore == "always",
         )  # fmt: skip
+        self.cached = CachedPages(
+            config, self.model.page_bytes, membership, self.pool, stores, self.restoration, outside
+        )
         self.handover = Handover(membership, self.pool, self.scheduler, self.model.page_bytes, outside)
         self._membership = membership
         self._outside = outside
@@ -150,7 +154,7 @@ class Serving:
             self.protection.retry(now)
         if self._membership.state == "serving" and self.timeline.current is None:
             self.handover.tick(now)
-        self.restoration.tick()
+        self.cached.tick()
 
     def excuse(self, away_s: float) -> None:
         """This process was away for so long: no step was late meanwhile."""
@@ -163,6 +167,7 @@ class Serving:
         self.scheduler.rollback()
         self.requests.interrupted()
         self.restoration.interrupted()
+        self.cached.interrupted()
         self.handover.interrupted()
         self.protection.interrupted()
 
@@ -184,7 +189,7 @@ class Serving:
                 self._metrics.recovered.labels(way).inc()
             log.info("serving", extra={"cached_pages_lost": self.pool.lost})
             if self.timeline.current is None:
-                self.restoration.begin_cached()
+                self.cached.begin()
             self._outside.changed = True
         self._progressed()
 
@@ -192,7 +197,7 @@ class Serving:
         """Close the recovery's record when every sequence has the KV it had; then the cache's turn has come."""
         if self.timeline.progressed(self.scheduler.running, self._membership.epoch, self._outside.now):
             self._recovered(self.timeline.records[-1])
-            self.restoration.begin_cached()
+            self.cached.begin()
             self._outside.changed = True
 
     def _recovered(self, record: RecoveryRecord) -> None:
