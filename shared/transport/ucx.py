@@ -140,7 +140,11 @@ class UcxListener(Listener):
 
     async def accept(self) -> Stream:
         control = await self._listener.accept()
-        return UcxStream(control, await Engine.hold(self._loopback))
+        try:
+            return UcxStream(control, await Engine.hold(self._loopback))
+        except BaseException:
+            control.close()
+            raise
 
     def close(self) -> None:
         if not self._closed:
