@@ -138,10 +138,17 @@ class Hosts:
 
     async def drain(self, project: str) -> None:
         """Move all ranks of a worker container elsewhere, as an operator does before an upgrade."""
-        drain = [sys.executable, "-m", "services.cli", "drain", "--url", self.urls[0]]
-        environment = {**os.environ, "GHOST_API_KEYS": TOKEN}
         while here := [rank for rank, where in (await self.ranks()).items() if where == project]:
-            await asyncio.to_thread(run, [*drain, f"rank:{here[0]}"], environment=environment)
+            await _ghostserve("drain", f"rank:{here[0]}", "--url", self.urls[0])
+
+    async def drain_store(self, name: str) -> None:
+        """Have a store emptied; it ends when it is, and Docker starts it again."""
+        inspect = ("inspect", "--format", "{{.RestartCount}}", self.containers[name])
+        before = await self.docker(*inspect)
+        await _ghostserve("store", "drain", "--url", f"http://{self.hosts[name].address}:8201")
+        async with asyncio.timeout(WHOLE_S):
+            while await self.docker(*inspect) == before:
+                await asyncio.sleep(0.1)
 
     async def disconnect(self, name: str) -> None:
         """The host's link to all others is cut."""
@@ -230,6 +237,12 @@ class Hosts:
         """The ends of all services' logs."""
         ends = [await asyncio.to_thread(tail, self._engine, name) for name in self.containers.values()]
         return "\n".join(f"-- {key} --\n{end}" for key, end in zip(self.containers, ends, strict=True))
+
+
+async def _ghostserve(*arguments: str) -> None:
+    """Run the command line, with the keys that it needs."""
+    environment = {**os.environ, "GHOST_API_KEYS": TOKEN, "GHOST_TOKEN": TOKEN}
+    await asyncio.to_thread(run, [sys.executable, "-m", "services.cli", *arguments], environment=environment)
 
 
 def _trouble(status: Mapping[str, Any]) -> str:
