@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test docker-test chaos bench bench-kernels check format clean
+.PHONY: help setup serve test test-clusters test-others docker-test chaos bench bench-kernels check format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -24,8 +24,14 @@ $(STAMP): pyproject.toml constraints.txt
 serve: $(STAMP) ## serve the default model on http://127.0.0.1:8000 until Ctrl-C
 	@$(BIN)/ghostserve serve
 
-test: $(STAMP) ## run all tests
-	$(BIN)/pytest
+test: $(STAMP) ## run all tests: those of clusters one after the other, the others beside them
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target test-clusters test-others
+
+test-clusters: $(STAMP)
+	$(BIN)/pytest tests/cluster
+
+test-others: $(STAMP)
+	$(BIN)/pytest tests --ignore tests/cluster
 
 bench: $(STAMP) ## measure everything side by side; QUICK=1: under 5 minutes. Writes bench/results
 	$(BIN)/python -m tests.bench $(if $(QUICK),--quick)
