@@ -24,14 +24,14 @@ $(STAMP): pyproject.toml constraints.txt
 serve: $(STAMP) ## serve the default model on http://127.0.0.1:8000 until Ctrl-C
 	@$(BIN)/ghostserve serve
 
-test: $(STAMP) ## run all tests: those of clusters one after the other, the others beside them
+test: $(STAMP) ## run all tests: those of clusters one after the other, the others in the time that these leave
 	@$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target test-clusters test-others
 
 test-clusters: $(STAMP)
 	$(BIN)/pytest tests/cluster
 
 test-others: $(STAMP)
-	$(BIN)/pytest tests --ignore tests/cluster
+	nice -n 19 $(BIN)/pytest tests --ignore tests/cluster
 
 bench: $(STAMP) ## measure everything side by side; QUICK=1: under 5 minutes. Writes bench/results
 	$(BIN)/python -m tests.bench $(if $(QUICK),--quick)
