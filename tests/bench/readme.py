@@ -60,7 +60,10 @@ def _by_mode(results: dict[str, Any]) -> str:
     times = [f"{chunks[mode]['chunk_s'] * 1e3:.0f} ms" for mode in MODES[:2]]
     rows.append([f"checkpoint of 2,048 tokens, four ranks, stores behind {link}", f"**{times[0]}**", times[1], ""])
     cost = {(row["what"], row["streams"], row["mode"]): row["ratio"] for row in results["protection"]}
-    both = [f"{cost['prefill', 1, mode]:.2f}; {cost['decode', 4, mode]:.2f}" for mode in MODES[:2]]
+    both = [  # a quick run has measured what is judged only
+        f"{cost['prefill', 1, mode]:.2f}; {cost['decode', 4, mode]:.2f}" if ("prefill", 1, mode) in cost else ""
+        for mode in MODES[:2]
+    ]
     rows.append(["throughput of `none`: prefill; decode, 4 streams", *both, ""])
     rows.append(_serving(results["serving"]))
     head = ["a rank gets SIGKILL in decode: stall that the client sees", "`parity`", "`replicate`: raw copies",
