@@ -80,7 +80,8 @@ class Runner:
         """Set while the compute thread waits for a job."""
         self._marks = 0  # what it has begun in this epoch, without collectives
         self._former: Communicator | None = None  # the one of the epoch before, whose collectives count no more
-        self._overstays: float | None = None  # since when the epoch of the step in flight is over
+        self._step_epoch = 0  # of the step in flight, or of the last one
+        self._ended_at = 0.0  # when the epoch before ended; while a step overstays, when the step's own did
         self._inventory = inventory
         self._report = report
         self._epoch = 0
@@ -127,15 +128,16 @@ class Runner:
     @property
     def overstay_s(self) -> float:
         """For how long a step has been computed whose epoch is over, though its collectives were aborted."""
-        since = self._overstays
-        return time.monotonic() - since if since is not None and self.in_flight else 0.0
+        return time.monotonic() - self._ended_at if self._overstays else 0.0
+
+    @property
+    def _overstays(self) -> bool:
+        return self.in_flight and self._step_epoch != self._epoch
 
     def interrupt(self, epoch: int) -> None:
         """From now on only jobs of `epoch` count; a step that waits for peers ends at once."""
-        if not self.in_flight:
-            self._overstays = None
-        elif self._overstays is None:
-            self._overstays = time.monotonic()
+        if not self._overstays:
+            self._ended_at = time.monotonic()
         self._epoch = epoch
         self._marks = 0
         self._cancelled.set()
@@ -182,7 +184,6 @@ class Runner:
                 self._failed(epoch, f"{type(job).__name__}: {type(error).__name__}: {error}", fatal=True)
             finally:
                 self.in_flight = False
-                self._overstays = None
         self._leave()
 
     def _next_job(self) -> tuple[Job, float] | None:
@@ -244,7 +245,7 @@ class Runner:
             raise RuntimeError("a step without a rank")
         began = time.monotonic()
         waited_before = self._communicator.waited_s if self._communicator is not None else 0.0
-        self.in_flight = True
+        self._step_epoch, self.in_flight = plan.epoch, True
         chunks = [_chunk(each) for each in plan.sequences]
         size = self.config.page_tokens
         self._inventory.strike(
