@@ -299,6 +299,15 @@ def moved(world: World, rank: int, old: str) -> None:
     until(world, lambda: world.group.membership.ranks[rank] != old and world.group.membership.state == "serving")
 
 
+def drained(world: World, rank: int) -> str:
+    """A group that decodes, and of which a rank has moved to a spare. Returns the worker that had it."""
+    decoding(world)
+    old = str(world.group.membership.ranks[rank])
+    world.operate("drain", f"rank:{rank}")
+    moved(world, rank, old)
+    return old
+
+
 @pytest.mark.parametrize("action", ["drain", "replace"])
 def test_a_rank_moves_to_a_spare_and_nothing_is_restored_or_recomputed(action: OperatorAction) -> None:
     world = World(20, pages=128)
@@ -324,10 +333,7 @@ def test_a_rank_moves_to_a_spare_and_nothing_is_restored_or_recomputed(action: O
 
 def test_a_drained_worker_is_not_taken_before_it_is_resumed() -> None:
     world = World(21, pages=128)
-    decoding(world)
-    old = str(world.group.membership.ranks[0])
-    world.operate("drain", "rank:0")
-    moved(world, 0, old)
+    old = drained(world, 0)
     world.kill(world.workers[str(world.group.membership.ranks[2])])
     for _ in range(200):
         world.move()
@@ -360,10 +366,7 @@ def test_a_rank_that_moves_and_a_loss_on_the_way(dies: str, after: int) -> None:
 @pytest.mark.parametrize("lost", ["coordinator", "channel"])
 def test_a_drained_worker_stays_cordoned_when_it_comes_again(lost: str) -> None:
     world = World(25, pages=128)
-    decoding(world)
-    old = str(world.group.membership.ranks[1])
-    world.operate("drain", "rank:1")
-    moved(world, 1, old)
+    old = drained(world, 1)
     until(world, lambda: world.last_cordons == {old: 1})
     if lost == "coordinator":
         world.crash()
@@ -381,10 +384,7 @@ def test_a_drained_worker_stays_cordoned_when_it_comes_again(lost: str) -> None:
 def test_a_drained_worker_that_was_stopped_and_started_again_is_a_spare() -> None:
     """As a container is that an operator drained and restarted: its new process has the old one's name."""
     world = World(25, pages=128)
-    decoding(world)
-    old = str(world.group.membership.ranks[1])
-    world.operate("drain", "rank:1")
-    moved(world, 1, old)
+    old = drained(world, 1)
     world.says(old, Goodbye(TOLD_TO_STOP))
     world.cut_off(world.workers[old])
     until(world, lambda: [spare.name for spare in world.group.membership.spares()] == [old])
