@@ -234,6 +234,22 @@ class LocalCluster:
                     )
                 await asyncio.sleep(POLL_S)
 
+    async def wait_protected(self, deadline_s: float) -> None:
+        """Wait until nothing runs and every page is protected: what failed is tried again every two seconds.
+
+        Raises GhostError when it is not in time.
+        """
+        began = time.monotonic()
+        while True:
+            status = await self.status()  # told after this was called: a gateway's may be older
+            busy = status["running"] or status["waiting"] or status["stripes_pending"] or status["stripes_unprotected"]
+            if status["now"] >= began and not busy:
+                return
+            if time.monotonic() > began + deadline_s:
+                why = status["unprotected_reason"] or "requests run"
+                raise DeadlineExceeded(f"pages are not protected after {deadline_s:.0f} s: {why}\n{self.logs()}")
+            await asyncio.sleep(POLL_S)
+
     async def _health(self, session: aiohttp.ClientSession) -> tuple[int, dict[str, Any]]:
         with contextlib.suppress(aiohttp.ClientError, TimeoutError, ValueError):
             async with session.get(self.base_url + "/health") as response:

@@ -40,6 +40,8 @@ class Options:
     for_s: float = 2.0
     then: tuple[str, ...] = ()
     then_s: float = 0.5
+    cached: bool = False
+    """The prompts' pages are in the prefix cache, and protected, before the fault comes."""
 
     @property
     def loses_ranks(self) -> int:
@@ -71,6 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--for", dest="for_s", type=float, default=2.0, metavar="S", help="how long it lasts [2.0]")
     parser.add_argument("--then", default="", metavar="rank:N[,rank:M]", help="ranks killed 0.5 s after the fault")
     parser.add_argument("--when", default="decode", metavar="prefill|decode|token:N", help="when it comes [decode]")
+    parser.add_argument(
+        "--cached", action="store_true", help="the fault comes when the prompts' pages are cached and protected"
+    )
     parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="tokens of each prompt [512]")
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="tokens of each answer [64]")
     parser.add_argument("--streams", type=int, default=1, metavar="S", help="clients at once [1]")
@@ -99,6 +104,8 @@ def parse_options(arguments: argparse.Namespace) -> Options:
     for name, least in (("prompt_tokens", 1), ("max_tokens", 2), ("streams", 1)):
         if getattr(arguments, name) < least:
             raise GhostError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: at least {least}")
+    if arguments.cached and arguments.when == "prefill":
+        raise GhostError("--cached with --when prefill: of cached prompts there is no prefill")
     if arguments.for_s <= 0:
         raise GhostError(f"--for {arguments.for_s}: more than 0 seconds")
     stores = arguments.stores or arguments.parity
@@ -112,6 +119,7 @@ def parse_options(arguments: argparse.Namespace) -> Options:
         arguments.seed,
         arguments.for_s,
         _targets("--then", arguments.then, "hang", arguments.tp, stores) if arguments.then else (),
+        cached=arguments.cached,
     )
 
 

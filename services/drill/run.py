@@ -26,6 +26,7 @@ from shared.errors import GhostError
 
 SERVING_DEADLINE_S = 300.0
 RECORD_DEADLINE_S = 30.0
+PROTECTED_DEADLINE_S = 60.0
 PREFILL_FRACTION = 0.5
 """Where in the fault-free time to first token a fault `--when prefill` comes."""
 
@@ -97,12 +98,15 @@ async def run_drill(
     await stream_all(cluster, [prompts[0][:64]], options, f"{salt}-warm", max_tokens=8)
     narrate("streaming with no fault")
     calm = await stream_all(cluster, prompts, options, f"{salt}-calm")
+    if options.cached:
+        narrate("waiting until all is protected")
+        await cluster.wait_protected(PROTECTED_DEADLINE_S)
     narrate(f"streaming, with {options.fault} of {', '.join(options.targets)}")
     strike = Strike(cluster, options, await cluster.status(), statistics.median(each.first_token_s for each in calm))
     async with History(cluster) as history:
         hit = await stream_all(
-            cluster, prompts, options, f"{salt}-hit", watch=strike.saw, background=strike.in_prefill,
-            tolerant=options.breaks_streams,
+            cluster, prompts, options, f"{salt}-calm" if options.cached else f"{salt}-hit", watch=strike.saw,
+            background=strike.in_prefill, tolerant=options.breaks_streams,
         )  # fmt: skip
         await strike.over()
         narrate("reading the timeline")

@@ -38,12 +38,14 @@ async def test_text_and_kv_are_the_same_when_a_rank_dies(
     cluster: LocalCluster, rank: int, when: str, streams: int
 ) -> None:
     await whole(cluster)
-    report = await run_drill(cluster, Options("kill", (f"rank:{rank}",), when, 300, 48, streams, seed=rank))
+    decode = when == "decode"  # cached: what comes back is what is protected, and that is sure only of cached prompts
+    options = Options("kill", (f"rank:{rank}",), when, 300, 48, streams, seed=rank, cached=decode)
+    report = await run_drill(cluster, options)
     assert report.identical
     assert report.kv_identical
-    if when == "decode":
-        assert report.restored_pages >= streams * (300 // 16)
-        assert report.recomputed_tokens <= streams * 16
+    if decode:
+        assert report.restored_pages >= streams * (299 // 16)
+        assert report.recomputed_tokens <= streams * (300 % 16 + 48)
 
 
 async def test_more_ranks_lost_than_parity_covers_are_recomputed(cluster: LocalCluster) -> None:

@@ -36,6 +36,7 @@ def test_targets_are_what_can_have_the_fault() -> None:
         (("--fault", "hang", "--target", "redis"), "--target 'redis': rank:N"),
         (("--fault", "full", "--target", "store:1"), "store:N with N from 0 to 0"),
         (("--then", "store:0"), "--then 'store:0': rank:N"),
+        (("--cached", "--when", "prefill"), "no prefill"),
         (("--for", "0"), "more than 0 seconds"),
         (("--when", "token:64"), "prefill, decode, or token:N"),
     ],
