@@ -80,8 +80,9 @@ async def with_services(quick: bool, console: Console, results: Results) -> tupl
     results.add("crossover_tokens", recovery.crossover(lines))
     responses = await serving.run(quick, console)
     results.add("serving", responses, serving.table(responses))
-    rows = await load_generator.run(quick, console)
-    results.add("load_generator", rows, *([load_generator.table(rows)] if rows else []))
+    if not quick:
+        rows = await load_generator.run(quick, console)
+        results.add("load_generator", rows, *([load_generator.table(rows)] if rows else []))
     return cost, stalls, responses
 
 

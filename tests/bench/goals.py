@@ -10,6 +10,7 @@ from tests.bench.checkpoint import Row as CheckpointRow
 from tests.bench.checkpoint import replica_of
 from tests.bench.protection import Row as ProtectionRow
 from tests.bench.recovery import Row as RecoveryRow
+from tests.bench.serving import JUDGED_SHARE
 from tests.bench.serving import Row as ServingRow
 
 
@@ -59,7 +60,7 @@ def recovery_goals(rows: Sequence[RecoveryRow]) -> Iterator[Goal]:
 
 def serving_goals(rows: Sequence[ServingRow]) -> Iterator[Goal]:
     """With a failure in 15% of requests."""
-    at = {row.mode: row.latency["p50"] for row in rows if row.share == 0.15}
+    at = {row.mode: row.latency["p50"] for row in rows if row.share == JUDGED_SHARE}
     if at:
         yield Goal("15% failures: median response, times shorter than recompute", at["none"] / at["parity"], 1.5, True)
 
