@@ -21,7 +21,7 @@ from shared.types import GroupConfig, ModelInfo, PageKey, round_pages
 
 log = logging.getLogger(__name__)
 
-PLANS_IN_FLIGHT = 3
+PLANS_IN_FLIGHT = 4
 """While one is decoded, the parity of the next ones is on its way."""
 
 

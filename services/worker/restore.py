@@ -134,11 +134,12 @@ class Restorer:
     async def _get(self, stripes: dict[bytes, Stored], length: int) -> dict[bytes, Stored]:
         """Read as many rows of each stripe as are wanted; another one for each that is damaged or can't be had."""
         while True:
+            wanted = [(key, stored, shard) for key, stored in stripes.items() for shard in stored.next()]
+            rows = np.empty((len(wanted), length), dtype=np.uint8)  # in one piece, which may be in huge pages
             batches: dict[str, list[Read]] = {}
-            for key, stored in stripes.items():
-                for shard in stored.next():
-                    read = Read(stored, shard, ShardRef(key, shard.shard, length), np.empty(length, dtype=np.uint8))
-                    batches.setdefault(shard.bulk_address, []).append(read)
+            for (key, stored, shard), row in zip(wanted, rows, strict=True):
+                read = Read(stored, shard, ShardRef(key, shard.shard, length), row)
+                batches.setdefault(shard.bulk_address, []).append(read)
             if not batches:
                 return stripes
             await asyncio.gather(*(self._get_batch(address, batch) for address, batch in batches.items()))

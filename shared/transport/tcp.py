@@ -12,7 +12,7 @@ from shared.errors import ConfigError, DeadlineExceeded, PeerLost
 from shared.transport.base import Listener, Stream
 
 _VECTOR = 64  # buffers in one system call
-_TURN_BYTES = 8 << 20  # moved without waiting before other tasks get a turn
+_TURN_BYTES = 2 << 20  # moved without waiting before other tasks get a turn
 _SCRATCH_BYTES = 256 << 10
 
 
