@@ -35,6 +35,7 @@ SETTINGS = {
     "GHOST_KV_MEMORY_MB": "16",
     "GHOST_CAPACITY_MB": "64",
     "GHOST_THREADS": "1",
+    "GHOST_RECORD_DIR": "/data",
 }
 
 

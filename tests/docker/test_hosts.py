@@ -157,7 +157,7 @@ async def test_a_worker_container_is_paused_and_goes_on(hosts: Hosts, calm: list
 
 @pytest.mark.essential
 async def test_the_coordinator_is_killed_and_started_again(hosts: Hosts, calm: list[Seen]) -> None:
-    """Ranks keep their KV meanwhile, and gateways have their streams go on."""
+    """Ranks keep their KV meanwhile, gateways have their streams go on. What both lives saw can be replayed."""
     coordinator = hosts.containers["coordinator"]
 
     async def strike() -> None:
@@ -167,6 +167,8 @@ async def test_the_coordinator_is_killed_and_started_again(hosts: Hosts, calm: l
     after = await survives(hosts, calm, "restart coordinator", strike)
     assert [record["lost_ranks"] for record in after["recoveries"]] == [[]]
     assert after["recoveries"][0]["recomputed_tokens"] < sum(map(len, PROMPTS)) / 2
+    story = await hosts.docker("exec", coordinator, "ghostserve", "replay", "/data")
+    assert story.count("all as it was recorded") >= 2
 
 
 @pytest.mark.essential
