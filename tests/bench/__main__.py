@@ -22,6 +22,7 @@ from tests.bench import (
     engine_profile,
     goals,
     load_generator,
+    moves,
     plots,
     projection,
     protection,
@@ -81,6 +82,8 @@ async def with_services(quick: bool, console: Console, results: Results) -> tupl
     responses = await serving.run(quick, console)
     results.add("serving", responses, serving.table(responses))
     if not quick:
+        moved = await moves.run(quick, console)
+        results.add("moves", moved, moves.table(moved))
         rows = await load_generator.run(quick, console)
         results.add("load_generator", rows, *([load_generator.table(rows)] if rows else []))
     return cost, stalls, responses

@@ -18,6 +18,7 @@ COLOURS = {
     "gather": "#805ad5",
     "parity": "#2b6cb0",
     "parity m=2": "#63b3ed",
+    "parity tail=on": "#38a169",
 }
 
 

@@ -2,10 +2,12 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tests.bench.outcome import Outcome, in_words
+from tests.bench.recovery import TAILS
 
 BLOCK = re.compile(r"(?<=<!-- measured -->\n).*?(?=<!-- /measured -->)", re.DOTALL)
 MODES = ("parity", "replicate", "none")
@@ -21,9 +23,10 @@ def load(folder: Path) -> dict[str, Any]:
 
 def measured(results: dict[str, Any]) -> str:
     """The block: where it was measured, recovery, the engine beside others, a failure beside vLLM's."""
-    parts = [_machine(results["machine"]), _by_mode(results), _phases(results), _engine(results), _failure(results),
+    recovery = "\n".join(_phases(results))
+    parts = [_machine(results["machine"]), _by_mode(results), recovery, _engine(results), _failure(results),
              _stripes(results["stripes"])]  # fmt: skip
-    if results["load_generator"]:
+    if results.get("load_generator"):
         parts.append(_cross_check(results["load_generator"]))
     return "\n\n".join(parts) + "\n"
 
@@ -85,19 +88,37 @@ def _serving(rows: list[dict[str, Any]]) -> list[str]:
     return [what, f"**{cells[0]}**", *cells[1:]]
 
 
-def _phases(results: dict[str, Any]) -> str:
-    row = next(
-        row
-        for row in results["recovery"]
-        if (row["context"], row["streams"], row["lost"], row["mode"]) == (4096, 1, 1, "parity")
-    )
+def _phases(results: dict[str, Any]) -> Iterator[str]:
+    """What a stall at 4,096 tokens divides into; with tails protected; and of a planned move, where they were taken."""
+    at = {
+        row["mode"]: row for row in results["recovery"] if (row["context"], row["streams"], row["lost"]) == (4096, 1, 1)
+    }
+    row = at["parity"]
     phases = row["phases"]
-    return (
+    yield (
         f"At 4,096 tokens the stall is {phases['detect_s']:.3f} s until the loss is known, "
         f"{phases['regroup_s'] + phases['weights_s']:.3f} s to fence and regroup, {phases['restore_s']:.3f} s "
         f"to decode\n{row['restored_pages']} pages, and {phases['recompute_s']:.3f} s to recompute the "
         f"{row['recomputed_tokens']} tokens of the unsealed tail."
     )
+    cost = {
+        (each["streams"], each["mode"]): each["ratio"] for each in results["protection"] if each["what"] == "decode"
+    }
+    if TAILS in at and (4, TAILS) in cost:
+        yield (
+            f"With `--protect-tail` the stall there is {at[TAILS]['stall_s']:.2f} s, of which "
+            f"{at[TAILS]['phases']['recompute_s']:.3f} s are recomputing, and decode\nat 1, 4 and 8 streams has "
+            + ", ".join(f"{cost[streams, TAILS]:.2f}" for streams in (1, 4, 8))
+            + " of the throughput of `none` (`parity` without it: "
+            + ", ".join(f"{cost[streams, 'parity']:.2f}" for streams in (1, 4, 8))
+            + ")."
+        )
+    for move in results.get("moves", ()):
+        yield (
+            f"A planned move (`ghostserve drain`) at {move['context']:,} tokens holds the stream for "
+            f"{move['held_s'] * 1e3:.0f} ms: its longest gap is {move['longest_gap_s'] * 1e3:.0f} ms,\n"
+            f"without a move {move['longest_gap_without_s'] * 1e3:.0f} ms."
+        )
 
 
 def _engine(results: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ from tests.bench.clusters import peers, stream
 from tests.cluster.conftest import quiet
 
 TOKENS = 24
+TAILS = "parity tail=on"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ FULL = (
         Case(256),
         Case(1024, repeats=3),
         Case(2048),
-        Case(4096, repeats=5),
+        Case(4096, repeats=5, modes=("none", "replicate", "parity", TAILS)),
         Case(8000),
         Case(1024, streams=4),
         Case(512, streams=8),
@@ -192,7 +193,8 @@ async def run(quick: bool, console: Console) -> list[Row]:
     """The section, with clusters of its own: as many spares as ranks are lost at once."""
     rows = []
     for cases in (QUICK,) if quick else FULL:
-        async with peers(cases[0].modes, spares=len(cases[0].lost)) as clusters:
+        modes = tuple(dict.fromkeys(mode for case in cases for mode in case.modes))
+        async with peers(modes, spares=len(cases[0].lost)) as clusters:
             rows += await measure(clusters, cases, console)
     return rows
 
