@@ -190,7 +190,7 @@ async def test_a_rank_lost_while_redis_is_away_is_restored_from_what_the_stores_
     cluster: LocalCluster, fault: str
 ) -> None:
     report = await drilled(
-        cluster, fault, "redis", for_s=3.0, then=("rank:1",), when="token:20", then_s=0.05, cached=True
+        cluster, fault, "redis", for_s=3.0, then=("rank:1",), when="token:20", then_s=0.05, max_tokens=120, cached=True
     )
     assert report.restored_pages >= RESTORED
 
@@ -203,7 +203,7 @@ async def test_a_rank_lost_while_redis_is_away_is_restored_from_what_the_stores_
 )
 async def test_flipped_bits_never_reach_a_restored_page(cluster: LocalCluster, fault: str, target: str) -> None:
     report = await drilled(
-        cluster, fault, target, then=("rank:1",), then_s=0.15, for_s=0.1, max_tokens=96, when="token:20"
+        cluster, fault, target, then=("rank:1",), then_s=0.15, for_s=0.1, max_tokens=160, when="token:20"
     )
     assert report.recomputed_tokens >= 200
 
