@@ -115,7 +115,7 @@ def _phases(results: dict[str, Any]) -> Iterator[str]:
         )
     for move in results.get("moves", ()):
         yield (
-            f"A planned move (`ghostserve drain`) at {move['context']:,} tokens holds the stream for "
+            f"A planned move (`ghostserve drain rank:1`) at {move['context']:,} tokens holds the stream for "
             f"{move['held_s'] * 1e3:.0f} ms: its longest gap is {move['longest_gap_s'] * 1e3:.0f} ms,\n"
             f"without a move {move['longest_gap_without_s'] * 1e3:.0f} ms."
         )
