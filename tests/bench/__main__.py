@@ -79,13 +79,14 @@ async def with_services(quick: bool, console: Console, results: Results) -> tupl
     results.add("recovery", stalls, recovery.table(stalls), recovery.growth_table(lines))
     results.add("growth", lines)
     results.add("crossover_tokens", recovery.crossover(lines))
+    if quick:
+        return cost, stalls, []
     responses = await serving.run(quick, console)
     results.add("serving", responses, serving.table(responses))
-    if not quick:
-        moved = await moves.run(quick, console)
-        results.add("moves", moved, moves.table(moved))
-        rows = await load_generator.run(quick, console)
-        results.add("load_generator", rows, *([load_generator.table(rows)] if rows else []))
+    moved = await moves.run(quick, console)
+    results.add("moves", moved, moves.table(moved))
+    rows = await load_generator.run(quick, console)
+    results.add("load_generator", rows, *([load_generator.table(rows)] if rows else []))
     return cost, stalls, responses
 
 
@@ -100,7 +101,7 @@ def markdown(table: Table) -> str:
 def main() -> int:
     """Run all, write the files, print the summary. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="under 5 minutes: fewer cases and repeats")
+    parser.add_argument("--quick", action="store_true", help="under 5 minutes: no load, fewer cases and repeats")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for the results")
     arguments = parser.parse_args()
     console, began, quick = Console(width=140), time.monotonic(), arguments.quick

@@ -45,7 +45,7 @@ def plot(
     chunk.set_xticks(range(len(shaped)), [f"{row.mode}\nk={row.k}, m={row.m}" for row in shaped], fontsize=7)
     rate = f"{shaped[0].link_gbit:g} Gb/s" if shaped else "no shaped link"
     chunk.set(ylabel="ms", title=f"Checkpoint of 2,048 tokens, stores behind {rate}")
-    for axes in (stall, response):
+    for axes in (stall, response) if serving else (stall,):
         axes.legend(frameon=False)
     for axes in (stall, response, chunk):
         axes.spines[["top", "right"]].set_visible(False)

@@ -68,7 +68,8 @@ def _by_mode(results: dict[str, Any]) -> str:
         for mode in MODES[:2]
     ]
     rows.append(["throughput of `none`: prefill; decode, 4 streams", *both, ""])
-    rows.append(_serving(results["serving"]))
+    if "serving" in results:  # a quick run has none
+        rows.append(_serving(results["serving"]))
     head = ["a rank gets SIGKILL in decode: stall that the client sees", "`parity`", "`replicate`: raw copies",
             "`none`: recompute"]  # fmt: skip
     return _table(head, rows)
