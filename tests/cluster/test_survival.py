@@ -15,7 +15,7 @@ from tests.cluster.conftest import quiet, whole
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(400)]
 
-RANDOM_KILLS = int(os.environ.get("GHOST_TEST_KILLS", "20"))
+RANDOM_KILLS = int(os.environ.get("GHOST_TEST_KILLS", "12"))
 
 
 async def conserved(cluster: LocalCluster) -> None:
