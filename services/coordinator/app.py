@@ -12,10 +12,10 @@ from dataclasses import replace
 from aiohttp import web
 
 from services.coordinator.group import Group
-from services.coordinator.journal import Journal
-from services.coordinator.metrics import CONTENT_TYPE
-from services.coordinator.recorder import Recorder
+from services.coordinator.membership.journal import Journal
+from services.coordinator.recording.recorder import Recorder
 from services.coordinator.shell import Shell
+from services.coordinator.views.metrics import CONTENT_TYPE
 from shared.channel import CHANNEL_PATH, Channel, accept
 from shared.config import CoordinatorSettings
 from shared.errors import ConfigError, GhostError, PeerLost

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from services.coordinator.recovery import Stripe
+from services.coordinator.protection.costs import Stripe
 from shared.messages import GatewayHello, Message, StoreHello, WorkerHello
 from shared.types import PageKey, StoreInfo
 

@@ -8,8 +8,6 @@ which model is served.
 import logging
 from collections.abc import Mapping
 
-from services.coordinator.detector import Detector
-from services.coordinator.epochs import Epochs
 from services.coordinator.events import (
     Answered,
     Came,
@@ -25,14 +23,16 @@ from services.coordinator.events import (
     StripesFound,
     Tick,
 )
-from services.coordinator.gateways import Gateways
-from services.coordinator.membership import Held, Membership
-from services.coordinator.metrics import LossKind, Metrics
-from services.coordinator.outside import Outside
-from services.coordinator.serving import Serving
-from services.coordinator.stores import Stores
-from services.coordinator.views import cluster_status
-from services.coordinator.workers import Workers
+from services.coordinator.membership.detector import Detector
+from services.coordinator.membership.epochs import Epochs
+from services.coordinator.membership.members import Held, Membership
+from services.coordinator.membership.workers import Workers
+from services.coordinator.outbox import Outside
+from services.coordinator.protection.stores import Stores
+from services.coordinator.scheduling.engine import Serving
+from services.coordinator.scheduling.gateways import Gateways
+from services.coordinator.views.metrics import LossKind, Metrics
+from services.coordinator.views.status import cluster_status
 from shared.config import CoordinatorSettings
 from shared.messages import (
     DigestDone,

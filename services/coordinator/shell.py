@@ -24,10 +24,10 @@ from services.coordinator.events import (
     Tick,
 )
 from services.coordinator.group import Group
-from services.coordinator.journal import Journal
-from services.coordinator.recorder import Recorder
-from services.coordinator.recording import encode
-from services.coordinator.whereabouts import Whereabouts
+from services.coordinator.membership.journal import Journal
+from services.coordinator.protection.locator import Whereabouts
+from services.coordinator.recording.recorder import Recorder
+from services.coordinator.recording.segments import encode
 from shared import wire
 from shared.channel import Channel
 from shared.errors import GhostError, PeerLost

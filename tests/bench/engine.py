@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from services.worker.batch import Chunk
 from services.worker.communicator import create, open_rendezvous
-from services.worker.kv_pool import KVPool
-from services.worker.model import RankModel
-from services.worker.model_files import resolve_model
-from services.worker.sampler import sample_greedy
+from services.worker.engine.batch import Chunk
+from services.worker.engine.kv_pool import KVPool
+from services.worker.engine.model import RankModel
+from services.worker.engine.model_files import resolve_model
+from services.worker.engine.sampler import sample_greedy
 from tests.bench import engine_floor
 
 PAGE_TOKENS = 16

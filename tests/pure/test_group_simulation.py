@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import pytest
 
-from services.coordinator.epochs import BROKEN_GRACE_S
 from services.coordinator.events import Came
-from services.coordinator.pages import Shadow
-from services.coordinator.scheduler import Sequence
+from services.coordinator.membership.epochs import BROKEN_GRACE_S
+from services.coordinator.protection.ledger import Shadow
+from services.coordinator.scheduling.scheduler import Sequence
 from shared.messages import TOLD_TO_STOP, Applied, Goodbye, RankFailed, Refused, StoreDrains, StoreHello
 from shared.types import OperatorAction, StoreInfo
 from tests.pure.world import TICK_S, World

@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from services.coordinator.pages import PagePool, Shadow
+from services.coordinator.protection.ledger import PagePool, Shadow
 from shared.types import next_page_key, root_key
 
 

@@ -1,8 +1,8 @@
 """What is restored and what is recomputed."""
 
-from services.coordinator.pages import PagePool
-from services.coordinator.recovery import Rates, Stripe, plan_restore, restorable, valid_tokens, wanted_keys
-from services.coordinator.scheduler import Sequence
+from services.coordinator.protection.costs import Rates, Stripe, plan_restore, restorable, valid_tokens, wanted_keys
+from services.coordinator.protection.ledger import PagePool
+from services.coordinator.scheduling.scheduler import Sequence
 from shared.messages import ParityShard
 from shared.types import GenerationRequest, SamplingParams, next_page_key, pack_ids, root_key
 

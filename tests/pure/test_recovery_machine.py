@@ -9,9 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from services.coordinator.membership import Formation, Held, Member, Membership
-from services.coordinator.pages import PagePool, Shadow
-from services.coordinator.recovery import Stripe, restorable
+from services.coordinator.membership.members import Formation, Held, Member, Membership
+from services.coordinator.protection.costs import Stripe, restorable
+from services.coordinator.protection.ledger import PagePool, Shadow
 from shared.messages import ParityShard
 from shared.types import PageKey, next_page_key
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.worker.sampler import is_plain_greedy, sample, sample_greedy, token_logprobs
+from services.worker.engine.sampler import is_plain_greedy, sample, sample_greedy, token_logprobs
 from shared.types import SamplingParams
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 3.0, -5.0, 0.5])

@@ -1,7 +1,7 @@
 """The scheduler: decode first, prefill in chunks, prefixes reused, the youngest preempted, nothing lost."""
 
-from services.coordinator.pages import PagePool
-from services.coordinator.scheduler import Output, Scheduler
+from services.coordinator.protection.ledger import PagePool
+from services.coordinator.scheduling.scheduler import Output, Scheduler
 from shared.messages import Sample, SequenceStep
 from shared.types import GenerationRequest, SamplingParams, pack_ids, root_key, unpack_ids
 

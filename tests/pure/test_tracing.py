@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from services.coordinator.traces import tell_recovery
+from services.coordinator.views.traces import tell_recovery
 from shared.tracing import NoTracing, traceparent_of, tracing
 from shared.types import RecoveryRecord
 from tests.otlp import receiving

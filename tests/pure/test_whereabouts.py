@@ -6,10 +6,10 @@ from typing import Any, cast
 
 import pytest
 
-from services.coordinator import whereabouts
 from services.coordinator.events import FindStripes
-from services.coordinator.recovery import Stripe
-from services.coordinator.whereabouts import Whereabouts
+from services.coordinator.protection import locator as whereabouts
+from services.coordinator.protection.costs import Stripe
+from services.coordinator.protection.locator import Whereabouts
 from shared.errors import PeerLost
 from shared.messages import FindShards, HeldShard, Message, ParityShard, ShardsFound
 from shared.stripe_index import ShardEntry

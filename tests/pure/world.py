@@ -32,10 +32,10 @@ from services.coordinator.events import (
     Tick,
 )
 from services.coordinator.group import Group
-from services.coordinator.pages import PagePool, Shadow
-from services.coordinator.recording import Writer, checksum, encode
-from services.coordinator.recovery import Stripe
-from services.coordinator.serving import Serving
+from services.coordinator.protection.costs import Stripe
+from services.coordinator.protection.ledger import PagePool, Shadow
+from services.coordinator.recording.segments import Writer, checksum, encode
+from services.coordinator.scheduling.engine import Serving
 from shared.config import CoordinatorSettings
 from shared.messages import (
     Abort,

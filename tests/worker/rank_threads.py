@@ -9,11 +9,11 @@ import numpy as np
 import torch
 import transformers
 
-from services.worker.batch import Chunk
 from services.worker.communicator import create, open_rendezvous
-from services.worker.kv_pool import KVPool
-from services.worker.model import RankModel
-from services.worker.sampler import sample_greedy
+from services.worker.engine.batch import Chunk
+from services.worker.engine.kv_pool import KVPool
+from services.worker.engine.model import RankModel
+from services.worker.engine.sampler import sample_greedy
 
 _SMALL = {
     "vocab_size": 211,

@@ -7,7 +7,7 @@ import torch
 from kernels.checksum import sum_checksum
 from kernels.codec import checksum, make_codec
 from kernels.cuda import CudaCodec
-from services.worker.coder import CudaCoder, HostCoder, make_coder
+from services.worker.shadow.coder import CudaCoder, HostCoder, make_coder
 from tests.pure.kernels_on_cpu import COMPILER, CpuRunner
 
 K, M, LENGTH = 3, 2, 1000

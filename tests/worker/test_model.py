@@ -9,13 +9,13 @@ import pytest
 import torch
 import transformers
 
-from services.worker import attention
-from services.worker.batch import Chunk
-from services.worker.model import RankModel
-from services.worker.model_files import check_model_dir, resolve_model
-from services.worker.sampler import sample_greedy
-from services.worker.spec import read_spec
-from services.worker.tensor_parallel import PackedLinear, Ranks
+from services.worker.engine import attention
+from services.worker.engine.batch import Chunk
+from services.worker.engine.model import RankModel
+from services.worker.engine.model_files import check_model_dir, resolve_model
+from services.worker.engine.sampler import sample_greedy
+from services.worker.engine.spec import read_spec
+from services.worker.engine.tensor_parallel import PackedLinear, Ranks
 from shared.errors import ModelError
 from tests.worker.rank_threads import RankThreads, Story, generate, small_model
 

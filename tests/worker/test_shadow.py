@@ -9,12 +9,12 @@ import pytest
 import pytest_asyncio
 import torch
 
-from services.worker.coder import make_coder
 from services.worker.communicator import create, open_rendezvous
-from services.worker.exchange import Exchange
-from services.worker.kv_pool import KVPool
-from services.worker.protect import Protector
-from services.worker.restore import Restorer
+from services.worker.engine.kv_pool import KVPool
+from services.worker.shadow.coder import make_coder
+from services.worker.shadow.exchange import Exchange
+from services.worker.shadow.protect import Protector
+from services.worker.shadow.restore import Restorer
 from shared.errors import ShardMissing
 from shared.messages import ParityShard, ProtectDone, ProtectPlan, RestoreDone, RestorePlan, StripeRestore
 from shared.transport.base import GetShards, Outcome, PutShards, ShardLabel
