@@ -9,7 +9,7 @@ import fnmatch
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal
 
 import torch
@@ -83,7 +83,8 @@ class PackedLinear(nn.Module):
             raise ModelError(f"a weight has shape {tuple(weight.shape)}, not {(self.outputs, self.inputs)}")
         bias = None if bias is None else bias.contiguous().clone()
         if weight.device.type == "cpu":
-            return Packed(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None), None, bias)
+            computed = _computed_in(weight.dtype)
+            return Packed(_pack(weight.to(computed)), None, None if bias is None else bias.to(computed))
         return Packed(None, weight.contiguous(), bias)
 
     def take(self, slice_: "Packed") -> None:
@@ -95,10 +96,10 @@ class PackedLinear(nn.Module):
         if packed is None:
             out = nn.functional.linear(x, self._weight, self._bias)  # type: ignore[arg-type]
         elif x.shape[-2] >= self._least_rows:
-            out = _linear_pointwise(x, packed, self._bias, "none", [], "")
+            out = _multiply(x, packed, self._bias)
         else:
             padded = nn.functional.pad(x, (0, 0, 0, self._least_rows - x.shape[-2]))
-            out = _linear_pointwise(padded, packed, self._bias, "none", [], "")[..., : x.shape[-2], :].contiguous()
+            out = _multiply(padded, packed, self._bias)[..., : x.shape[-2], :].contiguous()
         if self._sums:
             self._ranks.all_reduce(out)
         return out
@@ -172,6 +173,27 @@ def set_module(base: nn.Module, name: str, module: nn.Module) -> None:
     setattr(base.get_submodule(parent), child, module)
 
 
+@cache
+def _computed_in(dtype: torch.dtype) -> torch.dtype:
+    """What oneDNN multiplies weights of `dtype` in here: float32 where the processor lacks instructions for them."""
+    try:
+        _pack(torch.zeros(16, 16, dtype=dtype))
+    except RuntimeError:
+        return torch.float32
+    return dtype
+
+
+def _pack(weight: torch.Tensor) -> torch.Tensor:
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+    return packed
+
+
+def _multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W^T + b in the dtype of x."""
+    out: torch.Tensor = _linear_pointwise(x.to(_computed_in(x.dtype)), packed, bias, "none", [], "")
+    return out.to(x.dtype)
+
+
 @lru_cache(maxsize=256)
 def _least_rows(inputs: int, outputs: int, dtype: torch.dtype) -> int:
     """The number of rows from which on oneDNN gives each row the bits it has among many, found by trying."""
@@ -181,14 +203,14 @@ def _least_rows(inputs: int, outputs: int, dtype: torch.dtype) -> int:
     weight = torch.randn(min(outputs, 1024), inputs, generator=generator).to(dtype)
     weight = weight.repeat(-(-outputs // len(weight)), 1)[:outputs]
     x = torch.randn(tried[-1], inputs, generator=generator).to(dtype)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-    whole = _linear_pointwise(x, packed, None, "none", [], "")
+    packed = _pack(weight.to(_computed_in(dtype)))
+    whole = _multiply(x, packed, None)
     least = 1
     for rows, following in itertools.pairwise(tried):
         for first in range(
             0, tried[-1] - rows, 32 if large else 8
         ):  # half precision hides most differences: many tries
-            part = _linear_pointwise(x[first : first + rows], packed, None, "none", [], "")
+            part = _multiply(x[first : first + rows], packed, None)
             if not torch.equal(part, whole[first : first + rows]):
                 least = following
                 break
