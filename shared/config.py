@@ -88,6 +88,9 @@ class CoordinatorSettings(CommonSettings):
     model: str = Field("default", description="directory or hub id of the model that workers load")
     served_name: str = Field("", description="model name in the REST API; empty: the model's own")
     dtype: DType = Field("bfloat16", description="type of weights and KV")
+    engine: Literal["embedded", "hosted"] = Field(
+        "embedded", description="who schedules: this coordinator, or hosted: an engine that dials it, as vLLM does"
+    )
     tp: int = Field(3, ge=1, le=64, description="ranks in the group (k)")
     parity: int = Field(1, ge=1, le=8, description="parity shards a stripe (m): how many ranks may be lost at once")
     protection: Protection = Field("parity", description="parity, replicate (raw copies), or none (recompute)")

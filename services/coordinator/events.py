@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from services.coordinator.protection.costs import StoredStripe
-from shared.messages import GatewayHello, Message, StoreHello, WorkerHello
+from shared.messages import EngineHello, GatewayHello, Message, StoreHello, WorkerHello
 from shared.types import PageKey, StoreInfo
 
 Peer = int
+Hello = WorkerHello | StoreHello | GatewayHello | EngineHello
 
 
 # -- questions and their answers -------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ class Came:
     """A peer has connected, and said hello."""
 
     peer: Peer
-    hello: WorkerHello | StoreHello | GatewayHello
+    hello: Hello
 
 
 @dataclass(frozen=True, slots=True)

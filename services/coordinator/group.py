@@ -15,6 +15,7 @@ from services.coordinator.events import (
     EpochIs,
     Event,
     FindStripes,
+    Hello,
     Keep,
     Left,
     NextEpoch,
@@ -23,6 +24,7 @@ from services.coordinator.events import (
     StripesFound,
     Tick,
 )
+from services.coordinator.hosted.engine import HostedEngine
 from services.coordinator.membership.detector import Detector
 from services.coordinator.membership.epochs import Epochs
 from services.coordinator.membership.members import Held, Membership
@@ -35,8 +37,11 @@ from services.coordinator.scheduling.gateways import Gateways
 from services.coordinator.views.metrics import LossKind, Metrics
 from services.coordinator.views.status import cluster_status
 from shared.config import CoordinatorSettings
+from shared.errors import ProtocolError
 from shared.messages import (
     DigestDone,
+    EngineHello,
+    EngineReady,
     EpochNow,
     GatewayHello,
     Goodbye,
@@ -53,6 +58,7 @@ from shared.messages import (
     StandBy,
     StatusChanged,
     StepDone,
+    StepFailed,
     StoreDrains,
     StoreHello,
     Welcome,
@@ -100,7 +106,7 @@ class Group:
         self.workers = Workers(self.membership, self.detector, self.outbox)
         self.stores = Stores(self.outbox)
         self.gateways = Gateways(settings, self.outbox)
-        self.engine: EmbeddedEngine | None = None
+        self.engine: EmbeddedEngine | HostedEngine | None = None
         """Once the model is known, as are `epochs`."""
         self.epochs: Epochs | None = None
         self.metrics = Metrics(self.status)
@@ -108,6 +114,7 @@ class Group:
         self.tracing = tracing or NoTracing()
         self._born = now
         self._stores_by_peer: dict[Peer, StoreInfo] = {}
+        self._hosted: dict[Peer, EngineHello] = {}
         self._status_sent = now
 
     @property
@@ -171,7 +178,7 @@ class Group:
 
     # -- peers -------------------------------------------------------------------------------------------------------
 
-    def _came(self, peer: Peer, hello: WorkerHello | StoreHello | GatewayHello) -> None:
+    def _came(self, peer: Peer, hello: Hello) -> None:
         self.outbox.send(peer, Welcome(self.config, self.membership.epoch))
         match hello:
             case WorkerHello(name=name):
@@ -188,12 +195,16 @@ class Group:
             case GatewayHello():
                 self.gateways.peers[peer] = None
                 self.outbox.changed = True
+            case EngineHello():
+                self._engine_came(peer, hello)
 
     def _said(self, peer: Peer, message: Message) -> None:
         if (name := self.workers.name(peer)) is not None:
             self._from_worker(name, message)
         elif peer in self.gateways.peers:
             self.gateways.said(peer, message, self.engine)
+        elif (hello := self._hosted.get(peer)) is not None:
+            self._from_engine(peer, hello, message)
         elif (store := self._stores_by_peer.get(peer)) is not None:
             self._from_store(peer, store.store_id, message)
 
@@ -202,6 +213,8 @@ class Group:
             self._give_up(name, reason, "closed")
         elif peer in self.gateways.peers:
             self.gateways.left(peer, self.engine)
+        elif peer in self._hosted:
+            self._engine_gone(peer, reason)
         elif peer in self._stores_by_peer:
             self._store_gone(peer, reason)
 
@@ -224,61 +237,111 @@ class Group:
         elif isinstance(message, Goodbye):
             self.membership.uncordon(name)  # whoever comes next under its name is another process
             self._give_up(name, message.reason, "stopped")
-        if self.epochs is None or self.engine is None:
+        engine, epochs = self.engine, self.epochs
+        if engine is None or epochs is None:
             return
-        protection = self.engine.protection
         match message:
             case Rendezvous():
-                self.epochs.rendezvous(message)
+                epochs.rendezvous(message)
             case Joined():
-                self.epochs.joined(name, message)
+                epochs.joined(name, message)
             case ProtectDone(epoch=of) if of == epoch:
-                protection.protect_done(message)
-                self.engine.traces.protected()
+                engine.protection.protect_done(message)
+                engine.protected()
             case RestoreDone(epoch=of) if of == epoch:
-                protection.restore_done(message)
+                engine.protection.restore_done(message)
             case RankFailed(epoch=of) if of == epoch:
-                self.epochs.failed(name, message)
+                epochs.failed(name, message)
             case Prepared():
-                protection.prepared(message)
+                engine.protection.prepared(message)
             case PagesCopied():
-                protection.copied(message)
+                engine.protection.copied(message)
             case StepDone(epoch=of) if of == epoch:
                 self.detector.step_done(name, message)
-                self.engine.step_done(message)
-            case DigestDone(epoch=of) if of == epoch:
-                self.engine.requests.digest_done(message)
+                engine.rank_said(name, message)
+            case DigestDone(epoch=of) | Heartbeat(epoch=of) if of == epoch:
+                engine.rank_said(name, message)
             case _:
                 pass
 
     def _ready(self, name: str, ready: WorkerReady) -> None:
-        engine, epochs = self._engine_for(ready)
-        if (ready.model.fingerprint, ready.pages) != (engine.model.fingerprint, pages := engine.pages):
-            reason = f"its model or pool ({ready.pages} pages) differs from the group's ({pages} pages)"
+        if self.engine is None and self.config.engine == "embedded":
+            self._begin(
+                EmbeddedEngine(
+                    self.config, self._settings, ready, self.membership, self.stores, self.outbox, self.metrics,
+                    self.tracing,
+                )
+            )  # fmt: skip
+        engine = self.engine
+        if engine is not None and (ready.model.fingerprint, ready.pages) != (engine.model.fingerprint, engine.pages):
+            reason = f"its model or pool ({ready.pages} pages) differs from the group's ({engine.pages} pages)"
             self.outbox.to_worker(name, Goodbye(reason, final=True))
-            epochs.give_up(name, reason, "closed")
+            self._give_up(name, reason, "closed")
             return
         self.membership.members[name].pages_address = ready.pages_address
-        held = Held.of(ready.claim, ranks=self.config.size, pages=engine.pages) if ready.claim is not None else None
+        held = Held.of(ready.claim, ranks=self.config.size, pages=ready.pages) if ready.claim is not None else None
         late = held is not None and self.membership.state != "forming"
         self.membership.ready(name, self.outbox.now, None if late else held)
         if late:  # its rank is another's by now
             self.outbox.to_worker(name, StandBy(self.membership.epoch, hold=True))
         self.outbox.changed = True
 
-    def _engine_for(self, ready: WorkerReady) -> tuple[EmbeddedEngine, Epochs]:
-        """The engine and its epochs. The first worker tells which model is served, and how large the pool is."""
-        if self.engine is None or self.epochs is None:
-            self.engine = EmbeddedEngine(
-                self.config, self._settings, ready, self.membership, self.stores, self.outbox, self.metrics,
+    # -- the engine --------------------------------------------------------------------------------------------------
+
+    def _begin(self, engine: EmbeddedEngine | HostedEngine) -> None:
+        """The model is known, and how large the pool is."""
+        self.engine = engine
+        self.epochs = Epochs(
+            self.config, self.membership, self.workers, self.detector, self.stores, engine, engine.protection,
+            self.outbox, self.metrics, self._born,
+        )  # fmt: skip
+        if isinstance(engine, EmbeddedEngine):
+            self.gateways.submit_waiting(engine)
+
+    def _engine_came(self, peer: Peer, hello: EngineHello) -> None:
+        """A hosted engine dials: it is the only one from now on, and its workers are those that count."""
+        if self.config.engine != "hosted":
+            self.outbox.send(peer, Goodbye("this group's engine is embedded", final=True))
+            return
+        for other in [each for each in self._hosted if each != peer]:
+            del self._hosted[other]
+            self.outbox.send(other, Goodbye("another engine has come"))
+        self._hosted[peer] = hello
+        for name in [each for each in self.membership.members if not each.startswith(f"{hello.name}.")]:
+            self._give_up(name, "its engine is gone", "closed")
+        log.info("engine %s: %s", hello.name, hello.kind)
+
+    def _from_engine(self, peer: Peer, hello: EngineHello, message: Message) -> None:
+        engine = self.engine if isinstance(self.engine, HostedEngine) and self.engine.hello == hello else None
+        match message:
+            case EngineReady():
+                self._engine_ready(peer, hello, message, engine)
+            case Goodbye(reason=reason):
+                self._engine_gone(peer, reason)
+            case StepFailed() if self.epochs is not None and message.epoch == self.membership.epoch:
+                self.epochs.step_failed(message)
+            case _ if engine is not None:
+                engine.said(message)
+
+    def _engine_ready(self, peer: Peer, hello: EngineHello, ready: EngineReady, engine: HostedEngine | None) -> None:
+        if len(ready.workers) != self.config.size:
+            raise ProtocolError(f"an engine of {len(ready.workers)} ranks in a group of {self.config.size}")
+        if engine is None:
+            engine = HostedEngine(
+                self.config, self._settings, hello, ready, self.membership, self.stores, self.outbox, self.metrics,
                 self.tracing,
             )  # fmt: skip
-            self.epochs = Epochs(
-                self.config, self.membership, self.workers, self.detector, self.stores, self.engine,
-                self.engine.protection, self.outbox, self.metrics, self._born,
-            )  # fmt: skip
-            self.gateways.submit_waiting(self.engine)
-        return self.engine, self.epochs
+            self._begin(engine)
+        engine.dialled(peer, ready)
+        if self.epochs is not None and self.membership.state != "forming":
+            self.epochs.broken("its engine has dialled anew")
+
+    def _engine_gone(self, peer: Peer, reason: str) -> None:
+        hello = self._hosted.pop(peer)
+        log.warning("engine %s is gone: %s", hello.name, reason)
+        if isinstance(self.engine, HostedEngine):
+            self.engine.left()
+        self.outbox.changed = True
 
     # -- stores ------------------------------------------------------------------------------------------------------
 
@@ -335,7 +398,9 @@ class Group:
     def status(self) -> ClusterStatus:
         """The group's state when the last event was dealt with."""
         now = self.outbox.now
-        return cluster_status(self.config, self.membership, self.stores, self.engine, self.detector.paces(now), now)
+        return cluster_status(
+            self.config, self.membership, self.stores, self.engine, self.protection, self.detector.paces(now), now
+        )
 
     def check(self) -> None:
         """Raise AssertionError unless pages, page tables, ranks and members agree."""

@@ -14,6 +14,7 @@ from services.coordinator.events import (
     EpochIs,
     Event,
     FindStripes,
+    Hello,
     Keep,
     Left,
     NextEpoch,
@@ -31,7 +32,7 @@ from services.coordinator.recording.segments import encode
 from shared import wire
 from shared.channel import Channel
 from shared.errors import GhostError, PeerLost
-from shared.messages import GatewayHello, ShardsFound, StoreHello, WorkerHello
+from shared.messages import ShardsFound, StoreHello
 from shared.stripe_index import StripeIndex
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class Shell:
             if self._recorder is not None:
                 await self._recorder.close()
 
-    async def serve(self, hello: WorkerHello | StoreHello | GatewayHello, channel: Channel) -> None:
+    async def serve(self, hello: Hello, channel: Channel) -> None:
         """Hand a peer's messages to the core, until it is gone. Raises ProtocolError for one that is not valid."""
         peer = next(self._numbers)
         self._channels[peer] = channel

@@ -115,7 +115,8 @@ class ParityShard(Message):
 class StripeRestore(Message):
     """How to rebuild one page on the ranks `lost`: survivors' slices, and as many of these parity shards as are lost.
 
-    The others are there to be read where one is damaged.
+    The others are there to be read where one is damaged. None at all: every rank holds the same bytes, so any
+    survivor's are copied.
     """
 
     page: int

@@ -47,6 +47,8 @@ class GroupConfig:
     heartbeat_s: float
     heartbeat_timeout_s: float
     collective_timeout_s: float
+    engine: Literal["embedded", "hosted"] = "embedded"
+    """Who schedules: the coordinator, or an engine of its own that dials."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,3 +150,5 @@ class ClusterStatus:
     """How often a request was put back for want of pages."""
     handover: HandoverStatus | None = None
     """The rank that moves to a spare, if one does."""
+    engine: str = "embedded"
+    """What schedules: the embedded engine, or a hosted one, in words."""

@@ -17,7 +17,7 @@ from services.coordinator.protection.stores import Stores
 from services.coordinator.views.metrics import LossKind, Metrics
 from services.coordinator.views.timeline import Recovery
 from shared import logs
-from shared.messages import Assign, EpochNow, Join, Joined, RankFailed, Rendezvous, StandBy
+from shared.messages import Assign, EpochNow, Join, Joined, RankFailed, Rendezvous, StandBy, StepFailed
 from shared.types import GroupConfig
 
 log = logging.getLogger(__name__)
@@ -79,6 +79,14 @@ class Epochs:
             if message.cut_off:
                 self._cut_off.add(message.rank)
 
+    def step_failed(self, message: StepFailed) -> None:
+        """A hosted engine could not finish a step: its workers that are to blame are lost, or all form again."""
+        for name in message.culprits:
+            if name in self._membership.members:
+                self.give_up(name, message.reason, "failed")
+        if self._membership.state != "forming":
+            self.broken(message.reason)
+
     def tick(self) -> None:
         """Give up an epoch in which nothing moves, or in which ranks can't work together."""
         if stuck := self._engine.stuck():
@@ -111,7 +119,7 @@ class Epochs:
     def _hand_over(self) -> None:
         """Between two steps: the last pages of a rank that moves are copied, then the epoch ends for the next one."""
         moves = self._protection.moves
-        if not moves.closing or self._engine.busy:
+        if not moves.closing or not self._engine.still():
             return
         moves.close()
         if (move := moves.switch()) is not None:
@@ -131,7 +139,7 @@ class Epochs:
     def go_on(self) -> None:
         """After each event: what can begin begins, a move, an epoch or a step."""
         self._hand_over()
-        if self._fencing is None and self._membership.can_form(self._outbox.now):
+        if self._fencing is None and self._engine.ready and self._membership.can_form(self._outbox.now):
             self._fencing = self._outbox.now
             self._outbox.ask(NextEpoch(self._membership.newest_epoch))
         self._engine.go_on()
@@ -145,7 +153,7 @@ class Epochs:
         began, self._fencing = self._fencing, None
         if (recovery := self._protection.timeline.current) is not None and began is not None:
             recovery.fence_s += now - began
-        if self._membership.can_form(now):
+        if self._engine.ready and self._membership.can_form(now):
             self._form(self._membership.form(epoch, now))
         else:
             self._membership.epoch = epoch

@@ -11,7 +11,6 @@ from services.coordinator.protection.ledger import Ledger
 from services.coordinator.protection.restoration import Restoration
 from services.coordinator.protection.stores import Stores
 from shared.messages import StripeRestore
-from shared.types import GroupConfig
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +35,6 @@ class Background:
 
     def __init__(
         self,
-        config: GroupConfig,
         page_bytes: int,
         membership: Membership,
         ledger: Ledger,
@@ -44,7 +42,6 @@ class Background:
         restoration: Restoration,
         outbox: Outbox,
     ):
-        self._copies = config.protection == "replicate"
         self._batch = max(1, BATCH_BYTES // page_bytes)
         self._membership = membership
         self._ledger = ledger
@@ -73,6 +70,9 @@ class Background:
             self._pass = None
             return
         under_way.asked, under_way.not_before = True, now + PAUSE_S
+        if self._restoration.redundancy == "alike":
+            self.found(self._membership.epoch, StripesFound({}))
+            return
         keys = tuple(key for number in under_way.pages if (key := self._ledger.key(number)) is not None)
         self._outbox.ask(FindStripes("cached", self._membership.epoch, keys, self._stores.infos()))
 
@@ -91,7 +91,7 @@ class Background:
             key, missing = self._ledger.key(number), self._ledger.missing(number)
             if key is None or not missing:
                 continue
-            stripe = restorable(number, key, missing, found.stripes, copies=self._copies)
+            stripe = restorable(number, key, missing, found.stripes, redundancy=self._restoration.redundancy)
             if stripe is None:
                 self._ledger.forget((number,))
             else:

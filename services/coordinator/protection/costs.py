@@ -9,6 +9,9 @@ from services.coordinator.protection.ledger import Ledger
 from shared.messages import ParityShard, StripeRestore
 from shared.types import PageKey
 
+Redundancy = Literal["parity", "copies", "alike"]
+"""From what a lost slice comes back: parity and the other slices, a raw copy in a store, or any other rank's page."""
+
 
 @dataclass(frozen=True, slots=True)
 class StoredStripe:
@@ -85,12 +88,12 @@ def choose(
     page_bytes: int,
     page_tokens: int,
     always: bool = False,
-    copies: bool = False,
+    redundancy: Redundancy = "parity",
 ) -> list[Choice]:
     """How each run comes back, those with the least to restore first.
 
     Of each the pages from its start that are recoverable are restored, if that pays by `rates`, or `always`. A page
-    after one that can't be is left out: recomputing the gap goes through it anyway. `copies`: see `restorable`.
+    after one that can't be is left out: recomputing the gap goes through it anyway.
     """
     missing = {run.number: sum(bool(ledger.missing(page)) for page in run.pages) for run in runs}
     planned: set[PageKey] = set()
@@ -100,7 +103,7 @@ def choose(
         for number, key in zip(run.pages, run.keys, strict=False):
             if not (lost := ledger.missing(number)) or key in planned:
                 continue
-            stripe = restorable(number, key, lost, stripes, copies=copies) if ledger.key(number) == key else None
+            stripe = restorable(number, key, lost, stripes, redundancy) if ledger.key(number) == key else None
             if stripe is None:
                 break
             first.append(stripe)
@@ -114,24 +117,27 @@ def choose(
 
 
 def restorable(
-    place: int, key: PageKey, missing: Iterable[int], stripes: Mapping[PageKey, StoredStripe], *, copies: bool = False
+    place: int,
+    key: PageKey,
+    missing: Collection[int],
+    stripes: Mapping[PageKey, StoredStripe],
+    redundancy: Redundancy = "parity",
 ) -> StripeRestore | None:
-    """How to rebuild what the ranks `missing` lack of a page, or slot; None if too little of it is stored.
-
-    `copies`: the stripes' stored shards are raw copies of each rank's page, not parity.
-    """
-    stripe = stripes.get(key)
+    """How to rebuild what the ranks `missing` lack of a page, or slot; None if too little of it is left."""
     lost = tuple(sorted(missing))
-    shards = _enough(stripe, lost, copies=copies) if stripe is not None and lost else None
+    if redundancy == "alike":
+        return StripeRestore(place, key, lost, (), ()) if lost else None
+    stripe = stripes.get(key)
+    shards = _enough(stripe, lost, redundancy) if stripe is not None and lost else None
     return StripeRestore(place, key, lost, shards, stripe.data_checksums) if stripe is not None and shards else None
 
 
-def _enough(stripe: StoredStripe, lost: tuple[int, ...], *, copies: bool) -> tuple[ParityShard, ...] | None:
+def _enough(stripe: StoredStripe, lost: tuple[int, ...], redundancy: Redundancy) -> tuple[ParityShard, ...] | None:
     """The stored shards from which the lost slices come back: each one's own copy, or all parity. None: too few.
 
     All, since a row that is found damaged is made up for by another.
     """
-    if copies:
+    if redundancy == "copies":
         size = len(stripe.data_checksums)
         wanted = {size + rank for rank in lost}
         shards = tuple(shard for shard in stripe.parity if shard.shard in wanted)

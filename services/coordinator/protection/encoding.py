@@ -11,7 +11,7 @@ from services.coordinator.events import FindStripes, Peer, StripesFound
 from services.coordinator.membership.members import Membership
 from services.coordinator.outbox import Outbox
 from services.coordinator.protection.costs import StoredStripe
-from services.coordinator.protection.host import Span
+from services.coordinator.protection.host import Host, Span
 from services.coordinator.protection.ledger import Ledger, Parity
 from services.coordinator.protection.stores import Stores
 from services.coordinator.protection.tails import Tails
@@ -44,11 +44,13 @@ class Encoding:
         self,
         config: GroupConfig,
         membership: Membership,
+        host: Host,
         ledger: Ledger,
         tails: Tails | None,
         stores: Stores,
         outbox: Outbox,
     ):
+        self._host = host
         self._ledger = ledger
         self._tails = tails
         self._stores = stores
@@ -83,18 +85,30 @@ class Encoding:
             self._tails.prune()
             if released := self._tails.take_released():
                 self._release(released)
-        epoch = self._membership.epoch
         if keys := self._ledger.take_released():
             self._release(keys)
             if self._room is not None:
                 self._room += len(keys)
-        stores = self._stores.open()
-        if self._membership.state != "serving" or not stores:
+        if self._membership.state != "serving" or not self._stores.open():
             return
         while pages := self._ledger.start_protection(BATCH_PAGES, IN_FLIGHT_PAGES):
-            numbers = pack_ids(page.number for page in pages)
-            keys = tuple(page.key for page in pages if page.key is not None)
-            self._outbox.to_ranks(ProtectPlan(epoch, self._step, numbers, keys, stores, self._serial))
+            numbers = [page.number for page in pages]
+            if self._host.confirm(numbers):
+                self.pinned(numbers)
+
+    def pinned(self, numbers: Iterable[int]) -> None:
+        """These pages, which are pending, are kept by now: have them encoded."""
+        pages = {
+            number: key
+            for number in numbers
+            if self._ledger.parity(number) is Parity.PENDING and (key := self._ledger.key(number)) is not None
+        }
+        stores = self._stores.open()
+        if pages and stores and self._membership.state == "serving":
+            plan = ProtectPlan(
+                self._membership.epoch, self._step, pack_ids(pages), tuple(pages.values()), stores, self._serial
+            )
+            self._outbox.to_ranks(plan)
 
     def _release(self, keys: tuple[PageKey, ...]) -> None:
         self._outdated(keys)

@@ -14,12 +14,12 @@ takes to bring their bytes back. The engine calls `Protection`; protection calls
 What a lost step may have touched is never told as sealed: a page counts when its step has come back.
 """
 
-from collections.abc import Collection, Iterable, Reversible, Sequence
+from collections.abc import Collection, Iterable, Mapping, Reversible, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.coordinator.membership.members import Formation
-from shared.types import PageKey
+from services.coordinator.membership.members import Formation, Held
+from shared.types import ModelInfo, PageKey
 
 
 class Run(Protocol):
@@ -79,6 +79,26 @@ class Returned:
     """Tokens that are known and have no KV yet; 0: it waits for nothing."""
 
 
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """What an engine shows of itself."""
+
+    kind: str
+    model: ModelInfo
+    max_model_len: int
+    running: int
+    waiting: int
+    pages_total: int
+    pages_held: int
+    pages_cached: int
+    runs_protected: bool
+    """Whether all sealed pages of running requests have their parity."""
+    unprotected_tokens: int
+    prompt_tokens: int
+    generated_tokens: int
+    preemptions: int
+
+
 class Host(Protocol):
     """An engine, as protection sees it."""
 
@@ -98,12 +118,20 @@ class Host(Protocol):
         """See `pin`."""
         ...
 
+    def confirm(self, pages: list[int]) -> bool:
+        """Whether these pinned pages are kept already; if not, `Protection.pinned` is called when they are."""
+        ...
+
     def whole(self, pages: Iterable[int]) -> None:
         """They count on every rank again."""
         ...
 
     def gone(self, pages: Iterable[int]) -> None:
         """They won't come back under their keys: what they held is to be recomputed."""
+        ...
+
+    def inventory(self, held: Held) -> Mapping[int, PageKey]:
+        """The sealed pages, page -> key, that a worker has which held its rank under an earlier coordinator."""
         ...
 
     def adopt(self, pages: Iterable[tuple[int, PageKey]]) -> None:
@@ -117,12 +145,16 @@ class Host(Protocol):
     # -- epochs ------------------------------------------------------------------------------------------------------
 
     @property
-    def busy(self) -> bool:
-        """Whether a step is in flight."""
+    def ready(self) -> bool:
+        """Whether an epoch can begin, for all that the engine knows."""
+        ...
+
+    def still(self) -> bool:
+        """Called while a rank moves and no step is to begin: whether none is in flight any more."""
         ...
 
     def busy_since(self) -> float | None:
-        """Since when; None if none is."""
+        """Since when a step has been in flight; None if none is."""
         ...
 
     def stuck(self) -> str:
@@ -147,4 +179,10 @@ class Host(Protocol):
 
     def go_on(self) -> None:
         """After each event: what may begin begins, a step, say."""
+        ...
+
+    # -- views -------------------------------------------------------------------------------------------------------
+
+    def status(self) -> EngineStatus:
+        """What it shows of itself."""
         ...

@@ -50,14 +50,18 @@ class Page:
 class Ledger:
     """The pages of one group. Keys of pages that are dropped collect until `take_released`."""
 
-    def __init__(self, host: Host, *, protect: bool, acks: int = 1):
-        """`acks`: ranks that put shards of a stripe: the one that encodes it, or each one its own copy."""
+    def __init__(self, host: Host, *, protect: bool, acks: int = 1, alike: bool = False):
+        """`acks`: ranks that put shards of a stripe: the one that encodes it, or each one its own copy.
+
+        `alike`: all ranks hold equal bytes, which protects a page as long as one of them lives.
+        """
         self.unprotected_reason = ""
         self.now = 0.0
         """The time, told by who drives the ledger."""
         self._host = host
         self._protect = protect
         self._acks = acks
+        self._alike = alike
         self._pages: dict[int, Page] = {}
         self._by_key: dict[PageKey, Page] = {}
         self._by_parity: dict[Parity, dict[int, Page]] = {parity: {} for parity in Parity}
@@ -139,7 +143,9 @@ class Ledger:
             raise AssertionError(f"page {number} or its key is sealed already")
         page = self._pages[number] = self._by_key[key] = Page(number, key)
         self._by_parity[Parity.OPEN][number] = page
-        if self._protect:
+        if self._alike:
+            self._enter(page, Parity.PROTECTED)
+        elif self._protect:
             self._enter(page, Parity.QUEUED)
 
     def dropped(self, number: int) -> None:
@@ -149,7 +155,7 @@ class Ledger:
             return
         self._lost.pop(number, None)
         if page.key is not None:
-            if page.parity is not Parity.OPEN:
+            if page.parity is not Parity.OPEN and not self._alike:
                 self._released.append(page.key)
             self._enter(page, Parity.OPEN)
             del self._by_parity[Parity.OPEN][number]
@@ -210,6 +216,8 @@ class Ledger:
 
     def protection_lost(self) -> None:
         """The stores no longer have what they acknowledged: queue all of it."""
+        if self._alike:
+            return
         for page in list(self._by_key.values()):
             self._doubt(page)
             if page.parity is Parity.PROTECTED and page.missing:
@@ -272,7 +280,7 @@ class Ledger:
                 page = self._pages[number]
                 page.missing = frozenset(range(ranks))
                 self._lost[number] = page
-                if self._protect:
+                if self._protect and not self._alike:
                     self._enter(page, Parity.UNPROTECTED)
         self._host.adopt((page.number, key) for key, page in self._by_key.items())
         for rank, inventory in inventories.items():

@@ -44,21 +44,24 @@ class Protection:
         outbox: Outbox,
         metrics: Metrics,
         tracing: Tracing,
+        *,
+        alike: bool = False,
     ):
+        """`alike`: all ranks hold equal bytes."""
         acks = config.size if config.protection == "replicate" else 1
-        self.ledger = Ledger(host, protect=config.protection != "none", acks=acks)
+        self.ledger = Ledger(host, protect=config.protection != "none", acks=acks, alike=alike)
         self.ledger.now = outbox.now
         self.timeline = Timeline()
         self.rates = Rates()
         self._tails = None
         if settings.protect_tail and config.protection == "parity":
             self._tails = Tails(host, self.ledger, page_tokens)
-        self.encoding = Encoding(config, membership, self.ledger, self._tails, stores, outbox)
+        self.encoding = Encoding(config, membership, host, self.ledger, self._tails, stores, outbox)
         self.restoration = Restoration(
             config, page_bytes, page_tokens, membership, host, self.ledger, self._tails, stores, self.timeline,
-            self.rates, outbox, always=settings.restore == "always",
+            self.rates, outbox, always=settings.restore == "always", alike=alike,
         )  # fmt: skip
-        self.background = Background(config, page_bytes, membership, self.ledger, stores, self.restoration, outbox)
+        self.background = Background(page_bytes, membership, self.ledger, stores, self.restoration, outbox)
         self.moves = Moves(membership, host, self.ledger, page_bytes, outbox)
         self._size = config.size
         self._host = host
@@ -67,6 +70,11 @@ class Protection:
         self._outbox = outbox
         self._metrics = metrics
         self._tracing = tracing
+
+    @property
+    def begun(self) -> bool:
+        """Whether it is known which pages there are."""
+        return self.encoding.begun
 
     # -- the engine --------------------------------------------------------------------------------------------------
 
@@ -84,6 +92,10 @@ class Protection:
             self.ledger.dropped(page)
             if self._tails is not None:
                 self._tails.page_dropped(page)
+
+    def pinned(self, pages: Iterable[int]) -> None:
+        """These pages are kept, as `Host.confirm` asked."""
+        self.encoding.pinned(pages)
 
     def unused(self, page: int) -> None:
         """No request stands on a sealed page any more: of its single tokens none is wanted back."""
@@ -146,7 +158,7 @@ class Protection:
         `born`: when this coordinator started; what ranks have from before it is adopted.
         """
         if not self.encoding.begun:
-            returned = {rank: held.pages for rank, held in formation.returned.items()}
+            returned = {rank: self._host.inventory(held) for rank, held in formation.returned.items()}
             self.ledger.adopt(returned, self._size)
             if returned:
                 recovery = self.timeline.interrupted("the coordinator was restarted", formation.epoch, born)

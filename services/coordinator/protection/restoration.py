@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from services.coordinator.events import FindStripes, StripesFound
 from services.coordinator.membership.members import Membership
 from services.coordinator.outbox import Outbox
-from services.coordinator.protection.costs import Rates, StoredStripe, choose, restorable, wanted_keys
+from services.coordinator.protection.costs import Rates, Redundancy, StoredStripe, choose, restorable, wanted_keys
 from services.coordinator.protection.host import Host, Run
 from services.coordinator.protection.ledger import Ledger
 from services.coordinator.protection.stores import Stores
@@ -58,6 +58,7 @@ class Restoration:
         outbox: Outbox,
         *,
         always: bool,
+        alike: bool = False,
     ):
         self._config = config
         self._page_bytes = page_bytes
@@ -71,6 +72,9 @@ class Restoration:
         self._rates = rates
         self._outbox = outbox
         self._always = always
+        self.redundancy: Redundancy = "copies" if config.protection == "replicate" else "parity"
+        if alike:
+            self.redundancy = "alike"
         self._planned = False
         self._queue: deque[StripeRestore] = deque()
         self._tail_queue: deque[StripeRestore] = deque()
@@ -103,7 +107,7 @@ class Restoration:
         epoch = self._membership.epoch
         tails = self._tails.keys() if self._tails is not None else []
         keys = (*wanted_keys(self._ledger, self._host.runs()), *tails)
-        if keys and self._config.protection != "none":
+        if keys and self._config.protection != "none" and self.redundancy != "alike":
             self._outbox.ask(FindStripes("restore", epoch, keys, self._stores.infos()))
         else:
             self.planned(epoch, StripesFound({}))
@@ -122,7 +126,7 @@ class Restoration:
             page_bytes=self._page_bytes,
             page_tokens=self._page_tokens,
             always=self._always,
-            copies=self._config.protection == "replicate",
+            redundancy=self.redundancy,
         )
         self._timeline.chosen(choices)
         for choice in choices:

@@ -87,7 +87,7 @@ class Recorder:
     def _idle(self) -> bool:
         """Whether no request waits for the moment that a keyframe takes."""
         engine = self._group.engine
-        return engine is None or not any(engine.scheduler.sequences())
+        return engine is None or engine.quiet
 
     def _begin(self, now: float) -> None:
         self._segments += 1

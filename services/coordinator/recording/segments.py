@@ -22,14 +22,13 @@ import msgpack
 from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
 
 from services.coordinator import events
-from services.coordinator.events import Answer, Answered, Came, Effect, Event, Left, Said, Send, Tick
+from services.coordinator.events import Answer, Answered, Came, Effect, Event, Hello, Left, Said, Send, Tick
 from services.coordinator.group import Group
 from services.coordinator.recording.keyframe import freeze, thaw
 from services.coordinator.views.metrics import Metrics
 from shared import messages
 from shared.config import CoordinatorSettings
 from shared.errors import ProtocolError
-from shared.messages import GatewayHello, StoreHello, WorkerHello
 from shared.tracing import NoTracing
 from shared.wire import Codec
 
@@ -158,7 +157,7 @@ def _event(kind: int, rest: list[Any]) -> Event:
         case 2, [int(number), bytes(frame)]:
             return Answered(number, cast(Answer, CODEC.decode(frame)))
         case 3, [int(peer), bytes(frame)]:
-            return Came(peer, cast(WorkerHello | StoreHello | GatewayHello, CODEC.decode(frame)))
+            return Came(peer, cast(Hello, CODEC.decode(frame)))
         case 4, [int(peer), str(reason)]:
             return Left(peer, reason)
     raise ProtocolError(f"an event of kind {kind!r} with {len(rest)} parts")

@@ -4,11 +4,11 @@
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from services.coordinator.membership.members import Formation, Membership
+from services.coordinator.membership.members import Formation, Held, Membership
 from services.coordinator.outbox import Outbox
-from services.coordinator.protection.host import Host, IdlePages, Returned
+from services.coordinator.protection.host import EngineStatus, Host, IdlePages, Returned
 from services.coordinator.protection.protection import Protection
 from services.coordinator.protection.stores import Stores
 from services.coordinator.scheduling.prefix_cache import PrefixCache
@@ -17,7 +17,7 @@ from services.coordinator.scheduling.scheduler import Scheduler, Sequence
 from services.coordinator.views.metrics import Metrics
 from services.coordinator.views.traces import Traces
 from shared.config import CoordinatorSettings
-from shared.messages import StepDone, StepPlan, WorkerReady
+from shared.messages import DigestDone, Heartbeat, StepDone, StepPlan, WorkerReady
 from shared.tracing import Tracing
 from shared.types import GroupConfig, PageKey
 
@@ -117,12 +117,20 @@ class EmbeddedEngine(Host):
         """See `Host`."""
         self.cache.unpin(page)
 
+    def confirm(self, pages: list[int]) -> bool:
+        """They are: the page tables are here."""
+        return True
+
     def whole(self, pages: Iterable[int]) -> None:
         """Nothing to do: the cache asks the ledger."""
 
     def gone(self, pages: Iterable[int]) -> None:
         """See `Host`."""
         self.cache.gone(pages)
+
+    def inventory(self, held: Held) -> Mapping[int, PageKey]:
+        """See `Host`. Each worker tells its own."""
+        return held.pages
 
     def adopt(self, pages: Iterable[tuple[int, PageKey]]) -> None:
         """See `Host`."""
@@ -139,9 +147,30 @@ class EmbeddedEngine(Host):
     # -- the host: epochs --------------------------------------------------------------------------------------------
 
     @property
-    def busy(self) -> bool:
+    def quiet(self) -> bool:
+        """Whether no request waits for anything."""
+        return not any(self.scheduler.sequences())
+
+    def protected(self) -> None:
+        """Parity was acknowledged."""
+        self.traces.protected()
+
+    def rank_said(self, worker: str, message: StepDone | DigestDone | Heartbeat) -> None:
+        """A rank's word on steps and requests of this epoch."""
+        match message:
+            case StepDone():
+                self.step_done(message)
+            case DigestDone():
+                self.requests.digest_done(message)
+
+    @property
+    def ready(self) -> bool:
+        """It is: the requests are here."""
+        return True
+
+    def still(self) -> bool:
         """See `Host`."""
-        return self.scheduler.busy
+        return not self.scheduler.busy
 
     def busy_since(self) -> float | None:
         """See `Host`."""
@@ -174,6 +203,30 @@ class EmbeddedEngine(Host):
     def go_on(self) -> None:
         """See `Host`."""
         self.step()
+
+    # -- views -------------------------------------------------------------------------------------------------------
+
+    def status(self) -> EngineStatus:
+        """See `Host`."""
+        ledger, size, running = self.protection.ledger, self.scheduler.page_tokens, self.scheduler.running
+        protected = [ledger.protected_run(run) for run in running]
+        return EngineStatus(
+            kind="embedded",
+            model=self.model,
+            max_model_len=self.scheduler.max_model_len,
+            running=len(running),
+            waiting=len(self.scheduler.waiting),
+            pages_total=self.pages,
+            pages_held=self.cache.in_use,
+            pages_cached=len(self.cache.idle()),
+            runs_protected=all(pages == len(run.keys) for pages, run in zip(protected, running, strict=True)),
+            unprotected_tokens=sum(
+                max(0, run.computed - pages * size) for pages, run in zip(protected, running, strict=True)
+            ),
+            prompt_tokens=self.scheduler.prompt_tokens,
+            generated_tokens=self.scheduler.generated_tokens,
+            preemptions=self.scheduler.preemptions,
+        )
 
     def check(self) -> None:
         """Raise AssertionError unless pages, page tables and the ledger agree."""

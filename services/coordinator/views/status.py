@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from services.coordinator.membership.members import Membership, Pace
+from services.coordinator.protection.host import EngineStatus, Host
 from services.coordinator.protection.ledger import Parity
+from services.coordinator.protection.protection import Protection
 from services.coordinator.protection.stores import Stores
-from services.coordinator.scheduling.engine import EmbeddedEngine
 from shared.types import ClusterStatus, GroupConfig
 
 _DETAILS = {
@@ -21,7 +22,8 @@ def cluster_status(
     config: GroupConfig,
     members: Membership,
     stores: Stores,
-    engine: EmbeddedEngine | None,
+    engine: Host | None,
+    protection: Protection | None,
     paces: Mapping[str, Pace],
     now: float,
 ) -> ClusterStatus:
@@ -55,24 +57,28 @@ def cluster_status(
         recoveries=(),
         now=now,
     )
-    return told if engine is None else _of_engine(told, config, members, engine)
+    if engine is None or protection is None:
+        return told
+    return _of_engine(told, config, members, engine, protection)
 
 
-def _of_engine(told: ClusterStatus, config: GroupConfig, members: Membership, engine: EmbeddedEngine) -> ClusterStatus:
-    cache, scheduler, protection = engine.cache, engine.scheduler, engine.protection
-    ledger, timeline = protection.ledger, protection.timeline
+def _of_engine(
+    told: ClusterStatus, config: GroupConfig, members: Membership, engine: Host, protection: Protection
+) -> ClusterStatus:
+    shown, ledger, timeline = engine.status(), protection.ledger, protection.timeline
     pending = ledger.count(Parity.QUEUED) + ledger.count(Parity.PENDING)
     exposed = pending + ledger.count(Parity.UNPROTECTED)
     return replace(
         told,
-        model=engine.model,
-        max_model_len=scheduler.max_model_len,
-        can_lose=can_lose(config, members, engine),
-        running=len(scheduler.running),
-        waiting=len(scheduler.waiting),
-        pages_total=cache.pages,
-        pages_held=cache.in_use,
-        pages_cached=len(cache.idle()),
+        engine=shown.kind,
+        model=shown.model,
+        max_model_len=shown.max_model_len,
+        can_lose=can_lose(config, members, protection, shown),
+        running=shown.running,
+        waiting=shown.waiting,
+        pages_total=shown.pages_total,
+        pages_held=shown.pages_held,
+        pages_cached=shown.pages_cached,
         pages_lost=ledger.lost,
         stripes_protected=ledger.count(Parity.PROTECTED),
         stripes_pending=pending,
@@ -83,21 +89,20 @@ def _of_engine(told: ClusterStatus, config: GroupConfig, members: Membership, en
         handover=protection.moves.status(),
         recovering_since=timeline.current.started if timeline.current is not None else None,
         protection_lag_s=max(0.0, told.now - since) if (since := ledger.exposed_since()) is not None else 0.0,
-        unprotected_tokens=unprotected_tokens(config, engine),
-        prompt_tokens=scheduler.prompt_tokens,
-        generated_tokens=scheduler.generated_tokens,
-        preemptions=scheduler.preemptions,
+        unprotected_tokens=shown.unprotected_tokens,
+        prompt_tokens=shown.prompt_tokens,
+        generated_tokens=shown.generated_tokens,
+        preemptions=shown.preemptions,
     )
 
 
-def can_lose(config: GroupConfig, members: Membership, engine: EmbeddedEngine) -> int:
+def can_lose(config: GroupConfig, members: Membership, protection: Protection, shown: EngineStatus) -> int:
     """Ranks that may be lost now: none while pages are still lost, or those of running requests have no parity."""
-    protection = engine.protection
-    if members.state != "serving" or config.protection == "none" or not protection.encoding.storable:
+    if members.state != "serving" or protection.ledger.lost or not shown.runs_protected:
         return 0
-    if protection.ledger.lost:
-        return 0
-    if any(protection.ledger.protected_run(run) < len(run.keys) for run in engine.runs()):
+    if protection.restoration.redundancy == "alike":
+        return config.size - 1
+    if config.protection == "none" or not protection.encoding.storable:
         return 0
     return config.size if config.protection == "replicate" else config.parity
 
@@ -108,12 +113,6 @@ def reduced_protection(config: GroupConfig, stores: Stores) -> str:
     if config.protection != "parity" or not 0 < count < config.parity:
         return ""
     return f"{config.parity} parity shards of each stripe lie in {count} store(s): a store's loss costs several at once"
-
-
-def unprotected_tokens(config: GroupConfig, engine: EmbeddedEngine) -> int:
-    """Tokens of running requests that would be recomputed, were a rank lost now."""
-    ledger = engine.protection.ledger
-    return sum(max(0, run.computed - ledger.protected_run(run) * config.page_tokens) for run in engine.runs())
 
 
 def detail(members: Membership) -> str:

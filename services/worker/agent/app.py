@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from services.worker.agent import faults
 from services.worker.agent.assembly import make_runner
 from services.worker.agent.inventory import Inventory
-from services.worker.engine.runner import Runner
+from services.worker.agent.rank_engine import Load, RankEngine
 from services.worker.shadow.copies import PageServer, copy_pages
 from services.worker.shadow.stores import StoreClients
 from shared.channel import REDIAL_S, Channel, dial
@@ -52,7 +53,7 @@ SETTLE_S = 5.0
 
 async def run(settings: WorkerSettings, name: str, device: str, stop: asyncio.Event) -> None:
     """Serve the coordinator until `stop` is set, dialling it again whenever the channel is lost."""
-    worker = Worker(settings, name, device)
+    worker = Worker(settings, name, device, partial(make_runner, settings, torch.device(device)))
     if settings.fault_dir:
         faults.arm(worker, settings.fault_dir)
     works = (worker.serve(), stop.wait(), _show_life(settings.alive_dir, name))
@@ -75,14 +76,16 @@ class Worker:
     it offers to the coordinator that answers.
     """
 
-    def __init__(self, settings: WorkerSettings, name: str, device: str):
+    def __init__(self, settings: WorkerSettings, name: str, device: str, load: Load):
         self._settings = settings
+        self._load_engine = load
         self._name = name
         self._device = device
         self._loop = asyncio.get_running_loop()
         self._channel: Channel | None = None
-        self._runner: Runner | None = None
+        self._runner: RankEngine | None = None
         self._config: GroupConfig | None = None
+        self._group = ""
         self._epoch = 0
         self._own_address = ""
         self._address = ""  # where other ranks reach this host
@@ -137,11 +140,11 @@ class Worker:
         self._channel = channel
         runner = await self._load(welcome.config)
         runner.address = self._address
-        pages = PageServer(runner.pool, runner.pool.pages)
+        pages = PageServer(runner.pool, runner.pages)
         broken: GhostError | None = None
         async with serve(f"tcp://{_bracketed(self._own_address)}:0", pages, token=self._settings.secret or "") as bulk:
             where = f"tcp://{_bracketed(self._address)}:{bulk.address.rpartition(':')[2]}"
-            channel.send(WorkerReady(runner.info, runner.pool.pages, where, self._inventory.claim()))
+            channel.send(WorkerReady(runner.info, runner.pages, where, self._inventory.claim()))
             beating = asyncio.create_task(self._beat(channel, runner, welcome.config.heartbeat_s))
             try:
                 async for message in channel:
@@ -156,28 +159,22 @@ class Worker:
         if broken is not None:
             raise broken
 
-    async def _load(self, config: GroupConfig) -> Runner:
+    async def _load(self, config: GroupConfig) -> RankEngine:
         """The runner for a configuration: made once, since the group's does not change while it lives."""
         if self._runner is not None:
             if self._config != config:
                 raise GhostError("the group's configuration has changed; this worker starts anew")
             return self._runner
         self._config = config
+        self._group = config.group
         began = time.monotonic()
         self._runner = await asyncio.to_thread(
-            make_runner,
-            self._settings,
-            config,
-            torch.device(self._device),
-            self._stores,
-            self._inventory,
-            self._loop,
-            self._report,
+            self._load_engine, config, self._inventory, self._stores, self._loop, self._report
         )
-        log.info("ready in %.2f s: %d pages", time.monotonic() - began, self._runner.pool.pages)
+        log.info("ready in %.2f s: %d pages", time.monotonic() - began, self._runner.pages)
         return self._runner
 
-    def _handle(self, runner: Runner, message: Message) -> None:
+    def _handle(self, runner: RankEngine, message: Message) -> None:
         match message:
             case Assign() | StandBy():
                 self._stop_copying()
@@ -208,8 +205,8 @@ class Worker:
             case _:
                 log.warning("the coordinator sent %s", type(message).__name__)
 
-    async def _copy(self, runner: Runner, message: CopyPages) -> None:
-        copied = await copy_pages(message, runner.pool, self._stores, runner.config.group)
+    async def _copy(self, runner: RankEngine, message: CopyPages) -> None:
+        copied = await copy_pages(message, runner.pool, self._stores, self._group)
         if not copied.reason:
             self._inventory.copied(unpack_ids(message.pages), message.keys)
         self._report(copied)
@@ -220,7 +217,7 @@ class Worker:
             self._copying.cancel()
             self._copying = None
 
-    async def _beat(self, channel: Channel, runner: Runner, interval_s: float) -> None:
+    async def _beat(self, channel: Channel, runner: RankEngine, interval_s: float) -> None:
         while not channel.closed:
             channel.send(Heartbeat(self._epoch, runner.step_done, runner.in_flight, runner.progress))
             if runner.overstay_s > SETTLE_S:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -24,10 +25,10 @@ from shared.types import GroupConfig
 
 def make_runner(
     settings: WorkerSettings,
-    config: GroupConfig,
     device: torch.device,
-    stores: StoreClients,
+    config: GroupConfig,
     inventory: Inventory,
+    stores: StoreClients,
     loop: asyncio.AbstractEventLoop,
     report: Callable[[Message], None],
 ) -> Runner:
@@ -35,16 +36,29 @@ def make_runner(
 
     `stores` is used on `loop` only; `report` may be called from any thread.
     """
-    if choose(settings.transport)[0] == "ucx":
-        ucx_engine.library()  # most of a second, which no recovery shall wait for
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {device}: no CUDA device here")
+    shadow = make_shadow(settings.transport, device, config, inventory, stores, loop, report)
+    model_dir = resolve_model(settings.model or config.model)
+    return Runner(model_dir, config, device, shadow, inventory, report, hold_weights=settings.hold_weights)
+
+
+def make_shadow(
+    transport: Literal["auto", "tcp", "ucx"],
+    device: torch.device,
+    config: GroupConfig,
+    inventory: Inventory,
+    stores: StoreClients,
+    loop: asyncio.AbstractEventLoop,
+    report: Callable[[Message], None],
+) -> Shadow:
+    """The shadow of one rank, with its thread running, whichever engine the pages are of."""
+    if choose(transport)[0] == "ucx":
+        ucx_engine.library()  # most of a second, which no recovery shall wait for
     coder = make_coder(config.size, config.parity, device)
     if config.protection == "parity":
         coder.prepare()
     copies = config.protection == "replicate"
     protector = (Replicator if copies else Protector)(config.group, coder, stores, loop, report)
     restorer = (CopyRestorer if copies else Restorer)(config.group, coder, stores, loop)
-    model_dir = resolve_model(settings.model or config.model)
-    shadow = Shadow(protector, restorer, inventory, report)
-    return Runner(model_dir, config, device, shadow, inventory, report, hold_weights=settings.hold_weights)
+    return Shadow(protector, restorer, inventory, report)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from services.worker.agent.inventory import Inventory
+from services.worker.agent.rank_engine import Job
 from services.worker.communicator.base import Communicator
 from services.worker.communicator.meeting import Meeting
 from services.worker.engine.batch import Chunk
@@ -41,7 +42,6 @@ from shared.types import GroupConfig, unpack_keys
 
 log = logging.getLogger(__name__)
 
-Job = Assign | StandBy | Prepare | Join | StepPlan | DigestPlan
 MAX_JOBS = 1024
 
 
@@ -116,6 +116,11 @@ class Runner:
         shard_bytes = (self.pool.tokens if plan.tail else self.pool).page_bytes
         self.shadow.prefetch(plan, self._assigned, shard_bytes)
         self.shadow.submit(plan)
+
+    @property
+    def pages(self) -> int:
+        """The size of the pool."""
+        return self.pool.pages
 
     @property
     def progress(self) -> int:

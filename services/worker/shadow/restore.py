@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from kernels.codec import DecodePlan
-from services.worker.memory import Memory
+from services.worker.memory import Memory, write
 from services.worker.shadow.coder import Coder
 from services.worker.shadow.exchange import Exchange
 from services.worker.shadow.parity_reader import DAMAGED, ParityReader, Stored
@@ -93,7 +93,7 @@ class Restorer:
 
     def _share(self, stripe: StripeRestore, rank: int) -> Stored:
         """What `rank` reads of a stripe."""
-        return Stored(deque(stripe.parity), len(stripe.lost))
+        return Stored(deque(stripe.parity), len(stripe.lost) if stripe.parity else 0)
 
     def _decode(
         self, ready: Sequence[tuple[StripeRestore, Mapping[int, Memory], Stored]], exchange: Exchange
@@ -101,6 +101,11 @@ class Restorer:
         """Decode this rank's slices straight into its pool, those of one kind in one call. Returns what was wrong."""
         batches: dict[tuple[int, ...], tuple[DecodePlan, list[StripeRestore], list[list[Memory]], list[Memory]]] = {}
         for stripe, by_rank, stored in ready:
+            if not stripe.parity:  # all ranks hold the same
+                page = exchange.pool.page(stripe.page)
+                write(page, next(shard for rank, shard in by_rank.items() if rank not in stripe.lost))
+                exchange.pool.wrote(stripe.page, page)
+                continue
             present = {rank: shard for rank, shard in by_rank.items() if rank not in stripe.lost} | stored.rows
             plan = self._coder.codec.plan(present.keys(), [exchange.rank])
             _, stripes, sources, targets = batches.setdefault(plan.sources, (plan, [], [], []))
