@@ -7,13 +7,11 @@ from typing import Any, cast
 import pytest
 
 from services.coordinator.events import FindStripes
-from services.coordinator.protection import locator as whereabouts
-from services.coordinator.protection.costs import Stripe
-from services.coordinator.protection.locator import Whereabouts
+from services.coordinator.protection.costs import StoredStripe
+from services.coordinator.protection.locator import Locator
 from shared.errors import PeerLost
 from shared.messages import FindShards, HeldShard, Message, ParityShard, ShardsFound
-from shared.stripe_index import ShardEntry
-from shared.stripe_index import Stripe as Entry
+from shared.stripe_index import ShardEntry, Stripe
 from shared.types import PageKey, StoreInfo
 
 KEYS = tuple(bytes([number]) * 16 for number in range(4))
@@ -27,11 +25,11 @@ class Index:
     def __init__(self, known: Sequence[PageKey] = (), *, away: bool = False):
         self._known, self._away = known, away
 
-    async def get_many(self, group: str, keys: Sequence[PageKey]) -> dict[PageKey, Entry]:
+    async def get_many(self, group: str, keys: Sequence[PageKey]) -> dict[PageKey, Stripe]:
         assert group == "g"
         if self._away:
             raise PeerLost("Redis: gone")
-        return {key: Entry(key, (_entry(key, 0),)) for key in keys if key in self._known}
+        return {key: Stripe(key, (_entry(key, 0),)) for key in keys if key in self._known}
 
 
 class StoreChannel:
@@ -39,17 +37,17 @@ class StoreChannel:
 
     closed = False
 
-    def __init__(self, places: Whereabouts, number: int, held: Sequence[PageKey], *, silent: bool = False):
-        self._places, self._number, self._held, self._silent = places, number, held, silent
+    def __init__(self, locator: Locator, number: int, held: Sequence[PageKey], *, silent: bool = False):
+        self._locator, self._number, self._held, self._silent = locator, number, held, silent
         self.asked: list[FindShards] = []
-        places.joins(f"s{number}", cast(Any, self))
+        locator.joins(f"s{number}", cast(Any, self))
 
     def send(self, message: Message) -> None:
         assert isinstance(message, FindShards)
         self.asked.append(message)
         if not self._silent:
             shards = tuple(_held(key, self._number) for key in message.keys if key in self._held)
-            asyncio.get_running_loop().call_soon(self._places.told, ShardsFound(message.question, shards))
+            asyncio.get_running_loop().call_soon(self._locator.told, ShardsFound(message.question, shards))
 
 
 def _entry(key: PageKey, number: int) -> ShardEntry:
@@ -60,65 +58,65 @@ def _held(key: PageKey, number: int) -> HeldShard:
     return HeldShard(key, K + number, 7 + number, (1, 2, 3))
 
 
-def _stripe(*numbers: int) -> Stripe:
-    return Stripe(tuple(ParityShard(K + n, f"tcp://s{n}", 7 + n) for n in numbers), (1, 2, 3))
+def _stripe(*numbers: int) -> StoredStripe:
+    return StoredStripe(tuple(ParityShard(K + n, f"tcp://s{n}", 7 + n) for n in numbers), (1, 2, 3))
 
 
-def _places(index: Index) -> Whereabouts:
-    return Whereabouts(cast(Any, index), "g")
+def _made(index: Index) -> Locator:
+    return Locator(cast(Any, index), "g")
 
 
 async def test_what_the_index_knows_nobody_else_is_asked_for() -> None:
-    places = _places(Index(KEYS))
-    store = StoreChannel(places, 0, KEYS)
-    found = await places.find(FindStripes("restore", 5, KEYS, STORES))
+    locator = _made(Index(KEYS))
+    store = StoreChannel(locator, 0, KEYS)
+    found = await locator.find(FindStripes("restore", 5, KEYS, STORES))
     assert found.stripes == {key: _stripe(0) for key in KEYS}
     assert not store.asked
 
 
 async def test_without_redis_the_stores_tell_and_their_shards_make_one_stripe() -> None:
-    places = _places(Index(away=True))
-    StoreChannel(places, 0, KEYS[:2])
-    StoreChannel(places, 1, KEYS[1:3])
-    found = await places.find(FindStripes("restore", 5, KEYS, STORES))
+    locator = _made(Index(away=True))
+    StoreChannel(locator, 0, KEYS[:2])
+    StoreChannel(locator, 1, KEYS[1:3])
+    found = await locator.find(FindStripes("restore", 5, KEYS, STORES))
     assert found.stripes == {KEYS[0]: _stripe(0), KEYS[1]: _stripe(0, 1), KEYS[2]: _stripe(1)}
     assert not found.trouble  # all said what they have: there is no more
 
 
 async def test_what_redis_has_forgotten_is_asked_of_the_stores() -> None:
-    places = _places(Index(KEYS[:1]))
-    stores = [StoreChannel(places, number, KEYS) for number in range(2)]
-    found = await places.find(FindStripes("cached", 5, KEYS, STORES))
+    locator = _made(Index(KEYS[:1]))
+    stores = [StoreChannel(locator, number, KEYS) for number in range(2)]
+    found = await locator.find(FindStripes("cached", 5, KEYS, STORES))
     assert [message.keys for store in stores for message in store.asked] == [KEYS[1:], KEYS[1:]]
     assert found.stripes == {KEYS[0]: _stripe(0)} | {key: _stripe(0, 1) for key in KEYS[1:]}
 
 
 async def test_only_the_index_says_that_a_page_is_protected() -> None:
-    places = _places(Index(KEYS[:1]))
-    store = StoreChannel(places, 0, KEYS)
-    found = await places.find(FindStripes("recognise", 5, KEYS, STORES))
+    locator = _made(Index(KEYS[:1]))
+    store = StoreChannel(locator, 0, KEYS)
+    found = await locator.find(FindStripes("recognise", 5, KEYS, STORES))
     assert set(found.stripes) == {KEYS[0]}
     assert not store.asked
 
 
 @pytest.mark.parametrize("gone", [False, True], ids=["silent", "not connected"])
 async def test_a_store_that_does_not_answer_is_left_out(monkeypatch: pytest.MonkeyPatch, gone: bool) -> None:
-    monkeypatch.setattr(whereabouts, "STORES_DEADLINE_S", 0.01)
-    places = _places(Index(away=True))
-    StoreChannel(places, 0, KEYS)
-    silent = StoreChannel(places, 1, KEYS, silent=True)
+    monkeypatch.setattr("services.coordinator.protection.locator.STORES_DEADLINE_S", 0.01)
+    locator = _made(Index(away=True))
+    StoreChannel(locator, 0, KEYS)
+    silent = StoreChannel(locator, 1, KEYS, silent=True)
     if gone:
-        places.leaves(cast(Any, silent))
-    found = await places.find(FindStripes("cached", 5, KEYS, STORES))
+        locator.leaves(cast(Any, silent))
+    found = await locator.find(FindStripes("cached", 5, KEYS, STORES))
     assert found.stripes == {key: _stripe(0) for key in KEYS}
     assert found.trouble == "Redis: gone"  # there may be more
-    places.told(ShardsFound(2, ()))  # too late: nobody waits for it any more
+    locator.told(ShardsFound(2, ()))  # too late: nobody waits for it any more
 
 
 async def test_many_keys_are_asked_for_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whereabouts, "KEYS_AT_ONCE", 3)
-    places = _places(Index(away=True))
-    store = StoreChannel(places, 0, KEYS)
-    found = await places.find(FindStripes("restore", 5, KEYS, STORES[:1]))
+    monkeypatch.setattr("services.coordinator.protection.locator.KEYS_AT_ONCE", 3)
+    locator = _made(Index(away=True))
+    store = StoreChannel(locator, 0, KEYS)
+    found = await locator.find(FindStripes("restore", 5, KEYS, STORES[:1]))
     assert [message.keys for message in store.asked] == [KEYS[:3], KEYS[3:]]
     assert set(found.stripes) == set(KEYS)
