@@ -287,7 +287,7 @@ class LocalCluster:
             return
         for child in self.processes.values():
             if not child.alive:
-                raise GhostError(await child.post_mortem())
+                raise await child.failure()
 
     def logs(self) -> str:
         """The ends of all logs."""
@@ -297,7 +297,7 @@ class LocalCluster:
         end = time.monotonic() + LISTEN_DEADLINE_S
         while not condition():
             if not child.alive:
-                raise GhostError(await child.post_mortem())
+                raise await child.failure()
             if time.monotonic() > end:
                 raise DeadlineExceeded(failure)
             await asyncio.sleep(0.01)
@@ -338,7 +338,7 @@ class LocalCluster:
             lived = time.monotonic() - child.started
             quick = quick + 1 if lived < QUICK_DEATH_S else 0
             if child.process.returncode == EXIT_CONFIG or quick >= MAX_QUICK_DEATHS:
-                raise GhostError(await child.post_mortem())
+                raise await child.failure()
             pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (quick - 1)) if quick else 0.0
             self.narrate(f"{how} after {lived:.1f} s; restarting it" + (f" in {pause:.1f} s" if pause else ""))
             await asyncio.sleep(pause)

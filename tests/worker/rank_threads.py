@@ -15,7 +15,7 @@ from services.worker.engine.kv_pool import KVPool
 from services.worker.engine.model import RankModel
 from services.worker.engine.sampler import sample_greedy
 
-_SMALL = {
+SMALL = {
     "vocab_size": 211,
     "hidden_size": 48,
     "intermediate_size": 96,
@@ -34,7 +34,7 @@ _SMALL = {
 def small_model(directory: Path, family: str, **changes: Any) -> Path:
     """Write a small random float32 model of a family ("Llama", "Qwen3", ...) and return its directory."""
     torch.manual_seed(42)
-    config = getattr(transformers, family + "Config")(**(_SMALL | changes))
+    config = getattr(transformers, family + "Config")(**(SMALL | changes))
     model = getattr(transformers, family + "ForCausalLM")(config)
     for name, parameter in model.named_parameters():
         if "norm" in name or "bias" in name:  # not the ones and zeros that they begin as
