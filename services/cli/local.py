@@ -59,6 +59,7 @@ class ServeSettings(CommonSettings):
     max_model_len: int = Field(0, ge=0, description="longest sequence; 0: what model and pool allow")
     max_step_tokens: int = Field(512, ge=1, le=65536, description="tokens a step (chunked prefill)")
     max_batch: int = Field(32, ge=1, le=1024, description="sequences a step")
+    logits_mb: int = Field(64, ge=1, description="logits that a rank holds at a time, MiB")
     max_waiting: int = Field(256, ge=0, description="requests that may wait; more are refused with 429")
     communicator: Literal["auto", "shm", "gloo", "nccl"] = Field("auto", description="backend between ranks")
     replace_stragglers: bool = Field(False, description="move a rank that is far slower than the others to a spare")
@@ -129,7 +130,8 @@ class LocalCluster:
              "--served-name", settings.served_name or self._model_name(),
              *(["--record-dir", str(self.recordings)] if settings.record else [])],
             ("dtype", "tp", "parity", "protection", "protect_tail", "restore", "page_tokens", "kv_memory_mb",
-             "max_model_len", "max_step_tokens", "max_batch", "max_waiting", "communicator", "replace_stragglers"),
+             "max_model_len", "max_step_tokens", "max_batch", "logits_mb", "max_waiting", "communicator",
+             "replace_stragglers"),
         )  # fmt: skip
         dial = ["--coordinator-url", coordinator.address]
         threads = settings.threads or max(1, (os.cpu_count() or 1) // settings.tp)

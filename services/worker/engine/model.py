@@ -4,7 +4,7 @@ The code that runs is transformers' own for the architecture. What is changed in
 (tensor_parallel), attention is ours (attention), and plain RMSNorms are torch's fused one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -136,36 +136,45 @@ class RankModel:
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk], pool: KVPool, comm: Communicator | None) -> torch.Tensor:
-        """Run one step: write the chunks' KV to the pool and return the logits that they ask for.
+        """Run one step: write the chunks' KV to the pool and return what the logits that they ask for are made of.
 
-        Returns float32 [rows, vocab_size] on the model's device, rows in the order of the chunks; [0, vocab_size]
-        where none are asked for. comm connects the ranks; None where there is one. All ranks return the same bits.
+        Returns [rows, hidden] of the model's dtype on its device, rows in the order of the chunks; [0, hidden] where
+        none are asked for. comm connects the ranks; None where there is one. All ranks return the same bits.
         """
         self._check(chunks, pool, comm)
         self._ranks.communicator = comm
         tokens = torch.from_numpy(np.concatenate([chunk.tokens for chunk in chunks]).astype(np.int64))
         positions = torch.from_numpy(np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks]))
         step = attention.plan_attention(chunks, pool, self._scratch)
-        hidden = self._base(
+        hidden: torch.Tensor = self._base(
             input_ids=tokens.to(self.device)[None],
             position_ids=positions.to(self.device)[None],
             use_cache=False,
             step=step,
         ).last_hidden_state[0]
-        rows = _wanted_rows(chunks)
-        if not rows:
-            return torch.empty(0, self.spec.vocab_size, device=self.device)
-        return self._logits(hidden[torch.tensor(rows, device=self.device)], comm)
+        return hidden[torch.tensor(_wanted_rows(chunks), dtype=torch.int64, device=self.device)]
 
-    def _logits(self, hidden: torch.Tensor, comm: Communicator | None) -> torch.Tensor:
-        """hidden [rows, hidden] -> float32 [rows, vocab_size], gathered from all ranks."""
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Some rows of what `forward` returned, [rows, hidden] -> float32 [rows, vocab_size], gathered from all ranks.
+
+        Each rank must ask for the same rows in turn. A row's bits don't depend on those beside it.
+        """
+        if not len(hidden):
+            return torch.empty(0, self.spec.vocab_size, device=self.device)
         own: torch.Tensor = self._head(hidden)
-        if comm is None:
+        if (comm := self._ranks.communicator) is None:
             return own.float()
         parts = own.new_empty(self.size, *own.shape)
         comm.all_gather(own, parts)
-        whole = parts.float().permute(1, 0, 2).reshape(len(hidden), -1)
-        return whole[:, : self.spec.vocab_size]
+        whole = torch.empty(len(hidden), self.size, self._vocab_share, device=self.device)
+        whole.copy_(parts.transpose(0, 1))
+        return whole.view(len(hidden), -1)[:, : self.spec.vocab_size]
+
+    def logits_in_pieces(self, hidden: torch.Tensor, limit_bytes: int) -> Iterator[torch.Tensor]:
+        """The logits of all rows of `hidden`, as many rows at a time as take `limit_bytes`, and one at least."""
+        rows = max(1, limit_bytes // (4 * self.spec.vocab_size))
+        return (self.logits(hidden[at : at + rows]) for at in range(0, len(hidden), rows))
 
     def _check(self, chunks: Sequence[Chunk], pool: KVPool, comm: Communicator | None) -> None:
         if self.rank is None:

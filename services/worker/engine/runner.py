@@ -267,8 +267,9 @@ class Runner:
             (int(page) for each in chunks for page in each.pages[each.start // size : -(-each.end // size)]),
         )
         with torch.inference_mode():
-            logits = self.model.forward(chunks, self.pool, self._communicator)
-            samples = draw(plan.sequences, chunks, logits)
+            hidden = self.model.forward(chunks, self.pool, self._communicator)
+            pieces = self.model.logits_in_pieces(hidden, self.config.logits_bytes)
+            samples = draw(plan.sequences, chunks, pieces)
         for part, chunk in zip(plan.sequences, chunks, strict=True):
             filled = (int(page) for page in chunk.pages[chunk.start // size :])
             self._inventory.note(plan.epoch, zip(filled, unpack_keys(part.seals), strict=False))
