@@ -84,13 +84,13 @@ class Goodbye(Message):
 class Claim(Message):
     """What a worker kept when it lost the coordinator: its rank, and the sealed pages whose KV is whole there.
 
-    Not sent alone: part of WorkerReady. `keys` are those of `pages`, 16 bytes each, in the same order.
+    Not sent alone: part of WorkerReady. `keys` are those of `pages`, in the same order.
     """
 
     epoch: int
     rank: int
     pages: bytes
-    keys: bytes
+    keys: tuple[PageKey, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,11 +198,16 @@ class ProtectDone(Message):
 
 @dataclass(frozen=True, slots=True)
 class RestoreDone(Message):
-    """A rank's part in a RestorePlan is over. `failed`: stripes that it could not decode, with the first reason."""
+    """How far a rank is that decodes in a RestorePlan; seconds and bytes are those since it last said so.
+
+    `failed`: stripes that it could not decode, with the first reason.
+    """
 
     epoch: int
     plan: int
     rank: int
+    upto: int
+    """It is done with so many of the plan's stripes, in their order."""
     failed: tuple[PageKey, ...]
     reason: str
     bytes_restored: int
@@ -280,13 +285,13 @@ class Prepare(Message):
 class CopyPages(Message):
     """To a spare: read these pages from the worker at `address` into the own pool. Answered by PagesCopied.
 
-    `keys` are the pages', 16 bytes each; zeros for one that is not sealed.
+    `keys` are the pages'; OPEN_KEY for one that is not sealed.
     """
 
     move: int
     address: str
     pages: bytes
-    keys: bytes
+    keys: tuple[PageKey, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,7 +375,7 @@ class StripeRestore(Message):
 
 @dataclass(frozen=True, slots=True)
 class RestorePlan(Message):
-    """Rebuild these pages, the same plan on every rank."""
+    """Rebuild these pages, in this order: the same plan on every rank. Those that decode answer RestoreDone, as they go."""
 
     epoch: int
     plan: int

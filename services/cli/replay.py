@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Replay, print the story, and return 0 if all went as it was recorded. Raises ProtocolError."""
+    """Replay, print the narrator, and return 0 if all went as it was recorded. Raises ProtocolError."""
     from rich.console import Console
 
     from services.coordinator.recording.replay import lives
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _replay(life: list[Path], arguments: argparse.Namespace, console: "Console") -> bool:
     """Whether a life went as it was recorded."""
     from services.cli.status import status_view
-    from services.coordinator.recording.narrator import Story
+    from services.coordinator.recording.narrator import Narrator
     from services.coordinator.recording.replay import header, other_code, replay
 
     first = header(life[0])
@@ -46,12 +46,12 @@ def _replay(life: list[Path], arguments: argparse.Namespace, console: "Console")
     console.print(f"the coordinator of {at}Z ({first.life}), {begins}", style="bold")
     if other_code(first):
         console.print("recorded by other code of this version: what differs may be the code", style="yellow")
-    story = Story(
+    narrator = Narrator(
         lambda text, style: console.print(text, style=style, markup=False), first.now, events=arguments.events
     )
     began = time.perf_counter()
-    with story:
-        replayed = replay(life, story, _until(arguments.until, first.now))
+    with narrator:
+        replayed = replay(life, narrator, _until(arguments.until, first.now))
     took_s = time.perf_counter() - began
     console.print()
     console.print(status_view(asdict(replayed.status)))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from services.coordinator.protection.costs import Stripe
+from services.coordinator.protection.costs import StoredStripe
 from shared.messages import GatewayHello, Message, StoreHello, WorkerHello
 from shared.types import PageKey, StoreInfo
 
@@ -60,7 +60,7 @@ class EpochIs(Message):
 class StripesFound(Message):
     """What the index has of them; if it could not be read, why (`trouble`)."""
 
-    stripes: Mapping[PageKey, Stripe]
+    stripes: Mapping[PageKey, StoredStripe]
     trouble: str = ""
 
 
@@ -130,4 +130,4 @@ class Ask:
     question: Question
 
 
-Output = Send | Ask
+Effect = Send | Ask

@@ -1,8 +1,8 @@
 """The coordinator's core: events in, messages and questions out. It has no sockets, no clock, no tasks of its own.
 
 Every event comes in by `handle`, which hands it to the part that it concerns; afterwards what can begin begins.
-Workers, stores and gateways are there from the start, all else (`Serving`, `Epochs`) since the first worker has told
-which model is served.
+Workers, stores and gateways are there from the start; the engine, its protection and epochs since the first worker has
+told which model is served.
 """
 
 import logging
@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from services.coordinator.events import (
     Answered,
     Came,
+    Effect,
     EpochIs,
     Event,
     FindStripes,
     Keep,
     Left,
     NextEpoch,
-    Output,
     Peer,
     Said,
     StripesFound,
@@ -27,9 +27,10 @@ from services.coordinator.membership.detector import Detector
 from services.coordinator.membership.epochs import Epochs
 from services.coordinator.membership.members import Held, Membership
 from services.coordinator.membership.workers import Workers
-from services.coordinator.outbox import Outside
+from services.coordinator.outbox import Outbox
+from services.coordinator.protection.protection import Protection
 from services.coordinator.protection.stores import Stores
-from services.coordinator.scheduling.engine import Serving
+from services.coordinator.scheduling.engine import EmbeddedEngine
 from services.coordinator.scheduling.gateways import Gateways
 from services.coordinator.views.metrics import LossKind, Metrics
 from services.coordinator.views.status import cluster_status
@@ -89,18 +90,19 @@ class Group:
             epoch=epoch,
         )
         self.membership.cordons.update(cordons or {})
-        self.outside = Outside(self.membership)
-        self.outside.now = now
+        self.outbox = Outbox(self.membership)
+        self.outbox.now = now
         self.detector = Detector(
             heartbeat_s=config.heartbeat_s,
             hang_timeout_s=settings.hang_timeout_s,
             replace_stragglers=settings.replace_stragglers,
         )
-        self.workers = Workers(self.membership, self.detector, self.outside)
-        self.stores = Stores(self.outside)
-        self.gateways = Gateways(settings, self.outside)
+        self.workers = Workers(self.membership, self.detector, self.outbox)
+        self.stores = Stores(self.outbox)
+        self.gateways = Gateways(settings, self.outbox)
+        self.engine: EmbeddedEngine | None = None
+        """Once the model is known, as are `epochs`."""
         self.epochs: Epochs | None = None
-        """Once the model is known."""
         self.metrics = Metrics(self.status)
         self._settings = settings
         self.tracing = tracing or NoTracing()
@@ -109,15 +111,15 @@ class Group:
         self._status_sent = now
 
     @property
-    def serving(self) -> Serving | None:
-        """What there is once the model is known."""
-        return self.epochs.serving if self.epochs is not None else None
+    def protection(self) -> Protection | None:
+        """That of the engine's pages, once the model is known."""
+        return self.engine.protection if self.engine is not None else None
 
     def handle(self, now: float, event: Event) -> None:
         """Deal with one event. What is to be sent and asked is in `take` then."""
-        self.outside.now = now
-        if self.serving is not None:
-            self.serving.pool.now = now
+        self.outbox.now = now
+        if self.protection is not None:
+            self.protection.ledger.now = now
         match event:
             case Tick():
                 self._tick(now)
@@ -131,12 +133,12 @@ class Group:
                 self._answered(number, answer)
         if self.epochs is not None:
             self.epochs.go_on()
-        if self.outside.changed:
+        if self.outbox.changed:
             self._announce(now)
 
-    def take(self) -> list[Output]:
+    def take(self) -> list[Effect]:
         """What came out since the last time, in order."""
-        return self.outside.take()
+        return self.outbox.take()
 
     # -- time --------------------------------------------------------------------------------------------------------
 
@@ -144,32 +146,33 @@ class Group:
         if away_s := self.detector.looked(now):
             log.warning("this process was away for %.1f s: nobody is blamed for it", away_s)
             self.membership.excuse(away_s)
-            if self.serving is not None:
-                self.serving.excuse(away_s)
-        busy_since = self.serving.busy_since if self.serving is not None else None
+            if self.engine is not None:
+                self.engine.excuse(away_s)
+        busy_since = self.engine.busy_since() if self.engine is not None else None
         for name, kind, reason in list(self.detector.lost(self.membership, busy_since, now)):
             if kind != "straggler":
                 self._give_up(name, reason, kind)
-            elif self.serving is not None and self.serving.handover.move is None:
+            elif self.protection is not None and self.protection.moves.move is None:
                 log.warning("a rank straggles: it moves to a spare", extra={"worker": name, "reason": reason})
-                self.serving.handover.apply("replace", f"worker:{name}")
+                self.protection.moves.apply("replace", f"worker:{name}")
         if self.epochs is not None:
             self.epochs.tick()
-            self.epochs.serving.tick()
+        if self.protection is not None:
+            self.protection.tick()
         if now - self._status_sent > STATUS_S:
-            self.outside.changed = True
+            self.outbox.changed = True
 
     def _announce(self, now: float) -> None:
         """Tell all gateways the state, and Redis what of it must not be forgotten."""
-        self.outside.changed, self._status_sent = False, now
-        if not self.outside.asks(Keep):
-            self.outside.ask(Keep(self.membership.epoch, dict(self.membership.cordons)))
-        self.outside.to_all(self.gateways.peers, StatusChanged(self.status()))
+        self.outbox.changed, self._status_sent = False, now
+        if not self.outbox.asks(Keep):
+            self.outbox.ask(Keep(self.membership.epoch, dict(self.membership.cordons)))
+        self.outbox.to_all(self.gateways.peers, StatusChanged(self.status()))
 
     # -- peers -------------------------------------------------------------------------------------------------------
 
     def _came(self, peer: Peer, hello: WorkerHello | StoreHello | GatewayHello) -> None:
-        self.outside.send(peer, Welcome(self.config, self.membership.epoch))
+        self.outbox.send(peer, Welcome(self.config, self.membership.epoch))
         match hello:
             case WorkerHello(name=name):
                 if name in self.membership.members:
@@ -178,19 +181,19 @@ class Group:
             case StoreHello(store=store):
                 self._stores_by_peer[peer] = store
                 self.stores.join(store, peer)
-                self.outside.send(peer, EpochNow(self.config.group, self.membership.epoch))
-                if self.serving is not None:
-                    self.serving.protection.store_joined(peer)
-                self.outside.changed = True
+                self.outbox.send(peer, EpochNow(self.config.group, self.membership.epoch))
+                if self.protection is not None:
+                    self.protection.encoding.store_joined(peer)
+                self.outbox.changed = True
             case GatewayHello():
                 self.gateways.peers[peer] = None
-                self.outside.changed = True
+                self.outbox.changed = True
 
     def _said(self, peer: Peer, message: Message) -> None:
         if (name := self.workers.name(peer)) is not None:
             self._from_worker(name, message)
         elif peer in self.gateways.peers:
-            self.gateways.said(peer, message, self.serving)
+            self.gateways.said(peer, message, self.engine)
         elif (store := self._stores_by_peer.get(peer)) is not None:
             self._from_store(peer, store.store_id, message)
 
@@ -198,7 +201,7 @@ class Group:
         if (name := self.workers.name(peer)) is not None:
             self._give_up(name, reason, "closed")
         elif peer in self.gateways.peers:
-            self.gateways.left(peer, self.serving)
+            self.gateways.left(peer, self.engine)
         elif peer in self._stores_by_peer:
             self._store_gone(peer, reason)
 
@@ -212,7 +215,7 @@ class Group:
 
     def _from_worker(self, name: str, message: Message) -> None:
         """A worker's message; those of other epochs have no effect."""
-        now, epoch = self.outside.now, self.membership.epoch
+        now, epoch = self.outbox.now, self.membership.epoch
         self.membership.heard(name, now, message.step if isinstance(message, Heartbeat) else None)
         if isinstance(message, Heartbeat):
             self.detector.beat(name, message, now)
@@ -221,58 +224,61 @@ class Group:
         elif isinstance(message, Goodbye):
             self.membership.uncordon(name)  # whoever comes next under its name is another process
             self._give_up(name, message.reason, "stopped")
-        if self.epochs is None:
+        if self.epochs is None or self.engine is None:
             return
-        serving = self.epochs.serving
+        protection = self.engine.protection
         match message:
             case Rendezvous():
                 self.epochs.rendezvous(message)
             case Joined():
                 self.epochs.joined(name, message)
-            case StepDone(epoch=of) if of == epoch:
-                self.detector.step_done(name, message)
-                serving.step_done(message)
             case ProtectDone(epoch=of) if of == epoch:
-                serving.protect_done(message)
+                protection.protect_done(message)
+                self.engine.traces.protected()
             case RestoreDone(epoch=of) if of == epoch:
-                serving.restore_done(message)
-            case DigestDone(epoch=of) if of == epoch:
-                serving.requests.digest_done(message)
+                protection.restore_done(message)
             case RankFailed(epoch=of) if of == epoch:
                 self.epochs.failed(name, message)
             case Prepared():
-                serving.handover.prepared(message)
+                protection.prepared(message)
             case PagesCopied():
-                serving.copied(message)
+                protection.copied(message)
+            case StepDone(epoch=of) if of == epoch:
+                self.detector.step_done(name, message)
+                self.engine.step_done(message)
+            case DigestDone(epoch=of) if of == epoch:
+                self.engine.requests.digest_done(message)
             case _:
                 pass
 
     def _ready(self, name: str, ready: WorkerReady) -> None:
-        epochs = self.epochs = self.epochs or self._first_ready(ready)
-        model, pages = epochs.serving.model, len(epochs.serving.pool.pages)
-        if (ready.model.fingerprint, ready.pages) != (model.fingerprint, pages):
+        engine, epochs = self._engine_for(ready)
+        if (ready.model.fingerprint, ready.pages) != (engine.model.fingerprint, pages := engine.pages):
             reason = f"its model or pool ({ready.pages} pages) differs from the group's ({pages} pages)"
-            self.outside.to_worker(name, Goodbye(reason, final=True))
+            self.outbox.to_worker(name, Goodbye(reason, final=True))
             epochs.give_up(name, reason, "closed")
             return
         self.membership.members[name].pages_address = ready.pages_address
-        held = Held.of(ready.claim, ranks=self.config.size, pages=pages) if ready.claim is not None else None
+        held = Held.of(ready.claim, ranks=self.config.size, pages=engine.pages) if ready.claim is not None else None
         late = held is not None and self.membership.state != "forming"
-        self.membership.ready(name, self.outside.now, None if late else held)
+        self.membership.ready(name, self.outbox.now, None if late else held)
         if late:  # its rank is another's by now
-            self.outside.to_worker(name, StandBy(self.membership.epoch, hold=True))
-        self.outside.changed = True
+            self.outbox.to_worker(name, StandBy(self.membership.epoch, hold=True))
+        self.outbox.changed = True
 
-    def _first_ready(self, ready: WorkerReady) -> Epochs:
-        """The first worker tells which model is served, and how large the pool is."""
-        serving = Serving(
-            self.config, self._settings, ready, self.membership, self.stores, self.outside, self.metrics, self.tracing
-        )
-        self.gateways.submit_waiting(serving)
-        return Epochs(
-            self.config, self.membership, self.workers, self.detector, self.stores, serving, self.outside,
-            self.metrics, self._born,
-        )  # fmt: skip
+    def _engine_for(self, ready: WorkerReady) -> tuple[EmbeddedEngine, Epochs]:
+        """The engine and its epochs. The first worker tells which model is served, and how large the pool is."""
+        if self.engine is None or self.epochs is None:
+            self.engine = EmbeddedEngine(
+                self.config, self._settings, ready, self.membership, self.stores, self.outbox, self.metrics,
+                self.tracing,
+            )  # fmt: skip
+            self.epochs = Epochs(
+                self.config, self.membership, self.workers, self.detector, self.stores, self.engine,
+                self.engine.protection, self.outbox, self.metrics, self._born,
+            )  # fmt: skip
+            self.gateways.submit_waiting(self.engine)
+        return self.engine, self.epochs
 
     # -- stores ------------------------------------------------------------------------------------------------------
 
@@ -283,9 +289,9 @@ class Group:
             return
         level, ends = (logging.INFO, "leaves") if told else (logging.WARNING, "is lost")
         log.log(level, "parity store %s %s: %s", store_id, ends, reason)
-        if self.serving is not None:
-            self.serving.protection.store_gone()
-        self.outside.changed = True
+        if self.protection is not None:
+            self.protection.encoding.store_gone()
+        self.outbox.changed = True
 
     def _from_store(self, peer: Peer, store_id: str, message: Message) -> None:
         match message:
@@ -300,43 +306,39 @@ class Group:
             case _:
                 log.warning("store %s sent %s", store_id, type(message).__name__)
                 return
-        if self.serving is not None:
-            self.serving.protection.parity_gone(message)
-        self.outside.changed = True
+        if self.protection is not None:
+            self.protection.encoding.parity_gone(message)
+        self.outbox.changed = True
 
     # -- Redis -------------------------------------------------------------------------------------------------------
 
     def _answered(self, number: int, answer: EpochIs | StripesFound) -> None:
-        question = self.outside.answered(number)
-        if self.epochs is None:
+        question = self.outbox.answered(number)
+        if self.epochs is None or self.protection is None:
             return
         match question, answer:
             case NextEpoch(), EpochIs(epoch=epoch):
                 self.epochs.fenced(epoch)
             case Keep(), EpochIs(epoch=epoch):
                 self.epochs.known(epoch)
-            case FindStripes(purpose="restore", epoch=epoch), StripesFound():
-                self.epochs.serving.restorable(epoch, answer)
-            case FindStripes(purpose="cached", epoch=epoch), StripesFound():
-                self.epochs.serving.cached.found(epoch, answer)
-            case FindStripes(purpose="recognise"), StripesFound():
-                self.epochs.serving.protection.looked_up(question, answer)
+            case FindStripes(), StripesFound():
+                self.protection.found(question, answer)
 
     # -- views -------------------------------------------------------------------------------------------------------
 
     def peers(self) -> dict[Peer, str]:
         """Who is behind each connection, in words."""
-        workers = {peer: f"worker {name}" for name, peer in self.outside.workers.items()}
+        workers = {peer: f"worker {name}" for name, peer in self.outbox.workers.items()}
         stores = {peer: f"store {store.store_id}" for peer, store in self._stores_by_peer.items()}
         return workers | stores | {peer: f"gateway ({peer})" for peer in self.gateways.peers}
 
     def status(self) -> ClusterStatus:
         """The group's state when the last event was dealt with."""
-        now = self.outside.now
-        return cluster_status(self.config, self.membership, self.stores, self.serving, self.detector.paces(now), now)
+        now = self.outbox.now
+        return cluster_status(self.config, self.membership, self.stores, self.engine, self.detector.paces(now), now)
 
     def check(self) -> None:
         """Raise AssertionError unless pages, page tables, ranks and members agree."""
         self.membership.check()
-        if self.serving is not None:
-            self.serving.check()
+        if self.engine is not None:
+            self.engine.check()

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable
 
-from services.coordinator.events import Ask, Output, Peer, Question, Send
+from services.coordinator.events import Ask, Effect, Peer, Question, Send
 from services.coordinator.membership.members import Membership
 from shared.messages import Message
 
 
-class Outside:
-    """Peers and Redis, as the core sees them. `now` is the time of the event that is being dealt with."""
+class Outbox:
+    """Messages and questions for peers and Redis. `now` is the time of the event that is being dealt with."""
 
     def __init__(self, membership: Membership):
         self.now = 0.0
@@ -17,11 +17,11 @@ class Outside:
         self.changed = False
         """Whether gateways are to be told the state when the event is dealt with."""
         self._membership = membership
-        self._out: list[Output] = []
+        self._out: list[Effect] = []
         self._asked: dict[int, Question] = {}
         self._numbers = 0
 
-    def take(self) -> list[Output]:
+    def take(self) -> list[Effect]:
         """What is to be sent and asked since the last time, in order."""
         out, self._out = self._out, []
         return out

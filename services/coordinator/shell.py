@@ -10,13 +10,13 @@ from services.coordinator.events import (
     Answered,
     Ask,
     Came,
+    Effect,
     EpochIs,
     Event,
     FindStripes,
     Keep,
     Left,
     NextEpoch,
-    Output,
     Peer,
     Question,
     Said,
@@ -25,7 +25,7 @@ from services.coordinator.events import (
 )
 from services.coordinator.group import Group
 from services.coordinator.membership.journal import Journal
-from services.coordinator.protection.locator import Whereabouts
+from services.coordinator.protection.locator import Locator
 from services.coordinator.recording.recorder import Recorder
 from services.coordinator.recording.segments import encode
 from shared import wire
@@ -52,7 +52,7 @@ class Shell:
     ):
         self.group = group
         self._recorder = recorder
-        self._whereabouts = Whereabouts(index, group.config.group)
+        self._locator = Locator(index, group.config.group)
         self._journal = journal
         self._clock = clock
         self._channels: dict[Peer, Channel] = {}
@@ -82,20 +82,20 @@ class Shell:
         self._channels[peer] = channel
         reason = "its channel closed"
         if isinstance(hello, StoreHello):
-            self._whereabouts.joins(hello.store.store_id, channel)
+            self._locator.joins(hello.store.store_id, channel)
         try:
             self._handle(Came(peer, hello))
             async for frame in channel.frames():
                 message = wire.decode(frame)
                 if isinstance(message, ShardsFound):
-                    self._whereabouts.told(message)
+                    self._locator.told(message)
                 else:
                     self._handle(Said(peer, message), frame)
         except GhostError as error:
             reason = str(error)
             raise
         finally:
-            self._whereabouts.leaves(channel)
+            self._locator.leaves(channel)
             self._handle(Left(peer, reason))
             del self._channels[peer]
 
@@ -115,7 +115,7 @@ class Shell:
             if recorder is not None:
                 recorder.saw(now, event, frame, outputs)
 
-    def _do(self, output: Output, frame: bytes) -> None:
+    def _do(self, output: Effect, frame: bytes) -> None:
         match output:
             case Send(peers):
                 for peer in peers:
@@ -143,4 +143,4 @@ class Shell:
             case Keep(current, cordons):
                 self._handle(Answered(number, EpochIs(await self._journal.keep(current, cordons))))
             case FindStripes():
-                self._handle(Answered(number, await self._whereabouts.find(question)))
+                self._handle(Answered(number, await self._locator.find(question)))

@@ -12,7 +12,7 @@ import msgpack
 import pytest
 
 from services.cli.main import main
-from services.coordinator.events import Output, Send
+from services.coordinator.events import Effect, Send
 from services.coordinator.group import Group
 from services.coordinator.recording.keyframe import freeze, thaw
 from services.coordinator.recording.recorder import Recorder
@@ -33,12 +33,12 @@ class Quiet:
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
-        self.outputs: list[Output] = []
+        self.outputs: list[Effect] = []
 
     def begins(self, entry: Entry, group: Group) -> None:
         self.entries.append(entry)
 
-    def ended(self, entry: Entry, group: Group, outputs: Sequence[Output]) -> None:
+    def ended(self, entry: Entry, group: Group, outputs: Sequence[Effect]) -> None:
         self.outputs.extend(outputs)
 
 
@@ -187,7 +187,7 @@ def test_the_first_event_at_which_the_core_does_something_else_is_named(
     _, watcher = again(tmp_path, world.lives[0])
     steps = [0]
 
-    def planned(entry: Entry, group: Group, outputs: Sequence[Output]) -> None:
+    def planned(entry: Entry, group: Group, outputs: Sequence[Effect]) -> None:
         if any(isinstance(output, Send) and isinstance(output.message, StepPlan) for output in outputs):
             steps.append(entry.number)
 
@@ -205,7 +205,7 @@ def test_the_event_after_which_page_tables_disagree_is_named(tmp_path: Path, mon
 
     def broken(self: Group) -> None:
         check(self)
-        assert self.outside.now < world.now - 0.5, "a page leaks"
+        assert self.outbox.now < world.now - 0.5, "a page leaks"
 
     monkeypatch.setattr(Group, "check", broken)
     replayed, watcher = again(tmp_path, world.lives[0])

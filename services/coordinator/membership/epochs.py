@@ -1,7 +1,7 @@
 """The end of an epoch, and the beginning of the next one.
 
 A failure goes down through `give_up` or `broken`, `_interrupt`, `go_on`, `fenced` and `_form`, as far as the question
-what can be restored; the answer and the ranks that join bring it back through `Serving.advance` to `Serving.step`.
+what can be restored; the answer and the ranks that join bring it back through `Protection.advance` to the engine.
 """
 
 import logging
@@ -10,9 +10,10 @@ from services.coordinator.events import NextEpoch
 from services.coordinator.membership.detector import Detector
 from services.coordinator.membership.members import Formation, Membership
 from services.coordinator.membership.workers import Workers
-from services.coordinator.outbox import Outside
+from services.coordinator.outbox import Outbox
+from services.coordinator.protection.host import Host
+from services.coordinator.protection.protection import Protection
 from services.coordinator.protection.stores import Stores
-from services.coordinator.scheduling.engine import Serving
 from services.coordinator.views.metrics import LossKind, Metrics
 from services.coordinator.views.timeline import Recovery
 from shared import logs
@@ -35,18 +36,20 @@ class Epochs:
         workers: Workers,
         detector: Detector,
         stores: Stores,
-        serving: Serving,
-        outside: Outside,
+        engine: Host,
+        protection: Protection,
+        outbox: Outbox,
         metrics: Metrics,
         born: float,
     ):
-        self.serving = serving
+        self._engine = engine
+        self._protection = protection
         self._config = config
         self._membership = membership
         self._workers = workers
         self._detector = detector
         self._stores = stores
-        self._outside = outside
+        self._outbox = outbox
         self._metrics = metrics
         self._born = born
         self._fencing: float | None = None  # since when an epoch is asked for
@@ -58,7 +61,7 @@ class Epochs:
     def give_up(self, name: str, reason: str, kind: LossKind) -> None:
         """A worker is lost; if it held a rank, the epoch is over."""
         rank, silent_s = self._workers.lose(name, reason, kind)
-        self.serving.handover.gone(name)
+        self._protection.moves.gone(name)
         if rank is not None:
             self._metrics.rank_failures.labels(kind).inc()
             recovery = self._interrupt(f"rank {rank} ({name}): {reason}")
@@ -72,15 +75,15 @@ class Epochs:
         elif self._membership.state != "forming":
             log.info("rank %d: %s", message.rank, message.reason)
             self._detector.failed(name)
-            self._broken_since = self._outside.now if self._broken_since is None else self._broken_since
+            self._broken_since = self._outbox.now if self._broken_since is None else self._broken_since
             if message.cut_off:
                 self._cut_off.add(message.rank)
 
     def tick(self) -> None:
         """Give up an epoch in which nothing moves, or in which ranks can't work together."""
-        if stuck := self.serving.stuck():
+        if stuck := self._engine.stuck():
             self.broken(stuck)
-        if self._broken_since is not None and self._outside.now - self._broken_since > BROKEN_GRACE_S:
+        if self._broken_since is not None and self._outbox.now - self._broken_since > BROKEN_GRACE_S:
             self._collective_failed()
 
     def _collective_failed(self) -> None:
@@ -89,7 +92,7 @@ class Epochs:
         if lost := self._membership.cut_off(self._cut_off):
             for name in lost:
                 self.give_up(name, "its host and those of other ranks can't reach each other", "cut off")
-        elif (failing := self._detector.cut_off(self._outside.now, joining=joining)) is not None:
+        elif (failing := self._detector.cut_off(self._outbox.now, joining=joining)) is not None:
             self.give_up(failing, "it can't work with its peers, though it beats", "cut off")
         else:
             self.broken("a collective failed, and nobody is known to be lost")
@@ -107,11 +110,11 @@ class Epochs:
 
     def _hand_over(self) -> None:
         """Between two steps: the last pages of a rank that moves are copied, then the epoch ends for the next one."""
-        handover = self.serving.handover
-        if not handover.closing or self.serving.scheduler.busy:
+        moves = self._protection.moves
+        if not moves.closing or self._engine.busy:
             return
-        handover.close()
-        if (move := handover.switch()) is not None:
+        moves.close()
+        if (move := moves.switch()) is not None:
             recovery = self._interrupt(f"rank {move.rank} moves from {move.old} to {move.new}")
             recovery.planned, recovery.started = True, move.held_since
 
@@ -119,27 +122,28 @@ class Epochs:
         """The epoch is over: nothing in flight counts any more."""
         self._broken_since = None
         self._cut_off.clear()
-        self.serving.interrupted()
-        return self.serving.timeline.interrupted(reason, self._membership.epoch, self._outside.now)
+        self._engine.quiesce()
+        self._protection.interrupted()
+        return self._protection.timeline.interrupted(reason, self._membership.epoch, self._outbox.now)
 
     # -- the next one begins -----------------------------------------------------------------------------------------
 
     def go_on(self) -> None:
         """After each event: what can begin begins, a move, an epoch or a step."""
         self._hand_over()
-        if self._fencing is None and self._membership.can_form(self._outside.now):
-            self._fencing = self._outside.now
-            self._outside.ask(NextEpoch(self._membership.newest_epoch))
-        self.serving.step()
+        if self._fencing is None and self._membership.can_form(self._outbox.now):
+            self._fencing = self._outbox.now
+            self._outbox.ask(NextEpoch(self._membership.newest_epoch))
+        self._engine.go_on()
 
     def fenced(self, epoch: int) -> None:
         """Redis knows the new epoch: whatever is of an older one is refused from now on."""
-        now, newest = self._outside.now, self._membership.newest_epoch
+        now, newest = self._outbox.now, self._membership.newest_epoch
         if epoch <= newest:  # a worker came meanwhile that was in a newer one
-            self._outside.ask(NextEpoch(newest))
+            self._outbox.ask(NextEpoch(newest))
             return
         began, self._fencing = self._fencing, None
-        if (recovery := self.serving.timeline.current) is not None and began is not None:
+        if (recovery := self._protection.timeline.current) is not None and began is not None:
             recovery.fence_s += now - began
         if self._membership.can_form(now):
             self._form(self._membership.form(epoch, now))
@@ -150,38 +154,19 @@ class Epochs:
         epoch, members = formation.epoch, self._membership.members.values()
         logs.epoch_is(epoch)
         self._detector.epoch_begins()
-        self._take_over(formation)
+        self._protection.formed(formation, self._born)
+        self._engine.place(formation)
         self._stores.send(EpochNow(self._config.group, epoch))
-        if not self.serving.protection.begun:
-            self.serving.protection.begin()
+        if not self._protection.encoding.begun:
+            self._protection.encoding.begin()
         for rank, name in enumerate(formation.ranks):
-            self._outside.to_worker(name, Assign(epoch, rank, self._config.size, self._communicator()))
+            self._outbox.to_worker(name, Assign(epoch, rank, self._config.size, self._communicator()))
         for member in members:
             if member.ready and member.rank is None:
-                self._outside.to_worker(member.name, StandBy(epoch, hold=not member.cordoned))
+                self._outbox.to_worker(member.name, StandBy(epoch, hold=not member.cordoned))
         log.info("the epoch begins: %s", ", ".join(formation.ranks))
-        self._outside.changed = True
-        self.serving.restoration.plan()
-
-    def _take_over(self, formation: Formation) -> None:
-        """Lost slices are missing from now on, but for those that the workers that returned have."""
-        serving = self.serving
-        if not serving.protection.begun:
-            returned = {rank: held.pages for rank, held in formation.returned.items()}
-            serving.pool.adopt(returned, self._config.size)
-            serving.scheduler.readmit()
-            if returned:
-                why = "the coordinator was restarted"
-                recovery = serving.timeline.interrupted(why, formation.epoch, self._born)
-                recovery.lost.update(formation.fresh - returned.keys())
-                log.info("ranks %s are back with %d pages", sorted(returned), serving.pool.cached)
-            return
-        serving.pool.lose(formation.fresh)
-        serving.scheduler.lose()
-        serving.scheduler.readmit()
-        for rank, held in formation.returned.items():
-            serving.pool.reclaim(rank, held.pages)
-        serving.handover.formed(formation)
+        self._outbox.changed = True
+        self._protection.restoration.plan()
 
     def _communicator(self) -> str:
         if self._config.communicator != "auto":
@@ -196,15 +181,15 @@ class Epochs:
         """Rank 0 has opened the meeting points: the ranks connect."""
         if self._membership.rendezvous(message.epoch):
             join = Join(message.epoch, message.model_address, message.exchange_address)
-            self._outside.to_ranks(join)
+            self._outbox.to_ranks(join)
             log.debug("the ranks connect")
 
     def joined(self, name: str, message: Joined) -> None:
         """A rank is connected; with the last one, sequences that lack nothing go on."""
-        timeline = self.serving.timeline
+        timeline = self._protection.timeline
         if message.epoch == self._membership.epoch and (recovery := timeline.current) is not None:
             recovery.weights_s = max(recovery.weights_s, message.weights_s)
         if self._membership.joined(message.epoch, name):
-            timeline.joined(self._outside.now)
+            timeline.joined(self._outbox.now)
             log.debug("the ranks are connected")
-            self.serving.advance()
+            self._protection.advance()

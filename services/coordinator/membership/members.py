@@ -11,7 +11,7 @@ from typing import Literal
 
 from shared.errors import ProtocolError
 from shared.messages import Claim
-from shared.types import GroupState, PageKey, WorkerStatus, unpack_ids, unpack_keys
+from shared.types import GroupState, PageKey, WorkerStatus, unpack_ids
 
 GroupEvent = Literal["formed", "rendezvous", "joined", "restored", "lost"]
 
@@ -48,7 +48,7 @@ class Held:
     def of(cls, claim: Claim, *, ranks: int, pages: int) -> "Held":
         """What a claim says, in a group of so many ranks with so many pages each. Raises ProtocolError."""
         try:
-            numbers, keys = unpack_ids(claim.pages), unpack_keys(claim.keys)
+            numbers, keys = unpack_ids(claim.pages), claim.keys
             held = dict(zip(numbers, keys, strict=True))
         except ValueError as error:
             raise ProtocolError(f"a claim that can't be read: {error}") from error
@@ -130,7 +130,7 @@ class Membership:
         self.cordons: dict[str, int | None] = {}
         """Workers that are not to be taken, here or not, and the rank from which each was moved."""
         self.ranks: list[str | None] = [None] * size
-        self.story: deque[str] = deque(maxlen=32)
+        self.history: deque[str] = deque(maxlen=32)
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._join_timeout_s = join_timeout_s
         self._void: set[int] = set(range(size))
@@ -366,12 +366,12 @@ class Membership:
     def _move(self, event: GroupEvent) -> None:
         target = TRANSITIONS.get((self.state, event))
         if target is None:
-            raise InvalidTransition(f"{event} in state {self.state}; before: {'; '.join(self.story)}")
+            raise InvalidTransition(f"{event} in state {self.state}; before: {'; '.join(self.history)}")
         self._tell(f"{event}: {self.state} -> {target}, epoch {self.epoch}")
         self.state = target
 
     def _tell(self, what: str) -> None:
-        self.story.append(what)
+        self.history.append(what)
 
     def check(self) -> None:
         """Raise AssertionError unless ranks and members agree."""

@@ -1,17 +1,17 @@
-"""What to restore from parity and what to recompute after a loss. Pure: sequences, stripes and rates come in."""
+"""What to restore from parity and what to recompute after a loss. Pure: runs, stripes and rates come in."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from services.coordinator.protection.ledger import Page, PagePool
-from services.coordinator.scheduling.scheduler import Sequence
+from services.coordinator.protection.host import Run
+from services.coordinator.protection.ledger import Ledger
 from shared.messages import ParityShard, StripeRestore
 from shared.types import PageKey
 
 
 @dataclass(frozen=True, slots=True)
-class Stripe:
+class StoredStripe:
     """What the index says of a stripe's parity, as far as its store is alive in the incarnation that has the bytes."""
 
     parity: tuple[ParityShard, ...]
@@ -47,13 +47,13 @@ class Rates:
 
 
 @dataclass(frozen=True, slots=True)
-class Return:
-    """How a sequence gets its KV back: these pages from the stores, what follows them as a prefill.
+class Choice:
+    """How a run gets its KV back: these pages from the stores, what follows them as a prefill.
 
     Both ways' expected seconds are those of the pages that can be restored, of which there may be none.
     """
 
-    sequence: Sequence
+    run: Run
     stripes: tuple[StripeRestore, ...]
     restore_s: float
     recompute_s: float
@@ -62,79 +62,71 @@ class Return:
 
     @property
     def way(self) -> Literal["restore", "recompute", "kept"]:
-        """In a word: of a sequence that shares another's pages, it says what is done for this one besides."""
+        """In a word: of a run that shares another's pages, it says what is done for this one besides."""
         return "restore" if self.stripes else "recompute" if self.missing else "kept"
 
 
-def wanted_keys(pool: PagePool, sequences: Iterable[Sequence]) -> list[PageKey]:
-    """Keys of the sealed pages of sequences that have a slice missing, each once, in order of need."""
+def wanted_keys(ledger: Ledger, runs: Iterable[Run]) -> list[PageKey]:
+    """Keys of the sealed pages of runs that have a slice missing, each once, in order of need."""
     wanted: dict[PageKey, None] = {}
-    for sequence in sequences:
-        for page, key in zip(sequence.pages, sequence.keys, strict=False):
-            if pool.pages[page].missing:
+    for run in runs:
+        for page, key in zip(run.pages, run.keys, strict=False):
+            if ledger.missing(page):
                 wanted[key] = None
     return list(wanted)
 
 
-def plan_restore(
-    pool: PagePool,
-    sequences: Iterable[Sequence],
-    stripes: Mapping[PageKey, Stripe],
+def choose(
+    ledger: Ledger,
+    runs: Collection[Run],
+    stripes: Mapping[PageKey, StoredStripe],
     rates: Rates,
     *,
     page_bytes: int,
     page_tokens: int,
     always: bool = False,
     copies: bool = False,
-) -> list[Return]:
-    """How each sequence comes back, those with the least to restore first.
+) -> list[Choice]:
+    """How each run comes back, those with the least to restore first.
 
-    Of each the run from its start that is recoverable is restored, if that pays by `rates`, or `always`. A page after
-    one that can't be is left out: recomputing the gap goes through it anyway. `copies`: see `restorable`.
+    Of each the pages from its start that are recoverable are restored, if that pays by `rates`, or `always`. A page
+    after one that can't be is left out: recomputing the gap goes through it anyway. `copies`: see `restorable`.
     """
+    missing = {run.number: sum(bool(ledger.missing(page)) for page in run.pages) for run in runs}
     planned: set[PageKey] = set()
-    returns = []
-    for sequence in sorted(sequences, key=lambda each: _missing(pool, each)):
-        run: list[StripeRestore] = []
-        for number, key in zip(sequence.pages, sequence.keys, strict=False):
-            if not pool.pages[number].missing or key in planned:
+    choices = []
+    for run in sorted(runs, key=lambda each: missing[each.number]):
+        first: list[StripeRestore] = []
+        for number, key in zip(run.pages, run.keys, strict=False):
+            if not (lost := ledger.missing(number)) or key in planned:
                 continue
-            stripe = restorable(pool.pages[number], stripes, copies=copies)
+            stripe = restorable(number, key, lost, stripes, copies=copies) if ledger.key(number) == key else None
             if stripe is None:
                 break
-            run.append(stripe)
-        restore_s = rates.restore_seconds(len(run), page_bytes)
-        recompute_s = rates.recompute_seconds(len(run) * page_tokens)
+            first.append(stripe)
+        restore_s = rates.restore_seconds(len(first), page_bytes)
+        recompute_s = rates.recompute_seconds(len(first) * page_tokens)
         if not (always or restore_s < recompute_s):
-            run = []
-        planned.update(stripe.key for stripe in run)
-        returns.append(Return(sequence, tuple(run), restore_s, recompute_s, _missing(pool, sequence)))
-    return returns
+            first = []
+        planned.update(stripe.key for stripe in first)
+        choices.append(Choice(run, tuple(first), restore_s, recompute_s, missing[run.number]))
+    return choices
 
 
-def _missing(pool: PagePool, sequence: Sequence) -> int:
-    return sum(bool(pool.pages[page].missing) for page in sequence.pages)
-
-
-def restorable(page: Page, stripes: Mapping[PageKey, Stripe], *, copies: bool = False) -> StripeRestore | None:
-    """How to rebuild what is missing of a page; None if too little of it is stored.
+def restorable(
+    place: int, key: PageKey, missing: Iterable[int], stripes: Mapping[PageKey, StoredStripe], *, copies: bool = False
+) -> StripeRestore | None:
+    """How to rebuild what the ranks `missing` lack of a page, or slot; None if too little of it is stored.
 
     `copies`: the stripes' stored shards are raw copies of each rank's page, not parity.
     """
-    return rebuilt(page.number, page.key, page.missing, stripes, copies=copies) if page.key is not None else None
-
-
-def rebuilt(
-    place: int, key: PageKey, missing: Iterable[int], stripes: Mapping[PageKey, Stripe], *, copies: bool = False
-) -> StripeRestore | None:
-    """How to rebuild what the ranks `missing` lack of a stripe; None if too little of it is stored."""
     stripe = stripes.get(key)
     lost = tuple(sorted(missing))
     shards = _enough(stripe, lost, copies=copies) if stripe is not None and lost else None
     return StripeRestore(place, key, lost, shards, stripe.data_checksums) if stripe is not None and shards else None
 
 
-def _enough(stripe: Stripe, lost: tuple[int, ...], *, copies: bool) -> tuple[ParityShard, ...] | None:
+def _enough(stripe: StoredStripe, lost: tuple[int, ...], *, copies: bool) -> tuple[ParityShard, ...] | None:
     """The stored shards from which the lost slices come back: each one's own copy, or all parity. None: too few.
 
     All, since a row that is found damaged is made up for by another.
@@ -146,15 +138,3 @@ def _enough(stripe: Stripe, lost: tuple[int, ...], *, copies: bool) -> tuple[Par
     else:
         shards = stripe.parity
     return shards if len(shards) >= len(lost) else None
-
-
-def valid_tokens(pool: PagePool, sequence: Sequence, page_tokens: int) -> int:
-    """Tokens from a sequence's start whose KV is there on every rank."""
-    for index, key in enumerate(sequence.keys):
-        page = pool.pages[sequence.pages[index]]
-        if page.missing or page.key != key:
-            return index * page_tokens
-    tail = sequence.pages[len(sequence.keys) :]
-    if tail and pool.pages[tail[0]].missing:
-        return len(sequence.keys) * page_tokens
-    return sequence.computed

@@ -1,6 +1,6 @@
-"""The way of sealed pages into the shadow: which are encoded, and what the stores acknowledged, lost or may forget.
+"""Sealed pages on their way to the stores: which are encoded, and what the stores acknowledged, lost or may forget.
 
-The pool keeps each page's state; this sends what follows from it to ranks and stores.
+The ledger keeps each page's state; this sends what follows from it to ranks and stores.
 """
 
 import logging
@@ -9,9 +9,10 @@ from functools import partial
 
 from services.coordinator.events import FindStripes, Peer, StripesFound
 from services.coordinator.membership.members import Membership
-from services.coordinator.outbox import Outside
-from services.coordinator.protection.costs import Stripe
-from services.coordinator.protection.ledger import PagePool, Shadow
+from services.coordinator.outbox import Outbox
+from services.coordinator.protection.costs import StoredStripe
+from services.coordinator.protection.host import Span
+from services.coordinator.protection.ledger import Ledger, Parity
 from services.coordinator.protection.stores import Stores
 from services.coordinator.protection.tails import Tails
 from shared.messages import (
@@ -36,28 +37,28 @@ BATCH_PAGES = 256
 IN_FLIGHT_PAGES = 1024
 
 
-class Protection:
-    """Sealed pages on their way to the stores. `tails`: where those are protected too."""
+class Encoding:
+    """What of the ledger is under way. `tails`: where those are protected too."""
 
     def __init__(
         self,
         config: GroupConfig,
         membership: Membership,
-        pool: PagePool,
+        ledger: Ledger,
         tails: Tails | None,
         stores: Stores,
-        outside: Outside,
+        outbox: Outbox,
     ):
-        self.pool = pool
-        self.tails = tails
-        self.stores = stores
+        self._ledger = ledger
+        self._tails = tails
+        self._stores = stores
         self.parity_bytes = 0
         """Acknowledged since the start."""
         self._group = config.group
         self._parity = config.parity if config.protection == "parity" else 0
         self._shards = config.size if config.protection == "replicate" else config.parity  # of a complete stripe
         self._membership = membership
-        self._outside = outside
+        self._outbox = outbox
         self._serial = 0  # of releases sent
         self._step = 0  # the last one done in this epoch: the KV of all before it is there
         self._tried = 0.0
@@ -69,59 +70,64 @@ class Protection:
     @property
     def trouble(self) -> str:
         """Why the last stripe that could not be protected was not."""
-        return self.pool.unprotected_reason if self.stores.infos() else "no parity store is connected"
+        return self._ledger.unprotected_reason if self._stores.infos() else "no parity store is connected"
+
+    @property
+    def storable(self) -> bool:
+        """Whether there is a store."""
+        return bool(self._stores.infos())
 
     def flow(self) -> None:
         """Send sealed pages to the shadow, and tell the stores which stripes are gone."""
-        if self.tails is not None:
-            self.tails.prune()
-            if released := self.tails.take_released():
+        if self._tails is not None:
+            self._tails.prune()
+            if released := self._tails.take_released():
                 self._release(released)
         epoch = self._membership.epoch
-        if keys := self.pool.take_released():
+        if keys := self._ledger.take_released():
             self._release(keys)
             if self._room is not None:
                 self._room += len(keys)
-        stores = self.stores.open()
+        stores = self._stores.open()
         if self._membership.state != "serving" or not stores:
             return
-        while pages := self.pool.start_protection(BATCH_PAGES, IN_FLIGHT_PAGES):
+        while pages := self._ledger.start_protection(BATCH_PAGES, IN_FLIGHT_PAGES):
             numbers = pack_ids(page.number for page in pages)
             keys = tuple(page.key for page in pages if page.key is not None)
-            self._outside.to_ranks(ProtectPlan(epoch, self._step, numbers, keys, stores, self._serial))
+            self._outbox.to_ranks(ProtectPlan(epoch, self._step, numbers, keys, stores, self._serial))
 
     def _release(self, keys: tuple[PageKey, ...]) -> None:
         self._outdated(keys)
-        self.stores.send(ReleaseStripes(self._group, keys, self._membership.epoch, self._serial))
+        self._stores.send(ReleaseStripes(self._group, keys, self._membership.epoch, self._serial))
         self._serial += 1
 
-    def step_done(self, step: int) -> None:
+    def step_done(self, step: int, spans: Iterable[Span]) -> None:
         """A step is done: the pages that it filled are protected, where it is asked also the tokens of others."""
         self._step = step
-        stores = self.stores.open()
-        if self.tails is not None and stores and (begun := self.tails.computed(self._membership.epoch, step)):
+        stores = self._stores.open()
+        if self._tails is not None and stores and (begun := self._tails.computed(self._membership.epoch, step, spans)):
             slots, keys = pack_ids(token.slot for token in begun), tuple(token.key for token in begun)
             plan = ProtectPlan(self._membership.epoch, step, slots, keys, stores, self._serial, tail=True)
-            self._outside.to_ranks(plan)
+            self._outbox.to_ranks(plan)
         self.flow()
 
     def interrupted(self) -> None:
         """The epoch is over: in the next one no step is done yet, and none needs to be waited for."""
         self._step = 0
-        if self.tails is not None:
-            self.tails.interrupted()
+        if self._tails is not None:
+            self._tails.interrupted()
 
     def done(self, message: ProtectDone) -> None:
         """A rank tells what became of the stripes that it encoded."""
-        if self.tails is not None and any(map(self.tails.knows, (*message.protected, *message.failed))):
+        if self._tails is not None and any(map(self._tails.knows, (*message.protected, *message.failed))):
             for key in (*message.protected, *message.failed):
-                self.tails.ended(key, protected=key not in message.failed)
+                self._tails.ended(key, protected=key not in message.failed)
             self.flow()
             return
-        self.pool.end_protection(message.protected, message.rank, protected=True)
+        self._ledger.end_protection(message.protected, message.rank, protected=True)
         self.parity_bytes += message.parity_bytes
         if message.failed:
-            self.pool.end_protection(message.failed, message.rank, protected=False, reason=message.reason)
+            self._ledger.end_protection(message.failed, message.rank, protected=False, reason=message.reason)
             log.warning("%d stripes are not protected: %s", len(message.failed), message.reason)
         if message.full:
             self._make_room(message.failed)
@@ -129,10 +135,10 @@ class Protection:
 
     def _make_room(self, failed: tuple[PageKey, ...]) -> None:
         """Stores are full: parity of pages in use goes before that of pages that are only cached."""
-        self._room, self._full_since = 0, self.pool.now
-        if keys := self.pool.make_room(failed):
+        self._room, self._full_since = 0, self._ledger.now
+        if keys := self._ledger.make_room(failed):
             self._release(keys)
-            self._tried = self.pool.now + MAKE_ROOM_S - RETRY_S
+            self._tried = self._ledger.now + MAKE_ROOM_S - RETRY_S
 
     def retry(self, now: float) -> None:
         """Try what failed again, RETRY_S after the last time; cached pages as far as a full store was given room."""
@@ -144,12 +150,12 @@ class Protection:
 
     def resumed(self) -> None:
         """The group serves: what failed, or was under way when the epoch before ended, is tried again."""
-        self.pool.protect_again(Shadow.PENDING)
+        self._ledger.protect_again(Parity.PENDING)
         self._again()
 
     def _again(self) -> None:
         if self._looking is None:  # otherwise the index may yet say that there is nothing to do
-            self.pool.protect_again(Shadow.UNPROTECTED, cached=self._room)
+            self._ledger.protect_again(Parity.UNPROTECTED, idle=self._room)
             if self._room is not None:
                 self._room = 0
         self.flow()
@@ -159,21 +165,21 @@ class Protection:
     def store_joined(self, peer: Peer) -> None:
         """A parity store offers its memory: what it has is recognised, and all else that lacks protection gets it."""
         self._room = None
-        if len(self.stores.open()) <= self._parity:
-            self.pool.protect_again(Shadow.PROTECTED)  # before, shards of one stripe had to share a store
+        if len(self._stores.open()) <= self._parity:
+            self._ledger.protect_again(Parity.PROTECTED)  # before, shards of one stripe had to share a store
         if self._open:
-            self._keep(partial(self._outside.send, peer))
+            self._keep(partial(self._outbox.send, peer))
 
     def store_gone(self) -> None:
         """A parity store is lost, and with it the parity that it held: all is encoded anew where there is room."""
-        self.pool.protection_lost()
+        self._ledger.protection_lost()
         self.flow()
 
     def parity_gone(self, message: ShardsLost | StoreDrains) -> None:
         """A store gave parity up, or wants to be rid of it: it is encoded anew from the live pages."""
         if message.group == self._group:
             self._outdated(message.keys)
-            self.pool.shards_lost(message.keys)
+            self._ledger.shards_lost(message.keys)
             self.flow()
 
     # -- what an earlier coordinator left ----------------------------------------------------------------------------
@@ -181,7 +187,7 @@ class Protection:
     def begin(self) -> None:
         """It is known now which pages there are: the stores may forget all others, and what they have counts."""
         self._open = True
-        self._keep(self.stores.send)
+        self._keep(self._stores.send)
 
     @property
     def begun(self) -> bool:
@@ -189,7 +195,7 @@ class Protection:
         return self._open
 
     def _keep(self, send: Callable[[Message], None]) -> None:
-        send(KeepStripes(self._group, self.pool.keys, self._membership.epoch, self._serial))
+        send(KeepStripes(self._group, tuple(self._ledger.keys), self._membership.epoch, self._serial))
         self._serial += 1
         if self._looking is None:
             self._look()
@@ -197,25 +203,25 @@ class Protection:
     def _look(self) -> None:
         """Ask the index for the stripes of unprotected pages."""
         self._looking = set()
-        keys, epoch = tuple(self.pool.unprotected()), self._membership.epoch
-        self._outside.ask(FindStripes("recognise", epoch, keys, self.stores.open()))
+        keys, epoch = tuple(self._ledger.unprotected()), self._membership.epoch
+        self._outbox.ask(FindStripes("recognise", epoch, keys, self._stores.open()))
 
     def looked_up(self, question: FindStripes, found: StripesFound) -> None:
         """Complete stripes are protected, others are tried again; where stores came or went meanwhile, look again."""
         if found.trouble:
             log.warning("the stripe index can't be read, so all is encoded anew: %s", found.trouble)
-        elif question.stores != self.stores.open():
+        elif question.stores != self._stores.open():
             self._look()
             return
         outdated, self._looking = self._looking or set(), None
         complete = [key for key, stripe in found.stripes.items() if key not in outdated and self._complete(stripe)]
-        self.pool.found_protected(complete)
+        self._ledger.found_protected(complete)
         self._again()
 
-    def _complete(self, stripe: Stripe) -> bool:
+    def _complete(self, stripe: StoredStripe) -> bool:
         """Whether all shards of a stripe are there, and as far apart as there are stores."""
         apart = len({shard.bulk_address for shard in stripe.parity})
-        return len(stripe.parity) >= self._shards and apart >= min(self._parity, len(self.stores.open()))
+        return len(stripe.parity) >= self._shards and apart >= min(self._parity, len(self._stores.open()))
 
     def _outdated(self, keys: Iterable[PageKey]) -> None:
         if self._looking is not None:

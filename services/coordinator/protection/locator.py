@@ -6,7 +6,7 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 
 from services.coordinator.events import FindStripes, StripesFound
-from services.coordinator.protection.costs import Stripe
+from services.coordinator.protection.costs import StoredStripe
 from shared.channel import Channel
 from shared.errors import GhostError
 from shared.messages import FindShards, HeldShard, ParityShard, ShardsFound
@@ -20,7 +20,7 @@ STORES_DEADLINE_S = 2.0
 KEYS_AT_ONCE = 4096
 
 
-class Whereabouts:
+class Locator:
     """Asks the index and the stores about the stripes of one group."""
 
     def __init__(self, index: StripeIndex, group: str):
@@ -46,7 +46,7 @@ class Whereabouts:
 
     async def find(self, question: FindStripes) -> StripesFound:
         """What there is of these stripes' parity. `trouble` is told only where nobody can say it of all of them."""
-        found: dict[PageKey, Stripe] = {}
+        found: dict[PageKey, StoredStripe] = {}
         trouble = ""
         try:
             found = await self._in_index(question)
@@ -60,7 +60,7 @@ class Whereabouts:
             log.warning("the stripe index can't be read, so the stores were asked: %s", trouble)
         return StripesFound(found | in_stores, "" if all_answered else trouble)
 
-    async def _in_index(self, question: FindStripes) -> dict[PageKey, Stripe]:
+    async def _in_index(self, question: FindStripes) -> dict[PageKey, StoredStripe]:
         stores = {store.store_id: store for store in question.stores}
         incarnations = {store_id: store.incarnation for store_id, store in stores.items()}
         found = {}
@@ -69,12 +69,12 @@ class Whereabouts:
                 parity = tuple(
                     ParityShard(shard.number, stores[shard.store_id].bulk_address, shard.checksum) for shard in shards
                 )
-                found[key] = Stripe(parity, shards[0].data_checksums)
+                found[key] = StoredStripe(parity, shards[0].data_checksums)
         return found
 
     async def _in_stores(
         self, keys: Sequence[PageKey], stores: Collection[StoreInfo]
-    ) -> tuple[dict[PageKey, Stripe], bool]:
+    ) -> tuple[dict[PageKey, StoredStripe], bool]:
         """What the stores have of these stripes, and whether all of them answered."""
         asked = {store.bulk_address: self._ask(store.store_id, keys) for store in stores}
         answers = await asyncio.gather(*asked.values())
@@ -84,7 +84,7 @@ class Whereabouts:
             for held in answer or ():
                 shards.setdefault(held.key, {})[held.shard] = ParityShard(held.shard, address, held.checksum)
                 checksums[held.key] = held.data_checksums
-        found = {key: Stripe(_ordered(parity), checksums[key]) for key, parity in shards.items()}
+        found = {key: StoredStripe(_ordered(parity), checksums[key]) for key, parity in shards.items()}
         return found, None not in answers
 
     async def _ask(self, store_id: str, keys: Sequence[PageKey]) -> list[HeldShard] | None:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from services.coordinator.membership.members import Formation, Member, Membership
-from services.coordinator.outbox import Outside
-from services.coordinator.protection.ledger import PagePool
-from services.coordinator.scheduling.scheduler import Scheduler
+from services.coordinator.outbox import Outbox
+from services.coordinator.protection.host import Host
+from services.coordinator.protection.ledger import Ledger
 from shared.errors import RequestRejected
 from shared.messages import CopyPages, PagesCopied, Prepare, Prepared, StandBy
-from shared.types import OPEN_KEY, HandoverStatus, OperatorAction, pack_ids, pack_keys
+from shared.types import OPEN_KEY, HandoverStatus, OperatorAction, pack_ids
 
 log = logging.getLogger(__name__)
 
@@ -47,23 +47,23 @@ class Move:
     trouble: str = ""
 
 
-class Handover:
+class Moves:
     """The move under way, if one."""
 
     def __init__(
         self,
         membership: Membership,
-        pool: PagePool,
-        scheduler: Scheduler,
+        host: Host,
+        ledger: Ledger,
         page_bytes: int,
-        outside: Outside,
+        outbox: Outbox,
     ):
         self.move: Move | None = None
         self._membership = membership
-        self._pool = pool
-        self._scheduler = scheduler
+        self._host = host
+        self._ledger = ledger
         self._batch = max(1, COPY_BYTES // page_bytes)
-        self._outside = outside
+        self._outbox = outbox
         self._attempts = 0
 
     # -- the operator ------------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ class Handover:
                 self._end("the operator changed their mind")
             self._membership.uncordon(member.name)
             if member.rank is None:
-                self._outside.to_worker(member.name, StandBy(self._membership.epoch, hold=True))
+                self._outbox.to_worker(member.name, StandBy(self._membership.epoch, hold=True))
             return f"{member.name} may be taken again"
         if member.rank is None:
             if action == "replace":
@@ -114,19 +114,19 @@ class Handover:
             self._attempts += 1
             move.new, move.number, move.phase = spares[0].name, self._attempts, "preparing"
             log.info("a rank begins to move", extra={"rank": move.rank, "worker": move.old, "successor": move.new})
-            self._outside.to_worker(move.new, Prepare(move.number, move.rank))
+            self._outbox.to_worker(move.new, Prepare(move.number, move.rank))
         elif move.phase == "copying" and not move.copying:
             self._copy_on(move, now)
 
     def _copy_on(self, move: Move, now: float) -> None:
         if not move.todo:
-            move.todo.extend(self._pool.uncopied())
+            move.todo.extend(self._ledger.uncopied())
         if len(move.todo) <= self._batch:
             move.phase, move.held_since = "closing", now
             return
         pages: list[int] = []
         while move.todo and len(pages) < self._batch:
-            if self._pool.wants_copy(number := move.todo.popleft()):
+            if self._ledger.wants_copy(number := move.todo.popleft()):
                 pages.append(number)
         self._ask(move, pages)
 
@@ -140,9 +140,8 @@ class Handover:
         move = self.move
         if move is None or move.phase != "closing" or move.copying:
             return
-        held = {page for each in self._scheduler.running for page in each.pages}
-        move.tail = {number for number in held if self._pool.pages[number].key is None}
-        if rest := [*self._pool.uncopied(), *move.tail]:
+        move.tail = {number for run in self._host.runs() for number in run.pages if self._ledger.key(number) is None}
+        if rest := [*self._ledger.uncopied(), *move.tail]:
             self._ask(move, rest)
         else:
             move.phase = "switching"
@@ -160,8 +159,8 @@ class Handover:
         pages, move.copying = move.copying, ()
         for number in pages:
             if not message.reason and number not in move.tail:
-                self._pool.copied(number)
-            self._pool.unpin(number)
+                self._ledger.copied(number)
+            self._host.unpin(number)
         if message.reason:
             log.warning("pages of a rank that moves could not be copied: %s", message.reason)
             self._again(message.reason, now + RETRY_S)
@@ -182,7 +181,7 @@ class Handover:
         if move is None:
             return
         if formation.ranks[move.rank] == move.new:
-            self._pool.regain(move.rank, move.tail)
+            self._ledger.moved(move.rank, move.tail)
             if move.action == "drain" and move.old in self._membership.members:
                 self._membership.cordon(move.old, move.rank)
             log.info("a rank has moved", extra={"rank": move.rank, "worker": move.old, "successor": move.new})
@@ -212,10 +211,10 @@ class Handover:
     def _ask(self, move: Move, pages: list[int]) -> None:
         address = self._membership.members[move.old].pages_address
         for number in pages:
-            self._pool.pin(number)
+            self._host.pin(number)
         move.copying = tuple(pages)
-        keys = pack_keys(self._pool.pages[number].key or OPEN_KEY for number in pages)
-        self._outside.to_worker(move.new, CopyPages(move.number, address, pack_ids(pages), keys))
+        keys = tuple(self._ledger.key(number) or OPEN_KEY for number in pages)
+        self._outbox.to_worker(move.new, CopyPages(move.number, address, pack_ids(pages), keys))
 
     def _again(self, reason: str, not_before: float = 0.0) -> None:
         """Begin with a spare anew, where the rank is still with its worker."""
@@ -223,7 +222,7 @@ class Handover:
         if move is None:
             return
         self._stop_copying(move)
-        self._pool.forget_copies()
+        self._ledger.forget_copies()
         move.new, move.phase, move.trouble, move.not_before = "", "waiting", reason, not_before
         move.tail.clear()
 
@@ -232,7 +231,7 @@ class Handover:
         if move is None:
             return
         self._stop_copying(move)
-        self._pool.forget_copies()
+        self._ledger.forget_copies()
         if (old := self._membership.members.get(move.old)) is not None:
             old.draining = False
         if reason:
@@ -240,7 +239,7 @@ class Handover:
 
     def _stop_copying(self, move: Move) -> None:
         for number in move.copying:
-            self._pool.unpin(number)
+            self._host.unpin(number)
         move.copying = ()
         move.todo.clear()
 

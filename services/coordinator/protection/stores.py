@@ -1,7 +1,7 @@
 """The parity stores that are alive."""
 
 from services.coordinator.events import Peer
-from services.coordinator.outbox import Outside
+from services.coordinator.outbox import Outbox
 from shared.messages import Message
 from shared.types import StoreInfo
 
@@ -9,8 +9,8 @@ from shared.types import StoreInfo
 class Stores:
     """Stores by id, each with its connection."""
 
-    def __init__(self, outside: Outside):
-        self._outside = outside
+    def __init__(self, outbox: Outbox):
+        self._outbox = outbox
         self._alive: dict[str, tuple[StoreInfo, Peer]] = {}
         self._draining: set[str] = set()
 
@@ -41,4 +41,4 @@ class Stores:
 
     def send(self, message: Message) -> None:
         """Send to all stores."""
-        self._outside.to_all((peer for _, peer in self._alive.values()), message)
+        self._outbox.to_all((peer for _, peer in self._alive.values()), message)

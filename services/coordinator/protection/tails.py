@@ -7,8 +7,8 @@ number that all tokens of a step share, so that one rank encodes them and puts t
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from services.coordinator.protection.ledger import Shadow
-from services.coordinator.scheduling.scheduler import Scheduler, Sequence
+from services.coordinator.protection.host import Host, Run, Span
+from services.coordinator.protection.ledger import Ledger, Parity
 from shared.types import PageKey
 
 
@@ -24,39 +24,30 @@ class TailToken:
 
 
 class Tails:
-    """The tail stripes of all running sequences."""
+    """The tail stripes of all open pages, and of those that are sealed but not protected yet."""
 
-    def __init__(self, scheduler: Scheduler):
-        self._scheduler = scheduler
-        self._pool = scheduler.pool
-        self._page_tokens = scheduler.page_tokens
-        self._tokens: dict[int, dict[int, TailToken]] = {}  # by sequence number, then position
+    def __init__(self, host: Host, ledger: Ledger, page_tokens: int):
+        self._host = host
+        self._ledger = ledger
+        self._page_tokens = page_tokens
+        self._tokens: dict[int, dict[int, TailToken]] = {}  # by page, then offset
         self._by_key: dict[PageKey, TailToken] = {}
         self._released: list[PageKey] = []
 
-    def computed(self, epoch: int, step: int) -> list[TailToken]:
-        """A step is done: the tokens that want a stripe of their own now.
-
-        Those are the ones on the page of the last one, unless the step filled all of it: pages are soon protected.
-        """
+    def computed(self, epoch: int, step: int, spans: Iterable[Span]) -> list[TailToken]:
+        """A step is done: the tokens of these spans want a stripe of their own now."""
         begun: list[TailToken] = []
-        size = self._page_tokens
-        for sequence, start, end in self._scheduler.computed:
-            if sequence not in self._scheduler.running:
+        for span in spans:
+            if self._ledger.parity(span.page) is Parity.PROTECTED:  # the page of another request with these tokens
                 continue
-            first = max(start, (end - 1) // size * size)
-            if end != sequence.computed or (end % size == 0 and end - first == size):
-                continue
-            page = sequence.pages[first // size]
-            if self._pool.pages[page].shadow is Shadow.PROTECTED:  # the page of another sequence with these tokens
-                continue
-            tokens = self._tokens.setdefault(sequence.number, {})
-            for position in range(first, end):
-                if position in tokens:
-                    self._drop(tokens.pop(position))
+            tokens = self._tokens.setdefault(span.page, {})
+            for offset in range(span.start, span.end):
+                if offset in tokens:
+                    self._drop(tokens.pop(offset))
                 key = (epoch << 32 | step).to_bytes(8, "little") + b"tail" + len(begun).to_bytes(4, "little")
-                token = tokens[position] = self._by_key[key] = TailToken(key, page, page * size + position % size)
-                self._pool.pin(page)
+                token = TailToken(key, span.page, span.page * self._page_tokens + offset)
+                tokens[offset] = self._by_key[key] = token
+                self._host.pin(span.page)
                 begun.append(token)
         return begun
 
@@ -73,24 +64,25 @@ class Tails:
         if token.dropped or not protected:
             self._forget(token)
 
-    def prune(self) -> None:
-        """Drop the stripes of tokens whose page is protected, or that no running sequence has any more."""
-        alive = {each.number: each for each in self._scheduler.running}
-        for number, tokens in list(self._tokens.items()):
-            sequence = alive.get(number)
-            for position, token in list(tokens.items()):
-                if token.key not in self._by_key:
-                    del tokens[position]  # it could not be stored
-                elif sequence is None or not self._wanted(sequence, position, token):
-                    self._drop(tokens.pop(position))
-            if not tokens:
-                del self._tokens[number]
+    def page_dropped(self, page: int, offset: int = 0) -> None:
+        """What is on a page from `offset` on is written again, or nobody's: its stripes are not wanted any more."""
+        if (tokens := self._tokens.get(page)) is None:
+            return
+        for at in [each for each in tokens if each >= offset]:
+            self._drop(tokens.pop(at))
+        if not tokens:
+            del self._tokens[page]
 
-    def _wanted(self, sequence: Sequence, position: int, token: TailToken) -> bool:
-        index = position // self._page_tokens
-        if position >= sequence.computed or index >= len(sequence.pages) or sequence.pages[index] != token.page:
-            return False
-        return self._pool.pages[token.page].shadow is not Shadow.PROTECTED
+    def prune(self) -> None:
+        """Drop the stripes of tokens whose page is protected, or that could not be stored."""
+        for page, tokens in list(self._tokens.items()):
+            if self._ledger.parity(page) is Parity.PROTECTED:
+                self.page_dropped(page)
+                continue
+            for offset in [at for at, token in tokens.items() if token.key not in self._by_key]:
+                del tokens[offset]
+            if not tokens:
+                del self._tokens[page]
 
     def interrupted(self) -> None:
         """The epoch is over: what was under way may have arrived or not; the index knows."""
@@ -104,27 +96,27 @@ class Tails:
         released, self._released = self._released, []
         return tuple(released)
 
-    def run(self, sequence: Sequence, start: int) -> list[TailToken]:
-        """The tokens from position `start` on that have stripes, without a gap."""
-        tokens = self._tokens.get(sequence.number, {})
-        run: list[TailToken] = []
-        for position in range(start, sequence.computed):
-            token = tokens.get(position)
-            if token is None or token.page != sequence.pages[position // self._page_tokens]:
+    def after(self, run: Run, start: int) -> list[TailToken]:
+        """A run's tokens from position `start` on that have stripes, without a gap."""
+        found: list[TailToken] = []
+        for position in range(start, run.computed):
+            index, offset = divmod(position, self._page_tokens)
+            token = self._tokens.get(run.pages[index], {}).get(offset)
+            if token is None:
                 break
-            run.append(token)
-        return run
+            found.append(token)
+        return found
 
-    def keys(self, sequences: Iterable[Sequence]) -> list[PageKey]:
-        """The keys of all stripes of these sequences."""
-        return [token.key for each in sequences for token in self._tokens.get(each.number, {}).values()]
+    def keys(self) -> list[PageKey]:
+        """The keys of all stripes that are wanted."""
+        return [token.key for tokens in self._tokens.values() for token in tokens.values()]
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _unpin(self, token: TailToken) -> None:
         if token.pending:
             token.pending = False
-            self._pool.unpin(token.page)
+            self._host.unpin(token.page)
 
     def _drop(self, token: TailToken) -> None:
         token.dropped = True

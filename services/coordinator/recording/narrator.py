@@ -3,14 +3,14 @@
 import logging
 from collections.abc import Callable, Sequence
 
-from services.coordinator.events import Answered, Came, Event, Left, Output, Peer, Said, Tick
+from services.coordinator.events import Answered, Came, Effect, Event, Left, Peer, Said, Tick
 from services.coordinator.group import Group
 from services.coordinator.recording.replay import sent
 from services.coordinator.recording.segments import Entry
 from shared import logs
 
 
-class Story(logging.Handler):
+class Narrator(logging.Handler):
     """Prints what the core logs, with the time at which it happened then, and where it is asked for each event."""
 
     def __init__(self, tell: Callable[[str, str], None], began: float, *, events: bool):
@@ -40,7 +40,7 @@ class Story(logging.Handler):
         self._entry = entry
         self._peers = group.peers()
 
-    def ended(self, entry: Entry, group: Group, outputs: Sequence[Output]) -> None:
+    def ended(self, entry: Entry, group: Group, outputs: Sequence[Effect]) -> None:
         """See Watcher."""
         if isinstance(entry.event, Came):
             self._peers = group.peers()

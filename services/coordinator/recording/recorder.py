@@ -11,7 +11,7 @@ import os
 import time
 from pathlib import Path
 
-from services.coordinator.events import Event, Output
+from services.coordinator.events import Effect, Event
 from services.coordinator.group import Group
 from services.coordinator.recording.segments import Writer, checksum
 from shared.config import CoordinatorSettings
@@ -45,13 +45,13 @@ class Recorder:
         self._on = True
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._begin(group.outside.now)
+            self._begin(group.outbox.now)
             self._write(self._path(), self._take())
         except OSError as error:
             raise ConfigError(f"can't record to {self._folder}: {error.strerror}") from error
         log.info("events are recorded, prompts among them", extra={"file": str(self._path())})
 
-    def saw(self, now: float, event: Event, frame: bytes, outputs: list[tuple[Output, bytes]]) -> None:
+    def saw(self, now: float, event: Event, frame: bytes, outputs: list[tuple[Effect, bytes]]) -> None:
         """An event was dealt with; `outputs` came out, with their frames. `frame`: of the event's message."""
         if self._on:
             entry = self._writer.entry(now, event, frame, checksum(outputs))
@@ -86,8 +86,8 @@ class Recorder:
     @property
     def _idle(self) -> bool:
         """Whether no request waits for the moment that a keyframe takes."""
-        serving = self._group.serving
-        return serving is None or not any(serving.scheduler.sequences())
+        engine = self._group.engine
+        return engine is None or not any(engine.scheduler.sequences())
 
     def _begin(self, now: float) -> None:
         self._segments += 1

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from services.coordinator.events import Came, Left, Output, Said, Send
+from services.coordinator.events import Came, Effect, Left, Said, Send
 from services.coordinator.group import Group
 from services.coordinator.recording.recorder import PATTERN
 from services.coordinator.recording.segments import Entry, Header, Segment, checksum, encode, fingerprint
@@ -24,7 +24,7 @@ class Watcher(Protocol):
     def begins(self, entry: Entry, group: Group) -> None:
         """An event is about to be dealt with."""
 
-    def ended(self, entry: Entry, group: Group, outputs: Sequence[Output]) -> None:
+    def ended(self, entry: Entry, group: Group, outputs: Sequence[Effect]) -> None:
         """It was, and this came out."""
 
 
@@ -85,7 +85,7 @@ def replay(paths: Sequence[Path], watcher: Watcher, until: Until) -> Replayed:
     if run.inconsistent:
         run = _first_inconsistent(paths, run)
     began = first.header
-    return Replayed(run.number - began.first, run.group.outside.now - began.now, run.failure, run.group.status())
+    return Replayed(run.number - began.first, run.group.outbox.now - began.now, run.failure, run.group.status())
 
 
 def other_code(of: Header) -> bool:
@@ -136,7 +136,7 @@ class _Run:
         self._epoch = -1
         self._spent_s = self._checked_s = 0.0
 
-    def take(self, entry: Entry) -> list[Output]:
+    def take(self, entry: Entry) -> list[Effect]:
         """Deal with one event. Returns what came out."""
         began = time.perf_counter()
         self.number = entry.number
@@ -182,7 +182,7 @@ def shown(entry: Entry) -> str:
             return type(event).__name__
 
 
-def sent(output: Output) -> str:
+def sent(output: Effect) -> str:
     """A message or question in a few words."""
     if isinstance(output, Send):
         return f"{type(output.message).__name__} to {len(output.peers)}"

@@ -22,7 +22,7 @@ import msgpack
 from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
 
 from services.coordinator import events
-from services.coordinator.events import Answer, Answered, Came, Event, Left, Output, Said, Send, Tick
+from services.coordinator.events import Answer, Answered, Came, Effect, Event, Left, Said, Send, Tick
 from services.coordinator.group import Group
 from services.coordinator.recording.keyframe import freeze, thaw
 from services.coordinator.views.metrics import Metrics
@@ -121,12 +121,12 @@ def externals(metrics: Metrics, tracing: object, settings: CoordinatorSettings) 
     return {"metrics": metrics, "tracing": tracing, "settings": settings}
 
 
-def encode(output: Output) -> bytes:
+def encode(output: Effect) -> bytes:
     """The frame of a message or question that came out."""
     return CODEC.encode(output.message if isinstance(output, Send) else output.question)
 
 
-def checksum(outputs: Sequence[tuple[Output, bytes]]) -> int:
+def checksum(outputs: Sequence[tuple[Effect, bytes]]) -> int:
     """Of what one event made the core send and ask, in order, with the frames that `encode` made. 0: nothing."""
     seed = 0
     for output, frame in outputs:

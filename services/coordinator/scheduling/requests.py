@@ -4,8 +4,8 @@ import logging
 from dataclasses import dataclass, field
 
 from services.coordinator.events import Peer
-from services.coordinator.outbox import Outside
-from services.coordinator.scheduling.scheduler import Output, Scheduler, Sequence
+from services.coordinator.outbox import Outbox
+from services.coordinator.scheduling.scheduler import NewTokens, Scheduler, Sequence
 from services.coordinator.views.traces import Traces
 from shared.messages import Accepted, DigestDone, DigestPlan, Refused, Submit, Tokens
 from shared.types import ModelInfo, pack_ids, root_key, unpack_ids
@@ -39,13 +39,13 @@ class Requests:
         scheduler: Scheduler,
         model: ModelInfo,
         size: int,
-        outside: Outside,
+        outbox: Outbox,
         traces: Traces,
     ):
         self._scheduler = scheduler
         self._model = model
         self._size = size
-        self._outside = outside
+        self._outbox = outbox
         self._traces = traces
         self._tickets: dict[str, Ticket] = {}
         self._digests: dict[int, Digests] = {}
@@ -59,7 +59,7 @@ class Requests:
             self._end(known)  # its gateway lost the channel, and is back before that is known here
         refusal = self._refusal(submit, resumed=resumed)
         if refusal is not None:
-            self._outside.send(gateway, refusal)
+            self._outbox.send(gateway, refusal)
             return
         root = root_key(self._model.fingerprint, request.cache_salt)
         if submit.generated is None:
@@ -69,9 +69,9 @@ class Requests:
         self._tickets[request.request_id] = Ticket(request.request_id, gateway, sequence)
         self._traces.submitted(sequence)
         log.debug("queued", extra={"request": request.request_id, "prompt_tokens": sequence.prompt_tokens})
-        self._outside.send(gateway, Accepted(request.request_id))
+        self._outbox.send(gateway, Accepted(request.request_id))
         if sequence.finish is not None and not request.kv_digest:
-            self._send(sequence, Output(sequence, (), (), sequence.finish), ())
+            self._send(sequence, NewTokens(sequence, (), (), sequence.finish), ())
 
     def _refusal(self, submit: Submit, *, resumed: bool) -> Refused | None:
         request, limit, vocabulary = submit.request, self._scheduler.max_model_len, self._model.vocab_size
@@ -108,21 +108,21 @@ class Requests:
         for ticket in [each for each in self._tickets.values() if each.gateway == gateway]:
             self._end(ticket)
 
-    def deliver(self, output: Output) -> None:
+    def deliver(self, output: NewTokens) -> None:
         """Stream new tokens. A finished sequence that is to be hashed keeps its last message back until it is."""
         sequence = output.sequence
         self._traces.delivered(output)
         hashed = sequence.request.kv_digest
         finish = None if hashed else output.finish
-        self._send(sequence, Output(sequence, output.tokens, output.logprobs, finish), ())
+        self._send(sequence, NewTokens(sequence, output.tokens, output.logprobs, finish), ())
 
-    def _send(self, sequence: Sequence, output: Output, digests: tuple[str, ...]) -> None:
+    def _send(self, sequence: Sequence, output: NewTokens, digests: tuple[str, ...]) -> None:
         ticket = self._tickets.get(sequence.request.request_id)
         if ticket is None:
             return
         first = len(sequence.tokens) - sequence.prompt_tokens <= len(output.tokens)
         if output.tokens or output.finish:
-            self._outside.send(
+            self._outbox.send(
                 ticket.gateway,
                 Tokens(
                     request_id=ticket.request_id,
@@ -153,11 +153,11 @@ class Requests:
     def ask_digests(self, epoch: int) -> None:
         """Have finished sequences hashed whose requests asked for it, once their KV is whole."""
         for sequence in self._scheduler.running:
-            whole = not sequence.remaining and not sequence.lost
+            whole = not sequence.remaining and not sequence.held
             if sequence.finish is not None and whole and sequence.number not in self._digests:
                 self._plans += 1
                 self._digests[sequence.number] = Digests(self._plans, sequence)
-                self._outside.to_ranks(DigestPlan(epoch, self._plans, pack_ids(sequence.pages), sequence.computed))
+                self._outbox.to_ranks(DigestPlan(epoch, self._plans, pack_ids(sequence.pages), sequence.computed))
 
     def digest_done(self, message: DigestDone) -> None:
         """A rank's hash is there; with the last one the sequence ends."""
@@ -166,4 +166,4 @@ class Requests:
                 digests.values[message.rank] = message.value
                 if len(digests.values) == self._size:
                     values = tuple(digests.values[rank] for rank in range(self._size))
-                    self._send(digests.sequence, Output(digests.sequence, (), (), digests.sequence.finish), values)
+                    self._send(digests.sequence, NewTokens(digests.sequence, (), (), digests.sequence.finish), values)

@@ -4,7 +4,8 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from services.coordinator.protection.ledger import PagePool
+from services.coordinator.protection.host import Span
+from services.coordinator.scheduling.prefix_cache import PrefixCache
 from shared.messages import Sample, SequenceStep
 from shared.types import (
     FinishReason,
@@ -35,7 +36,7 @@ class Sequence:
     finish: FinishReason | None = None
     goal: int = 0
     """Tokens whose KV is wanted: all; once finished, those that had it."""
-    lost: bool = False
+    held: bool = False
     """After a loss, until what of its KV can be restored is: it takes part in no step."""
     resumed: bool = False
     """An earlier coordinator had it in work."""
@@ -43,13 +44,14 @@ class Sequence:
     """Tokens that had KV then, for the count of those that are recomputed."""
 
     @property
+    def request_id(self) -> str:
+        """As its client knows it."""
+        return self.request.request_id
+
+    @property
     def remaining(self) -> int:
         """Tokens that are known but have no KV yet. One: it decodes."""
         return self.goal - self.computed
-
-
-Computed = tuple[Sequence, int, int]
-"""A sequence, and the first and the last position but one whose KV a step computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class NewTokens:
     """What a step gave for one sequence: new tokens to stream, and whether it has ended."""
 
     sequence: Sequence
@@ -76,7 +78,7 @@ class Scheduler:
 
     def __init__(
         self,
-        pool: PagePool,
+        cache: PrefixCache,
         *,
         page_tokens: int,
         max_step_tokens: int,
@@ -85,7 +87,7 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: tuple[int, ...],
     ):
-        self.pool = pool
+        self.cache = cache
         self.page_tokens = page_tokens
         self.max_step_tokens = max_step_tokens
         self.max_batch = max_batch
@@ -97,8 +99,8 @@ class Scheduler:
         self.preemptions = 0
         self.prompt_tokens = 0
         self.generated_tokens = 0
-        self.computed: list[Computed] = []
-        """What the last step that was completed computed."""
+        self._computed: list[tuple[Sequence, int]] = []
+        """What the last step that was completed computed: sequences, and each one's first position."""
         self._in_flight: list[Part] = []
         self._next_number = 0
 
@@ -159,7 +161,7 @@ class Scheduler:
             raise AssertionError("a step is in flight")
         budget, preemptions = min(self.max_step_tokens, limit or self.max_step_tokens), self.preemptions
         for sequence in sorted(self.running, key=lambda each: each.remaining > 1):
-            if budget and sequence.remaining and not sequence.lost and sequence in self.running:
+            if budget and sequence.remaining and not sequence.held and sequence in self.running:
                 budget -= self._schedule(sequence, min(sequence.remaining, budget))
         while self.waiting and budget and len(self.running) < self.max_batch and preemptions == self.preemptions:
             if not self._admit(self.waiting[0]):
@@ -169,19 +171,19 @@ class Scheduler:
             budget -= self._schedule(sequence, min(sequence.remaining, budget))
         return tuple(self._step(part) for part in self._in_flight)
 
-    def complete(self, samples: tuple[Sample, ...]) -> list[Output]:
+    def complete(self, samples: tuple[Sample, ...]) -> list[NewTokens]:
         """Take the result of the step in flight: KV is valid, pages seal, tokens are appended."""
         drawn = {sample.sequence: sample for sample in samples}
         outputs = []
         in_flight, self._in_flight = self._in_flight, []
-        self.computed = []
+        self._computed = []
         for part in in_flight:
             sequence, start = part.sequence, part.sequence.computed
             if sequence not in self.running:
                 continue
             sequence.computed += part.count
             self._seal(part)
-            self.computed.append((sequence, start, sequence.computed))
+            self._computed.append((sequence, start))
             sample = drawn.get(sequence.number)
             if sample is None:
                 continue
@@ -190,6 +192,15 @@ class Scheduler:
             if sequence.computed == len(sequence.tokens) and sequence.finish is None:
                 outputs.append(self._append(sequence, sample))
         return outputs
+
+    def spans(self) -> Iterator[Span]:
+        """What the last step wrote to the last page of each sequence that goes on, unless it filled all of it."""
+        size = self.page_tokens
+        for sequence, start in self._computed:
+            end = sequence.computed  # 0: it has ended
+            first = max(start, (end - 1) // size * size)
+            if end > start and (end % size or end - first < size):
+                yield Span(sequence.pages[first // size], first % size, (end - 1) % size + 1)
 
     def rollback(self) -> None:
         """Forget the step in flight: its epoch has ended, so nothing of it counts."""
@@ -200,7 +211,7 @@ class Scheduler:
     def lose(self) -> None:
         """Slices of pages are gone: no running sequence takes part in a step before it is truncated to what it has."""
         for sequence in self.running:
-            sequence.lost = True
+            sequence.held = True
 
     def readmit(self) -> None:
         """Resumed sequences take what is in the pool of their pages, even where slices are missing, and run again."""
@@ -208,19 +219,17 @@ class Scheduler:
             if len(self.running) < self.max_batch:
                 if sequence.request.prompt_logprobs is None:
                     self._match(sequence, whole=False)
-                sequence.lost = True
+                sequence.held = True
                 self.waiting.remove(sequence)
                 self.running.append(sequence)
 
     def truncate(self, sequence: Sequence, tokens: int) -> int:
         """KV is valid for `tokens` tokens only; the rest is recomputed. Returns how many tokens that are."""
         lost, pages = max(sequence.computed, sequence.had) - tokens, -(-tokens // self.page_tokens)
-        gone = sequence.pages[pages:]
-        self.pool.forget(gone)
-        self.pool.release(gone)
+        self.cache.release(sequence.pages[pages:])
         del sequence.pages[pages:]
         del sequence.keys[tokens // self.page_tokens :]
-        sequence.computed, sequence.had, sequence.lost = tokens, 0, False
+        sequence.computed, sequence.had, sequence.held = tokens, 0, False
         return lost
 
     # -- inside ------------------------------------------------------------------------------------------------------
@@ -232,7 +241,7 @@ class Scheduler:
             if not (sequence.cached_tokens or sequence.resumed):
                 sequence.cached_tokens = min(sequence.computed, sequence.prompt_tokens)
         wanted = -(-sequence.goal // self.page_tokens) - len(sequence.pages)
-        if wanted <= self.pool.available:
+        if wanted <= self.cache.available:
             return True
         self._give_back(sequence)
         return False
@@ -240,7 +249,7 @@ class Scheduler:
     def _match(self, sequence: Sequence, *, whole: bool) -> None:
         reusable = (sequence.goal - 1) // self.page_tokens
         sequence.keys = self._chain(sequence, 0, reusable)
-        sequence.pages = self.pool.match(sequence.keys, whole=whole)
+        sequence.pages = self.cache.match(sequence.keys, whole=whole)
         del sequence.keys[len(sequence.pages) :]
         sequence.computed = len(sequence.pages) * self.page_tokens
 
@@ -249,7 +258,7 @@ class Scheduler:
         full, rest = divmod(sequence.computed + count, self.page_tokens)
         needed = full + (rest > 0) - len(sequence.pages)
         while needed > 0:
-            pages = self.pool.allocate(needed)
+            pages = self.cache.allocate(needed)
             if pages is not None:
                 sequence.pages.extend(pages)
                 break
@@ -276,8 +285,8 @@ class Scheduler:
         self.preemptions += 1
 
     def _give_back(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.pages)
-        sequence.pages, sequence.keys, sequence.computed, sequence.lost = [], [], 0, False
+        self.cache.release(sequence.pages)
+        sequence.pages, sequence.keys, sequence.computed, sequence.held = [], [], 0, False
 
     def _step(self, part: Part) -> SequenceStep:
         sequence, request = part.sequence, part.sequence.request
@@ -312,9 +321,9 @@ class Scheduler:
         sequence = part.sequence
         for page, key in enumerate(part.seals, len(sequence.keys)):
             sequence.keys.append(key)
-            sequence.pages[page] = self.pool.seal(sequence.pages[page], key)
+            sequence.pages[page] = self.cache.seal(sequence.pages[page], key)
 
-    def _append(self, sequence: Sequence, sample: Sample) -> Output:
+    def _append(self, sequence: Sequence, sample: Sample) -> NewTokens:
         request = sequence.request
         if len(sequence.tokens) == sequence.prompt_tokens:
             self.prompt_tokens += sequence.prompt_tokens
@@ -332,20 +341,20 @@ class Scheduler:
         if produced + 1 >= request.max_tokens or len(sequence.tokens) >= self.max_model_len:
             return self._end(sequence, (sample.token,), logprobs, "length")
         sequence.goal = len(sequence.tokens)
-        return Output(sequence, (sample.token,), logprobs, None)
+        return NewTokens(sequence, (sample.token,), logprobs, None)
 
     def _end(
         self, sequence: Sequence, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...], finish: FinishReason
-    ) -> Output:
+    ) -> NewTokens:
         sequence.finish = finish
         sequence.goal = sequence.computed
-        return Output(sequence, tokens, logprobs, finish)
+        return NewTokens(sequence, tokens, logprobs, finish)
 
     def check(self) -> None:
         """Raise AssertionError unless pages and page tables agree."""
-        self.pool.check([sequence.pages for sequence in self.sequences()])
+        self.cache.check([sequence.pages for sequence in self.sequences()])
         for sequence in self.sequences():
             assert len(sequence.keys) <= len(sequence.pages), f"sequence {sequence.number}: more keys than pages"
             assert sequence.computed <= len(sequence.pages) * self.page_tokens, f"sequence {sequence.number}: no page"
-            for page, key in zip(sequence.pages, () if sequence.lost else sequence.keys, strict=False):
-                assert self.pool.pages[page].key == key, f"sequence {sequence.number}: page {page} has another key"
+            for page, key in zip(sequence.pages, () if sequence.held else sequence.keys, strict=False):
+                assert self.cache.key(page) == key, f"sequence {sequence.number}: page {page} has another key"

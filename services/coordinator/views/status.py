@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from services.coordinator.membership.members import Membership, Pace
-from services.coordinator.protection.ledger import Shadow
+from services.coordinator.protection.ledger import Parity
 from services.coordinator.protection.stores import Stores
-from services.coordinator.scheduling.engine import Serving
+from services.coordinator.scheduling.engine import EmbeddedEngine
 from shared.types import ClusterStatus, GroupConfig
 
 _DETAILS = {
@@ -21,11 +21,11 @@ def cluster_status(
     config: GroupConfig,
     members: Membership,
     stores: Stores,
-    serving: Serving | None,
+    engine: EmbeddedEngine | None,
     paces: Mapping[str, Pace],
     now: float,
 ) -> ClusterStatus:
-    """The group's state now. `serving` once the model is known."""
+    """The group's state now. `engine` once the model is known."""
     told = ClusterStatus(
         group=config.group,
         state=members.state,
@@ -55,49 +55,49 @@ def cluster_status(
         recoveries=(),
         now=now,
     )
-    return told if serving is None else _while_serving(told, config, members, serving)
+    return told if engine is None else _of_engine(told, config, members, engine)
 
 
-def _while_serving(told: ClusterStatus, config: GroupConfig, members: Membership, serving: Serving) -> ClusterStatus:
-    pool, scheduler, timeline, protection = serving.pool, serving.scheduler, serving.timeline, serving.protection
-    pending = pool.count(Shadow.QUEUED) + pool.count(Shadow.PENDING)
-    exposed = pending + pool.count(Shadow.UNPROTECTED)
+def _of_engine(told: ClusterStatus, config: GroupConfig, members: Membership, engine: EmbeddedEngine) -> ClusterStatus:
+    cache, scheduler, protection = engine.cache, engine.scheduler, engine.protection
+    ledger, timeline = protection.ledger, protection.timeline
+    pending = ledger.count(Parity.QUEUED) + ledger.count(Parity.PENDING)
+    exposed = pending + ledger.count(Parity.UNPROTECTED)
     return replace(
         told,
-        model=serving.model,
+        model=engine.model,
         max_model_len=scheduler.max_model_len,
-        can_lose=can_lose(config, members, serving),
+        can_lose=can_lose(config, members, engine),
         running=len(scheduler.running),
         waiting=len(scheduler.waiting),
-        pages_total=len(pool.pages),
-        pages_held=pool.held,
-        pages_cached=pool.cached,
-        pages_lost=pool.lost,
-        stripes_protected=pool.count(Shadow.PROTECTED),
+        pages_total=cache.pages,
+        pages_held=cache.in_use,
+        pages_cached=len(cache.idle()),
+        pages_lost=ledger.lost,
+        stripes_protected=ledger.count(Parity.PROTECTED),
         stripes_pending=pending,
-        stripes_unprotected=pool.count(Shadow.UNPROTECTED),
-        unprotected_reason=protection.trouble if exposed else "",
-        parity_bytes_stored=protection.parity_bytes,
+        stripes_unprotected=ledger.count(Parity.UNPROTECTED),
+        unprotected_reason=protection.encoding.trouble if exposed else "",
+        parity_bytes_stored=protection.encoding.parity_bytes,
         recoveries=tuple(timeline.records),
-        handover=serving.handover.status(),
+        handover=protection.moves.status(),
         recovering_since=timeline.current.started if timeline.current is not None else None,
-        protection_lag_s=max(0.0, told.now - since) if (since := pool.exposed_since()) is not None else 0.0,
-        unprotected_tokens=unprotected_tokens(config, serving),
+        protection_lag_s=max(0.0, told.now - since) if (since := ledger.exposed_since()) is not None else 0.0,
+        unprotected_tokens=unprotected_tokens(config, engine),
         prompt_tokens=scheduler.prompt_tokens,
         generated_tokens=scheduler.generated_tokens,
         preemptions=scheduler.preemptions,
     )
 
 
-def can_lose(config: GroupConfig, members: Membership, serving: Serving) -> int:
+def can_lose(config: GroupConfig, members: Membership, engine: EmbeddedEngine) -> int:
     """Ranks that may be lost now: none while pages are still lost, or those of running requests have no parity."""
-    if members.state != "serving" or config.protection == "none" or not serving.protection.stores.infos():
+    protection = engine.protection
+    if members.state != "serving" or config.protection == "none" or not protection.encoding.storable:
         return 0
-    if serving.pool.lost:
+    if protection.ledger.lost:
         return 0
-    pages = serving.pool.pages
-    held = (pages[number] for each in serving.scheduler.running for number in each.pages[: len(each.keys)])
-    if any(page.shadow is not Shadow.PROTECTED for page in held):
+    if any(protection.ledger.protected_run(run) < len(run.keys) for run in engine.runs()):
         return 0
     return config.size if config.protection == "replicate" else config.parity
 
@@ -110,16 +110,10 @@ def reduced_protection(config: GroupConfig, stores: Stores) -> str:
     return f"{config.parity} parity shards of each stripe lie in {count} store(s): a store's loss costs several at once"
 
 
-def unprotected_tokens(config: GroupConfig, serving: Serving) -> int:
-    """Tokens of running sequences that would be recomputed, were a rank lost now."""
-    pages = serving.pool.pages
-    exposed = 0
-    for sequence in serving.scheduler.running:
-        kept = 0
-        while kept < len(sequence.keys) and pages[sequence.pages[kept]].shadow is Shadow.PROTECTED:
-            kept += 1
-        exposed += max(0, sequence.computed - kept * config.page_tokens)
-    return exposed
+def unprotected_tokens(config: GroupConfig, engine: EmbeddedEngine) -> int:
+    """Tokens of running requests that would be recomputed, were a rank lost now."""
+    ledger = engine.protection.ledger
+    return sum(max(0, run.computed - ledger.protected_run(run) * config.page_tokens) for run in engine.runs())
 
 
 def detail(members: Membership) -> str:

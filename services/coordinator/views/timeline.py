@@ -1,11 +1,12 @@
-"""The story of each recovery, by phase. Pure: the time is passed in."""
+"""Each recovery by phase, as records and as traces. Pure: the time is passed in."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from services.coordinator.protection.costs import Return
-from services.coordinator.scheduling.scheduler import Sequence
+from services.coordinator.protection.costs import Choice
+from services.coordinator.protection.host import Returned
 from shared.messages import RestoreDone
+from shared.tracing import Tracing
 from shared.types import RecoveryRecord, StreamRecovery
 
 RECORDS_KEPT = 32
@@ -31,13 +32,14 @@ class Recovery:
     tail_tokens: int = 0
     recomputed_tokens: int = 0
     kv_bytes: int = 0
-    fetch_s: float = 0.0
-    exchange_s: float = 0.0
-    decode_s: float = 0.0
+    fetch_s: dict[int, float] = field(default_factory=dict)
+    """Seconds by rank that decodes; likewise the two below."""
+    exchange_s: dict[int, float] = field(default_factory=dict)
+    decode_s: dict[int, float] = field(default_factory=dict)
     streams: dict[int, StreamRecovery] = field(default_factory=dict)
-    """By sequence number."""
+    """By number of the run."""
     awaiting: dict[int, int] = field(default_factory=dict)
-    """Sequences that have not the KV yet that they had, and how many tokens that were."""
+    """Runs that have not the KV yet that they had, and how many tokens that were."""
 
 
 class Timeline:
@@ -59,12 +61,12 @@ class Timeline:
         if self.current is not None:
             self.current.joined = now
 
-    def chosen(self, returns: Iterable[Return]) -> None:
-        """How each running sequence comes back."""
+    def chosen(self, choices: Iterable[Choice]) -> None:
+        """How each run comes back."""
         if self.current is not None:
-            for each in returns:
-                self.current.streams[each.sequence.number] = StreamRecovery(
-                    request_id=each.sequence.request.request_id,
+            for each in choices:
+                self.current.streams[each.run.number] = StreamRecovery(
+                    request_id=each.run.request_id,
                     way=each.way,
                     restored_pages=len(each.stripes),
                     recomputed_tokens=0,
@@ -73,60 +75,63 @@ class Timeline:
                     resumed_s=0.0,
                 )
 
-    def decoded(self, pages: int, answers: Iterable[RestoreDone]) -> None:
-        """A plan of so many pages is done. A phase took as long as on the rank where it took longest."""
+    def decoded(self, progress: RestoreDone) -> None:
+        """A rank has decoded some pages, and took this long for it."""
         if self.current is not None:
-            answers = list(answers)
-            self.current.restored_pages += pages
-            self.current.kv_bytes += sum(each.bytes_restored for each in answers)
-            self.current.fetch_s += max(each.fetch_s for each in answers)
-            self.current.exchange_s += max(each.exchange_s for each in answers)
-            self.current.decode_s += max(each.decode_s for each in answers)
+            self.current.kv_bytes += progress.bytes_restored
+            for spent, seconds in (
+                (self.current.fetch_s, progress.fetch_s),
+                (self.current.exchange_s, progress.exchange_s),
+                (self.current.decode_s, progress.decode_s),
+            ):
+                spent[progress.rank] = spent.get(progress.rank, 0.0) + seconds
+
+    def page_restored(self) -> None:
+        """A page is whole again."""
+        if self.current is not None:
+            self.current.restored_pages += 1
 
     def tail_decoded(self, tokens: int) -> None:
         """So many tokens came back one by one."""
         if self.current is not None:
             self.current.tail_tokens += tokens
 
-    def returned(self, sequence: Sequence, recomputed_tokens: int, now: float) -> None:
-        """A sequence takes part in steps again, of which the first ones recompute so many tokens."""
+    def returned(self, run: int, returned: Returned, now: float) -> None:
+        """A run takes part in steps again, of which the first ones recompute what it lacks."""
         recovery = self.current
         if recovery is None:
             return
-        recovery.recomputed_tokens += recomputed_tokens
-        stream = recovery.streams.get(sequence.number)
+        recovery.recomputed_tokens += returned.recomputed
+        stream = recovery.streams.get(run)
         if stream is not None:
-            if stream.way == "recompute" and not recomputed_tokens:
+            if stream.way == "recompute" and not returned.recomputed:
                 stream = replace(stream, way="restore")  # all of it was tail
-            resumed_s = 0.0 if sequence.remaining else now - recovery.started
-            recovery.streams[sequence.number] = replace(
-                stream, recomputed_tokens=recomputed_tokens, resumed_s=resumed_s
-            )
-        if sequence.remaining:
-            recovery.awaiting[sequence.number] = sequence.goal
+            resumed_s = 0.0 if returned.remaining else now - recovery.started
+            recovery.streams[run] = replace(stream, recomputed_tokens=returned.recomputed, resumed_s=resumed_s)
+        if returned.remaining:
+            recovery.awaiting[run] = returned.goal
 
     def restored(self, now: float) -> list[str]:
-        """Every running sequence has returned; what lacks KV is being recomputed. Returns their ways."""
+        """Every run has returned; what lacks KV is being recomputed. Returns their ways."""
         if self.current is None:
             return []
         self.current.restored = now
         return [stream.way for stream in self.current.streams.values()]
 
-    def progressed(self, running: Iterable[Sequence], epoch: int, now: float) -> bool:
-        """A step is done. True when with it the last sequence has the KV that it had."""
+    def progressed(self, computed: Mapping[int, int], epoch: int, now: float) -> RecoveryRecord | None:
+        """A step is done; `computed`: tokens with KV, by run. With the last run that has what it had: the record."""
         recovery = self.current
         if recovery is None:
-            return False
-        computed = {each.number: each.computed for each in running}
+            return None
         for number, goal in list(recovery.awaiting.items()):
             if computed.get(number, goal) >= goal:
                 del recovery.awaiting[number]
                 if (stream := recovery.streams.get(number)) is not None:
                     recovery.streams[number] = replace(stream, resumed_s=now - recovery.started)
         if recovery.awaiting or not recovery.restored:
-            return False
+            return None
         self._close(epoch, now)
-        return True
+        return self.records[-1]
 
     def _close(self, epoch: int, now: float) -> None:
         recovery, self.current = self.current, None
@@ -147,9 +152,9 @@ class Timeline:
             recomputed_tokens=recovery.recomputed_tokens,
             kv_bytes_restored=recovery.kv_bytes,
             sequences=len(recovery.streams),
-            fetch_s=recovery.fetch_s,
-            exchange_s=recovery.exchange_s,
-            decode_s=recovery.decode_s,
+            fetch_s=max(recovery.fetch_s.values(), default=0.0),
+            exchange_s=max(recovery.exchange_s.values(), default=0.0),
+            decode_s=max(recovery.decode_s.values(), default=0.0),
             streams=tuple(slowest[:STREAMS_TOLD]),
             tail_tokens=recovery.tail_tokens,
             planned=recovery.planned and not recovery.lost,
@@ -157,3 +162,23 @@ class Timeline:
             fence_s=recovery.fence_s,
         )
         self.records = [*self.records, record][-RECORDS_KEPT:]
+
+
+def tell_recovery(tracing: Tracing, record: RecoveryRecord) -> None:
+    """One recovery, or planned move, as a trace: its phases in order, then resume, with the step that ends it."""
+    if not tracing.on or record.ended is None:
+        return
+    at = record.started - record.detect_s
+    told: dict[str, str | int] = {
+        "ghostserve.epoch": record.epoch,
+        "ghostserve.lost_ranks": ",".join(map(str, record.lost_ranks)),
+        "ghostserve.reason": record.reason,
+        "ghostserve.restored_pages": record.restored_pages,
+        "ghostserve.recomputed_tokens": record.recomputed_tokens,
+    }
+    span = tracing.span("move" if record.planned else "recovery", start=at, attributes=told)
+    for phase, seconds in record.phases():
+        span.child(phase, at, at + seconds)
+        at += seconds
+    span.child("resume", at, max(at, record.ended), {"ghostserve.streams": record.sequences})
+    span.end(at=max(at, record.ended))

@@ -41,7 +41,7 @@ from shared.messages import (
 )
 from shared.tls import client_context
 from shared.transport.server import serve
-from shared.types import GroupConfig, unpack_ids, unpack_keys
+from shared.types import GroupConfig, unpack_ids
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ class Worker:
     async def _copy(self, runner: Runner, message: CopyPages) -> None:
         copied = await copy_pages(message, runner.pool, self._stores, runner.config.group)
         if not copied.reason:
-            self._inventory.copied(unpack_ids(message.pages), unpack_keys(message.keys))
+            self._inventory.copied(unpack_ids(message.pages), message.keys)
         self._report(copied)
 
     def _stop_copying(self) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from shared.errors import CommunicatorAborted
 from shared.messages import Claim
-from shared.types import OPEN_KEY, PageKey, pack_ids, pack_keys
+from shared.types import OPEN_KEY, PageKey, pack_ids
 
 MAX_PAGES = 1 << 19
 """In one claim: far below the largest frame."""
@@ -68,7 +68,7 @@ class Inventory:
             if self._rank is None:
                 return None
             kept = list(self._keys.items())[-MAX_PAGES:]
-            return Claim(self._epoch, self._rank, pack_ids(page for page, _ in kept), pack_keys(key for _, key in kept))
+            return Claim(self._epoch, self._rank, pack_ids(page for page, _ in kept), tuple(key for _, key in kept))
 
     def forget(self) -> None:
         """The coordinator has given this worker up: it is a spare."""

@@ -52,10 +52,11 @@ class Coder(ABC):
         """The parity of a batch of stripes, at least one, each of k pages on this coder's device."""
 
     @abstractmethod
-    def decode(self, plan: DecodePlan, sources: Sequence[Memory], target: Memory) -> int:
-        """Write the plan's one target, given its sources in order, each in host memory or on the device.
+    def decode(self, plan: DecodePlan, sources: Sequence[Sequence[Memory]], targets: Sequence[Memory]) -> Sequence[int]:
+        """Write the plan's one target of each stripe of a batch, given its sources in the plan's order.
 
-        Returns the target's checksum, as `encode` makes it of data shards.
+        Sources lie in host memory or on the device. Returns each target's checksum, as `encode` makes it of data
+        shards.
         """
 
 
@@ -77,10 +78,13 @@ class HostCoder(Coder):
             sums.append(tuple(checksum(shard) for shard in shards))
         return Encoded(parity, sums)
 
-    def decode(self, plan: DecodePlan, sources: Sequence[Memory], target: Memory) -> int:
-        page = to_host(target)
-        self.codec.reconstruct(plan, [to_host(source) for source in sources], [page])
-        return checksum(page)
+    def decode(self, plan: DecodePlan, sources: Sequence[Sequence[Memory]], targets: Sequence[Memory]) -> Sequence[int]:
+        sums = []
+        for stripe, target in zip(sources, targets, strict=True):
+            page = to_host(target)
+            self.codec.reconstruct(plan, [to_host(source) for source in stripe], [page])
+            sums.append(checksum(page))
+        return sums
 
 
 class CudaCoder(Coder):
@@ -111,15 +115,15 @@ class CudaCoder(Coder):
         told = self._read(sums[:, : self.k])
         return Encoded(host.numpy(), [tuple(map(int, row)) for row in told])
 
-    def decode(self, plan: DecodePlan, sources: Sequence[Memory], target: Memory) -> int:
-        here = [
-            source if isinstance(source, torch.Tensor) else torch.from_numpy(source).to(self._device)
-            for source in sources
-        ]
-        sums = torch.empty(1, self.k + 1, dtype=torch.int64, device=self._device)
-        addresses = _addresses([[*here, target]])
-        self.codec.reconstruct_at(plan, addresses, len(target), stream=self._stream_address, sums=sums.data_ptr())
-        return int(self._read(sums)[0, self.k])
+    def decode(self, plan: DecodePlan, sources: Sequence[Sequence[Memory]], targets: Sequence[Memory]) -> Sequence[int]:
+        here = [[self._on_device(source) for source in stripe] for stripe in sources]
+        sums = torch.empty(len(targets), self.k + 1, dtype=torch.int64, device=self._device)
+        addresses = _addresses([[*stripe, target] for stripe, target in zip(here, targets, strict=True)])
+        self.codec.reconstruct_at(plan, addresses, len(targets[0]), stream=self._stream_address, sums=sums.data_ptr())
+        return [int(each) for each in self._read(sums)[:, self.k]]
+
+    def _on_device(self, shard: Memory) -> Memory:
+        return shard if isinstance(shard, torch.Tensor) else torch.from_numpy(shard).to(self._device)
 
     @property
     def _stream_address(self) -> int:

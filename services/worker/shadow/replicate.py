@@ -7,15 +7,16 @@ difference.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from kernels.codec import checksum
 from services.worker.memory import Memory, to_host, write
 from services.worker.shadow.exchange import Exchange
+from services.worker.shadow.parity_reader import DAMAGED, Stored
 from services.worker.shadow.protect import Protector
-from services.worker.shadow.restore import Restorer, Stored
+from services.worker.shadow.restore import Restorer, Trouble
 from shared.messages import ProtectPlan, StripeRestore
 from shared.transport.base import ShardLabel
 
@@ -48,6 +49,15 @@ class CopyRestorer(Restorer):
         size = len(stripe.data_checksums)
         return Stored(deque(shard for shard in stripe.parity if shard.shard == size + rank), 1)
 
-    def _decode(self, stripe: StripeRestore, by_rank: dict[int, Memory], stored: Stored, exchange: Exchange) -> str:
-        write(exchange.pool.page(stripe.page), next(iter(stored.rows.values())))
-        return ""
+    def _decode(
+        self, ready: Sequence[tuple[StripeRestore, Mapping[int, Memory], Stored]], exchange: Exchange
+    ) -> Trouble:
+        wrong: Trouble = {}
+        for stripe, _, stored in ready:
+            row = next(iter(stored.rows.values()))
+            page = exchange.pool.page(stripe.page)
+            write(page, row)
+            exchange.pool.wrote(stripe.page, page)
+            if checksum(to_host(page)) != checksum(row):
+                wrong[stripe.key] = f"page {stripe.page}, copied, {DAMAGED}"
+        return wrong

@@ -11,7 +11,7 @@ from services.worker.shadow.exchange import Exchange, PageBytes
 from services.worker.shadow.protect import Protector
 from services.worker.shadow.restore import Restorer
 from shared.errors import CommunicatorAborted, DeadlineExceeded
-from shared.messages import Message, ProtectPlan, RankFailed, RestorePlan
+from shared.messages import Message, ProtectPlan, RankFailed, RestoreDone, RestorePlan
 
 log = logging.getLogger(__name__)
 
@@ -108,13 +108,20 @@ class Shadow:
 
     def _restore(self, plan: RestorePlan, exchange: Exchange) -> None:
         if plan.tail:  # no sealed pages
-            self._report(self._restorer.restore(plan, exchange))
+            self._restorer.restore(plan, exchange, self._report)
             return
         mine = {stripe.key: stripe.page for stripe in plan.stripes if exchange.rank in stripe.lost}
         self._inventory.strike(plan.epoch, mine.values())
-        done = self._restorer.restore(plan, exchange)
-        self._inventory.note(plan.epoch, ((page, key) for key, page in mine.items() if key not in done.failed))
-        self._report(done)
+        told = 0
+
+        def report(done: RestoreDone) -> None:
+            nonlocal told
+            window, told = plan.stripes[told : done.upto], done.upto
+            whole = ((each.page, each.key) for each in window if each.key in mine and each.key not in done.failed)
+            self._inventory.note(plan.epoch, whole)
+            self._report(done)
+
+        self._restorer.restore(plan, exchange, report)
 
     def _ready(self, plan: ProtectPlan | RestorePlan) -> Exchange | None:
         """The exchange, once the step that a plan waits for is done; None if its epoch is over."""
