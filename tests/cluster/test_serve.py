@@ -15,7 +15,10 @@ from pathlib import Path
 import openai
 import pytest
 
+from services.cli.local import LocalCluster
+from shared.errors import ConfigError
 from shared.service import EXIT_CONFIG
+from tests.cluster.conftest import settings
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -216,3 +219,15 @@ async def test_a_model_that_can_not_be_served_ends_serve_in_one_line_before_anyb
     assert (code, len(said.splitlines())) == (EXIT_CONFIG, 1), said
     assert named in said
     assert seconds < 10
+
+
+async def test_workers_that_find_the_model_wrong_end_the_cluster_in_one_line(
+    small_model_dir: Path, tmp_path: Path
+) -> None:
+    """Where nobody has looked before them, as on another host."""
+    model = Path(shutil.copytree(small_model_dir, tmp_path / "model"))
+    larger_vocabulary(model)
+    async with LocalCluster(settings(), model) as cluster:
+        with pytest.raises(ConfigError, match=r"^workers: .*model.embed_tokens.weight has shape") as caught:
+            await cluster.wait_serving(60)
+    assert "\n" not in str(caught.value)
