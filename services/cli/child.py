@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from shared.errors import DeadlineExceeded, GhostError
-from shared.service import die_with_parent
+from shared.errors import ConfigError, DeadlineExceeded, GhostError
+from shared.service import EXIT_CONFIG, die_with_parent
 
 LISTEN_DEADLINE_S = 90.0
 STOP_DEADLINE_S = 12.0
 LOG_TAIL_LINES = 15
 LISTENING = re.compile(rb"^listening on (\S+)\s*$")
+_LAST_WORDS = re.compile(r"^ghostserve [^:]*: (.*)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +73,14 @@ class Child:
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return f"{self.name} ended with {how}"
 
-    async def post_mortem(self) -> str:
-        """How it ended, and the end of its log."""
-        return f"{await self.how_it_ended()}; the end of its log:\n{self.log_tail()}"
+    async def failure(self) -> GhostError:
+        """Why it ended: ConfigError, in its own words, where its settings or the model are wrong; else all we know."""
+        how = await self.how_it_ended()
+        if self.process.returncode == EXIT_CONFIG:
+            lines = self.log_tail().splitlines()
+            said = [match[1] for line in lines if (match := _LAST_WORDS.match(line))]
+            return ConfigError(f"{self.name}: {(said or lines)[-1]}")
+        return GhostError(f"{how}; the end of its log:\n{self.log_tail()}")
 
     async def listening(self) -> None:
         """Wait until it says its address. Raises GhostError if it ends instead, DeadlineExceeded if it says nothing."""
@@ -87,7 +93,7 @@ class Child:
                         return
         except TimeoutError:
             raise DeadlineExceeded(f"{self.name} did not start within {LISTEN_DEADLINE_S:.0f} s") from None
-        raise GhostError(await self.post_mortem())
+        raise await self.failure()
 
     async def end(self) -> None:
         """SIGTERM, then SIGKILL for the whole process group."""

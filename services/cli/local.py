@@ -59,6 +59,7 @@ class ServeSettings(CommonSettings):
     max_model_len: int = Field(0, ge=0, description="longest sequence; 0: what model and pool allow")
     max_step_tokens: int = Field(512, ge=1, le=65536, description="tokens a step (chunked prefill)")
     max_batch: int = Field(32, ge=1, le=1024, description="sequences a step")
+    logits_mb: int = Field(64, ge=1, description="logits that a rank holds at a time, MiB")
     max_waiting: int = Field(256, ge=0, description="requests that may wait; more are refused with 429")
     communicator: Literal["auto", "shm", "gloo", "nccl"] = Field("auto", description="backend between ranks")
     replace_stragglers: bool = Field(False, description="move a rank that is far slower than the others to a spare")
@@ -129,7 +130,8 @@ class LocalCluster:
              "--served-name", settings.served_name or self._model_name(),
              *(["--record-dir", str(self.recordings)] if settings.record else [])],
             ("dtype", "tp", "parity", "protection", "protect_tail", "restore", "page_tokens", "kv_memory_mb",
-             "max_model_len", "max_step_tokens", "max_batch", "max_waiting", "communicator", "replace_stragglers"),
+             "max_model_len", "max_step_tokens", "max_batch", "logits_mb", "max_waiting", "communicator",
+             "replace_stragglers"),
         )  # fmt: skip
         dial = ["--coordinator-url", coordinator.address]
         threads = settings.threads or max(1, (os.cpu_count() or 1) // settings.tp)
@@ -287,7 +289,7 @@ class LocalCluster:
             return
         for child in self.processes.values():
             if not child.alive:
-                raise GhostError(await child.post_mortem())
+                raise await child.failure()
 
     def logs(self) -> str:
         """The ends of all logs."""
@@ -297,7 +299,7 @@ class LocalCluster:
         end = time.monotonic() + LISTEN_DEADLINE_S
         while not condition():
             if not child.alive:
-                raise GhostError(await child.post_mortem())
+                raise await child.failure()
             if time.monotonic() > end:
                 raise DeadlineExceeded(failure)
             await asyncio.sleep(0.01)
@@ -338,7 +340,7 @@ class LocalCluster:
             lived = time.monotonic() - child.started
             quick = quick + 1 if lived < QUICK_DEATH_S else 0
             if child.process.returncode == EXIT_CONFIG or quick >= MAX_QUICK_DEATHS:
-                raise GhostError(await child.post_mortem())
+                raise await child.failure()
             pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (quick - 1)) if quick else 0.0
             self.narrate(f"{how} after {lived:.1f} s; restarting it" + (f" in {pause:.1f} s" if pause else ""))
             await asyncio.sleep(pause)

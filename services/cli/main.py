@@ -18,12 +18,16 @@ from shared.config import (
     load_settings,
 )
 from shared.errors import GhostError
+from shared.service import exit_code
 
 Run = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand. Returns the exit code: 0, 1 after a failure, 2 for a wrong call."""
+    """Run a subcommand. Returns the exit code: 0, 1 after a failure, 2 for a wrong call.
+
+    EXIT_CONFIG where the settings or the model are wrong, so that another start would end the same way.
+    """
     parser = _parser()
     parsed = parser.parse_args(arguments)
     run: Run = parsed.run
@@ -31,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(parsed)
     except GhostError as error:
         print(f"ghostserve: {error}", file=sys.stderr)
-        return 1
+        return exit_code(error)
     except KeyboardInterrupt:
         return 130
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from services.cli.local import LocalCluster, ServeSettings
+from services.worker.engine.checkpoint import CONFIG, check_size, read_json
 from services.worker.engine.model_files import resolve_model
 
 SERVING_DEADLINE_S = 300.0
@@ -30,8 +31,24 @@ def fetch_model(name: str) -> Path:
         )
 
 
+def check_model(model_dir: Path, settings: ServeSettings) -> None:
+    """Raise ModelError unless these ranks can serve the model. Takes seconds; of the default model, which is our own
+    doing, only the number of ranks is in question."""
+    if settings.model == "default":
+        check_size(model_dir, read_json(model_dir / CONFIG), settings.tp)
+        return
+    import torch
+
+    from services.worker.engine import model
+
+    model.check_model(model_dir, settings.tp, getattr(torch, settings.dtype))
+
+
 def serve(settings: ServeSettings) -> int:
-    """Run a cluster until Ctrl-C or SIGTERM. Raises GhostError if a service does not start, or can't be kept alive."""
+    """Run a cluster until Ctrl-C or SIGTERM.
+
+    Raises GhostError if a service does not start, or can't be kept alive: ConfigError or ModelError if it never could.
+    """
     return asyncio.run(_serve(settings))
 
 
@@ -42,6 +59,7 @@ async def _serve(settings: ServeSettings) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     model_dir = await asyncio.to_thread(fetch_model, settings.model)
+    await asyncio.to_thread(check_model, model_dir, settings)
     stopped = asyncio.create_task(stop.wait())
     cluster = LocalCluster(settings, model_dir, lambda text: console.print(f"  {text}", style="dim"))
     running = asyncio.create_task(_run(cluster, console))

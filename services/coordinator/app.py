@@ -123,6 +123,7 @@ def group_config(settings: CoordinatorSettings) -> GroupConfig:
         heartbeat_s=settings.heartbeat_s,
         heartbeat_timeout_s=settings.heartbeat_timeout_s,
         collective_timeout_s=settings.collective_timeout_s,
+        logits_bytes=settings.logits_mb << 20,
     )
     return replace(config, protection="none") if settings.tp == 1 else config
 

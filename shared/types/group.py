@@ -47,6 +47,8 @@ class GroupConfig:
     heartbeat_s: float
     heartbeat_timeout_s: float
     collective_timeout_s: float
+    logits_bytes: int = 64 << 20
+    """What a rank's logits may take at a time."""
     engine: Literal["embedded", "hosted"] = "embedded"
     """Who schedules: the coordinator, or an engine of its own that dials."""
 

@@ -167,7 +167,7 @@ def _rank_process(
         dtype=dtype,
     )
     communicator = create("shm", address, rank, size, timeout=60) if address else None
-    bench = RankBench(lambda chunks: model.forward(chunks, pool, communicator))
+    bench = RankBench(lambda chunks: model.logits(model.forward(chunks, pool, communicator)))
     while (message := connection.recv()) is not None:
         connection.send(bench.measure(*message))
     if communicator:

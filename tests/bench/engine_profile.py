@@ -96,7 +96,7 @@ class _Decode:
         token = np.array([300], dtype=np.int32)
         began = time.perf_counter()
         chunks = [Chunk(token, self._at, CONTEXT, table, "last") for table in self._tables]
-        sample_greedy(self._model.forward(chunks, self._pool, self._communicator))
+        sample_greedy(self._model.logits(self._model.forward(chunks, self._pool, self._communicator)))
         self._at += 1
         return time.perf_counter() - began
 

@@ -131,8 +131,11 @@ class Worker:
         return WorkerHello(self._name, socket.gethostname(), _host_id(), os.getpid(), self._device)
 
     async def _settle(self) -> None:
-        """Wait until nothing of the epoch before is computed any more. Raises GhostError if that does not end."""
+        """Wait until nothing of the epoch before is computed any more. Raises GhostError if that does not end, or if
+        this worker can take no rank."""
         runner = self._runner
+        if runner is not None and runner.unfit:
+            raise GhostError(f"{runner.unfit}: this worker starts anew")
         if runner is not None and not await asyncio.to_thread(runner.at_rest.wait, SETTLE_S):
             raise GhostError(f"the compute thread did not come back within {SETTLE_S:.0f} s: this worker starts anew")
 
@@ -223,6 +226,9 @@ class Worker:
             if runner.overstay_s > SETTLE_S:
                 log.error("the compute thread does not come back from a step whose epoch is over")
                 await channel.close()  # this worker is lost: `_settle` ends it
+            elif runner.unfit:
+                channel.send(Goodbye(runner.unfit))
+                await channel.close()
             await asyncio.sleep(interval_s)
 
     def _report(self, message: Message) -> None:

@@ -28,6 +28,8 @@ class RankEngine(Protocol):
     """The last step that is done in this epoch."""
     in_flight: bool
     """Whether one is being computed."""
+    unfit: str
+    """Why it can take no rank, in words; empty while it can."""
 
     @property
     def pages(self) -> int:

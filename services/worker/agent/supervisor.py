@@ -27,8 +27,9 @@ MAX_BACKOFF_S = 10.0
 def supervise(settings: WorkerSettings) -> int:
     """Run `settings.count` workers until SIGTERM or SIGINT; restart each that dies, as a spare. Returns an exit code.
 
-    A worker that dies within QUICK_DEATH_S of its start is restarted after a pause that doubles each time; one whose
-    settings or model are wrong ends the supervisor with the same exit code.
+    A worker that dies within QUICK_DEATH_S of its start is restarted after a pause that doubles each time. When all
+    say that their settings or the model are wrong, the supervisor ends with the same exit code; where some do, because
+    files were changed while others serve, they are tried again now and then.
     """
     logs.configure("supervisor", settings.log_level, as_json=settings.log_json)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages, which a dying process gives back sooner
@@ -52,6 +53,7 @@ class _Host:
         self._backoff: dict[int, float] = {}
         self._due: dict[int, float] = {}
         self._stopped: dict[int, float] = {}
+        self._wrong: set[int] = set()  # places whose last worker said that settings or model are wrong
         self._serial = 0
 
     def start(self, place: int) -> None:
@@ -63,6 +65,7 @@ class _Host:
         self._pids[place] = pid
         self._started[place] = time.monotonic()
         self._due.pop(place, None)
+        self._wrong.discard(place)
 
     def watch(self) -> int:
         while True:
@@ -91,7 +94,7 @@ class _Host:
                 del self._stopped[place]
 
     def _reap(self) -> bool:
-        """Take note of the workers that stopped, go on, or died. True if one says that its settings are wrong."""
+        """Take note of the workers that stopped, go on, or died. True if all say that their settings are wrong."""
         for place, pid in list(self._pids.items()):
             done, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
             if not done:
@@ -104,11 +107,12 @@ class _Host:
                 continue
             del self._pids[place]
             code = os.waitstatus_to_exitcode(status)
-            if code == EXIT_CONFIG:
-                return True
             lived = time.monotonic() - self._started[place]
             pause = RESTART_PAUSE_S
-            if lived < QUICK_DEATH_S:
+            if code == EXIT_CONFIG:
+                self._wrong.add(place)
+                pause = MAX_BACKOFF_S
+            elif lived < QUICK_DEATH_S:
                 pause = min(MAX_BACKOFF_S, max(2 * RESTART_PAUSE_S, 2 * self._backoff.get(place, 0.0)))
             self._backoff[place] = 0.0 if pause == RESTART_PAUSE_S else pause
             self._due[place] = time.monotonic() + pause
@@ -116,7 +120,7 @@ class _Host:
             log.warning(
                 "worker %d (pid %d) died with %s after %.1f s; restarted in %.1f s", place, pid, how, lived, pause
             )
-        return False
+        return len(self._wrong) == self._settings.count
 
     def _stop(self) -> int:
         for pid in self._pids.values():

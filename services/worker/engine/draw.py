@@ -1,6 +1,6 @@
 """Draw the tokens that a step asks for, from its logits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -11,46 +11,56 @@ from shared.messages import Sample, SequenceStep
 from shared.types import TokenLogprob
 
 
-def draw(parts: Sequence[SequenceStep], chunks: Sequence[Chunk], logits: torch.Tensor) -> tuple[Sample, ...]:
-    """Samples of the sequences that want one, from logits [rows, vocab] in chunk order."""
-    samples = []
-    row = 0
-    greedy: list[tuple[int, int]] = []  # (sequence, row): drawn in one go
-    for part, chunk in zip(parts, chunks, strict=True):
-        rows = logits[row : row + chunk.rows]
-        row += chunk.rows
-        prompt_logprobs = _prompt_logprobs(part, rows)
-        if part.sampling is None:
-            if prompt_logprobs:
-                samples.append(Sample(part.sequence, -1, None, prompt_logprobs))
-            continue
-        if is_plain_greedy(part.sampling) and not prompt_logprobs:
-            greedy.append((part.sequence, row - 1))
-            continue
-        drawn = sample(
-            rows[-1],
-            part.sampling,
-            position=chunk.end,
-            prompt=np.frombuffer(part.prompt, dtype="<i4"),
-            output=np.frombuffer(part.history, dtype="<i4"),
-        )
-        logprob = None if drawn.logprob is None else TokenLogprob(drawn.token, drawn.logprob, drawn.top)
-        samples.append(Sample(part.sequence, drawn.token, logprob, prompt_logprobs))
-    if greedy:
-        tokens = sample_greedy(logits[[row for _, row in greedy]] if len(greedy) < len(logits) else logits)
-        samples.extend(Sample(sequence, token) for (sequence, _), token in zip(greedy, tokens, strict=True))
-    return tuple(samples)
+def draw(parts: Sequence[SequenceStep], chunks: Sequence[Chunk], pieces: Iterable[torch.Tensor]) -> tuple[Sample, ...]:
+    """Samples of the sequences that want one, from `pieces`: logits [rows, vocab] of all rows in chunk order.
+
+    Each piece is done with before the next one is taken, so that they need not be there together.
+    """
+    following = [_following(part) for part in parts]
+    prompts: list[list[TokenLogprob]] = [[] for _ in parts]
+    drawn: dict[int, tuple[int, TokenLogprob | None]] = {}
+    rows = ((index, offset) for index, chunk in enumerate(chunks) for offset in range(chunk.rows))
+    for logits in pieces:
+        greedy: dict[int, int] = {}  # sequence -> row: drawn in one go
+        for row, (index, offset) in zip(range(len(logits)), rows, strict=False):
+            part, chunk = parts[index], chunks[index]
+            if offset < len(following[index]):
+                token = following[index][offset]
+                logprob, top = token_logprobs(logits[row].numpy(force=True), token, part.prompt_logprobs or 0)
+                prompts[index].append(TokenLogprob(token, logprob, top))
+            if part.sampling is None or offset + 1 < chunk.rows:
+                continue
+            if is_plain_greedy(part.sampling):
+                greedy[index] = row
+            else:
+                drawn[index] = _drawn(part, chunk, logits[row])
+        if greedy:
+            picked = logits[list(greedy.values())] if len(greedy) < len(logits) else logits
+            drawn |= {index: (token, None) for index, token in zip(greedy, sample_greedy(picked), strict=True)}
+    return tuple(
+        Sample(part.sequence, *drawn.get(index, (-1, None)), tuple(prompt))
+        for index, (part, prompt) in enumerate(zip(parts, prompts, strict=True))
+        if index in drawn or prompt
+    )
 
 
-def _prompt_logprobs(part: SequenceStep, rows: torch.Tensor) -> tuple[TokenLogprob, ...]:
-    """Logprobs of the prompt tokens that follow each row [n, vocab], up to the prompt's end."""
+def _drawn(part: SequenceStep, chunk: Chunk, logits: torch.Tensor) -> tuple[int, TokenLogprob | None]:
+    """The token after a chunk, drawn from logits [vocab], with its logprob where that is asked for."""
+    assert part.sampling is not None
+    drawn = sample(
+        logits,
+        part.sampling,
+        position=chunk.end,
+        prompt=np.frombuffer(part.prompt, dtype="<i4"),
+        output=np.frombuffer(part.history, dtype="<i4"),
+    )
+    return drawn.token, None if drawn.logprob is None else TokenLogprob(drawn.token, drawn.logprob, drawn.top)
+
+
+def _following(part: SequenceStep) -> list[int]:
+    """The prompt tokens whose logprobs are asked for: those that follow each row, up to the prompt's end."""
     if part.prompt_logprobs is None:
-        return ()
-    following = [*np.frombuffer(part.tokens, dtype="<i4")[1:].tolist(), part.next_token]
-    found = []
-    for offset, token in enumerate(following):
-        if part.start + offset + 1 >= part.prompt_tokens or token < 0:
-            break
-        logprob, top = token_logprobs(rows[offset].numpy(force=True), token, part.prompt_logprobs)
-        found.append(TokenLogprob(token, logprob, top))
-    return tuple(found)
+        return []
+    tokens = [*np.frombuffer(part.tokens, dtype="<i4")[1:].tolist(), part.next_token]
+    known = tokens[: max(0, part.prompt_tokens - part.start - 1)]
+    return known[:-1] if known and known[-1] < 0 else known

@@ -4,17 +4,16 @@ The code that runs is transformers' own for the architecture. What is changed in
 (tensor_parallel), attention is ours (attention), and plain RMSNorms are torch's fused one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from services.worker.communicator.base import Communicator
-from services.worker.engine import attention
+from services.worker.engine import architecture, attention
 from services.worker.engine.batch import Chunk
 from services.worker.engine.kv_pool import KVPool, page_bytes
 from services.worker.engine.modules import fill_buffers, replace_activations, replace_rms_norms
@@ -40,20 +39,19 @@ class RankModel:
         self._ranks = Ranks()
         self._scratch = attention.Scratch()
         config = read_config(model_dir)
-        with torch.device("meta"):
-            whole = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
-        self._tied = bool(config.tie_word_embeddings)
+        whole = architecture.skeleton(model_dir, config, dtype)
         self._base: nn.Module = whole.base_model
         self._prefix = whole.base_model_prefix + "."
+        self._names = {parameter: name for name, parameter in whole.named_parameters()}
+        self._embeddings, self._head_name = architecture.embeddings(whole), architecture.head(whole)
         self._vocab_share = -(-self.spec.vocab_size // size)  # the last rank's is filled up with zeros
         self._head = PackedLinear(self.spec.hidden, self._vocab_share, "colwise", self._ranks, dtype, self.device)
         plan = config.base_model_tp_plan
         self._sharded = shard_linears(self._base, plan, size, self._ranks, dtype, self.device)
+        fill_buffers(whole, self.device)
         replace_rms_norms(self._base, self.device)
         replace_activations(self._base)
         replace_rotary(self._base)
-        fill_buffers(self._base, config, self.device)
-        self._base.eval()
         self._shared_loaded = False
         self._ready: dict[int, list[Packed]] = {}
 
@@ -105,10 +103,10 @@ class RankModel:
         if self._shared_loaded:
             return
         with Weights(self._dir, self.device, self.dtype) as weights, torch.inference_mode():
-            for name, module in self._base.named_modules():
+            for module in self._base.modules():
                 for parameter, value in list(module._parameters.items()):
                     if value is not None:
-                        content = weights.read(f"{self._prefix}{name}.{parameter}")
+                        content = weights.read(self._names[value])
                         module._parameters[parameter] = nn.Parameter(content, requires_grad=False)
         self._shared_loaded = True
 
@@ -124,47 +122,59 @@ class RankModel:
         return linear.pack(weight, bias)
 
     def _read_head(self, weights: Weights, rank: int) -> Packed:
-        name = "lm_head.weight"
-        if self._tied or not weights.has(name):
-            name = self._prefix + "embed_tokens.weight"
+        """The rank's rows of the head; of the embeddings, where the files have no head because the two are tied."""
+        name, bias = self._head_name + ".weight", self._head_name + ".bias"
+        weight = self._vocab_rows(weights, name if weights.has(name) else self._embeddings, rank)
+        return self._head.pack(weight, self._vocab_rows(weights, bias, rank) if weights.has(bias) else None)
+
+    def _vocab_rows(self, weights: Weights, name: str, rank: int) -> torch.Tensor:
+        """A rank's share of a tensor with a row for each token of the vocabulary."""
         first = rank * self._vocab_share
-        weight = weights.read_rows(name, first, min(first + self._vocab_share, self.spec.vocab_size))
-        if len(weight) < self._vocab_share:
-            weight = nn.functional.pad(weight, (0, 0, 0, self._vocab_share - len(weight)))
-        return self._head.pack(weight, None)
+        rows = weights.read_rows(name, first, min(first + self._vocab_share, self.spec.vocab_size))
+        missing = self._vocab_share - len(rows)
+        return torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:]))) if missing else rows
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk], pool: KVPool, comm: Communicator | None) -> torch.Tensor:
-        """Run one step: write the chunks' KV to the pool and return the logits that they ask for.
+        """Run one step: write the chunks' KV to the pool and return what the logits that they ask for are made of.
 
-        Returns float32 [rows, vocab_size] on the model's device, rows in the order of the chunks; [0, vocab_size]
-        where none are asked for. comm connects the ranks; None where there is one. All ranks return the same bits.
+        Returns [rows, hidden] of the model's dtype on its device, rows in the order of the chunks; [0, hidden] where
+        none are asked for. comm connects the ranks; None where there is one. All ranks return the same bits.
         """
         self._check(chunks, pool, comm)
         self._ranks.communicator = comm
         tokens = torch.from_numpy(np.concatenate([chunk.tokens for chunk in chunks]).astype(np.int64))
         positions = torch.from_numpy(np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks]))
         step = attention.plan_attention(chunks, pool, self._scratch)
-        hidden = self._base(
+        hidden: torch.Tensor = self._base(
             input_ids=tokens.to(self.device)[None],
             position_ids=positions.to(self.device)[None],
             use_cache=False,
             step=step,
         ).last_hidden_state[0]
-        rows = _wanted_rows(chunks)
-        if not rows:
-            return torch.empty(0, self.spec.vocab_size, device=self.device)
-        return self._logits(hidden[torch.tensor(rows, device=self.device)], comm)
+        return hidden[torch.tensor(_wanted_rows(chunks), dtype=torch.int64, device=self.device)]
 
-    def _logits(self, hidden: torch.Tensor, comm: Communicator | None) -> torch.Tensor:
-        """hidden [rows, hidden] -> float32 [rows, vocab_size], gathered from all ranks."""
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Some rows of what `forward` returned, [rows, hidden] -> float32 [rows, vocab_size], gathered from all ranks.
+
+        Each rank must ask for the same rows in turn. A row's bits don't depend on those beside it.
+        """
+        if not len(hidden):
+            return torch.empty(0, self.spec.vocab_size, device=self.device)
         own: torch.Tensor = self._head(hidden)
-        if comm is None:
+        if (comm := self._ranks.communicator) is None:
             return own.float()
         parts = own.new_empty(self.size, *own.shape)
         comm.all_gather(own, parts)
-        whole = parts.float().permute(1, 0, 2).reshape(len(hidden), -1)
-        return whole[:, : self.spec.vocab_size]
+        whole = torch.empty(len(hidden), self.size, self._vocab_share, device=self.device)
+        whole.copy_(parts.transpose(0, 1))
+        return whole.view(len(hidden), -1)[:, : self.spec.vocab_size]
+
+    def logits_in_pieces(self, hidden: torch.Tensor, limit_bytes: int) -> Iterator[torch.Tensor]:
+        """The logits of all rows of `hidden`, as many rows at a time as take `limit_bytes`, and one at least."""
+        rows = max(1, limit_bytes // (4 * self.spec.vocab_size))
+        return (self.logits(hidden[at : at + rows]) for at in range(0, len(hidden), rows))
 
     def _check(self, chunks: Sequence[Chunk], pool: KVPool, comm: Communicator | None) -> None:
         if self.rank is None:
@@ -190,3 +200,9 @@ def _wanted_rows(chunks: Sequence[Chunk]) -> list[int]:
         at += len(chunk.tokens)
         rows.extend(range(at - chunk.rows, at))
     return rows
+
+
+def check_model(model_dir: Path, size: int, dtype: torch.dtype) -> None:
+    """Raise ModelError unless a model can be served by `size` ranks; only the headers of its weights are read."""
+    read_spec(model_dir, size, dtype)
+    architecture.skeleton(model_dir, read_config(model_dir), dtype)

@@ -17,6 +17,16 @@ from typing import Any
 
 import numpy as np
 
+from services.worker.engine.checkpoint import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    check_features,
+    check_files,
+    one_line,
+    read_json,
+    shards,
+)
 from shared.errors import ModelError
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -45,40 +55,34 @@ def resolve_model(
         if directory.is_absolute() or name.startswith((".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
             raise ModelError(f"model {name!r}: no such directory")
         directory = _from_hub(name, progress)
-    check_model_dir(directory)
+    check_files(directory)
     return directory
 
 
-def check_model_dir(directory: Path) -> None:
-    """Raise ModelError unless the directory holds a config with a tensor-parallel plan, a tokenizer and safetensors."""
-    from transformers import AutoConfig
-
-    if not (directory / "config.json").is_file():
-        raise ModelError(f"model {directory}: config.json is missing")
-    if not any((directory / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ModelError(f"model {directory}: no tokenizer (tokenizer.json)")
-    if not any(directory.glob("*.safetensors")):
-        raise ModelError(f"model {directory}: no *.safetensors (other weight formats are not read)")
-    try:
-        config = AutoConfig.from_pretrained(directory)
-    except (ValueError, OSError, KeyError) as error:
-        raise ModelError(f"model {directory}: config.json can't be read: {error}") from error
-    if not getattr(config, "base_model_tp_plan", None):
-        raise ModelError(f"model {directory}: architecture {config.model_type!r} publishes no tensor-parallel plan")
-
-
 def _from_hub(name: str, progress: Progress) -> Path:
+    """A hub model's directory. Its configuration is looked at before its weights, of which one set is fetched."""
+    progress(f"fetching {name} from the hub", 0.0)
+    directory = _fetch(name, ["*.json", "*.model", "*.jinja", "*.txt"])
+    check_features(directory, read_json(directory / CONFIG))
+    wanted = shards(directory) if (directory / INDEX).is_file() else [SINGLE]
+    directory = _fetch(name, wanted)
+    if not any((directory / file).is_file() for file in wanted):
+        raise ModelError(f"model {name!r} has neither {SINGLE} nor {INDEX} on the hub (other formats are not read)")
+    progress(f"fetching {name} from the hub", 1.0)
+    return directory
+
+
+def _fetch(name: str, files: list[str]) -> Path:
+    """Fetch those of a hub model's files that lie at its top and match; the others' folders are other sets of it."""
     from huggingface_hub import snapshot_download
 
-    progress(f"fetching {name} from the hub", 0.0)
     try:
-        path = snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
+        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=["*/*"]))
     except Exception as error:  # the hub client's errors span five libraries; every one of them means the same here
         raise ModelError(
-            f"model {name!r} is no local directory, and can't be fetched from the hub: {type(error).__name__}: {error}"
+            f"model {name!r} is no local directory, and can't be fetched from the hub: "
+            f"{type(error).__name__}: {one_line(error)}"
         ) from error
-    progress(f"fetching {name} from the hub", 1.0)
-    return Path(path)
 
 
 def _default_model(cache_dir: Path, progress: Progress) -> Path:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from services.worker.engine.tensor_parallel import set_module
+from shared.errors import ModelError
 
 _VECTOR_BLOCK = 64  # values: two AVX-512 registers of half precision
 
@@ -76,8 +77,21 @@ def _is_plain_rms_norm(kind: type[nn.Module]) -> bool:
         return torch.allclose(norm(x), torch.rms_norm(x, (16,), norm.weight, 1e-5))  # type: ignore[arg-type]
 
 
-def fill_buffers(base: nn.Module, config: Any, device: torch.device) -> None:
-    """Make the modules anew that compute their own buffers (rotary embeddings): the skeleton's hold no values."""
-    for name, module in list(base.named_modules()):
-        if any(buffer.is_meta for buffer in module._buffers.values() if buffer is not None):
-            set_module(base, name, type(module)(config=config).to(device))
+def fill_buffers(whole: Any, device: torch.device) -> None:
+    """Give the buffers that a model's modules compute their values on `device`: the skeleton's hold none.
+
+    Raises ModelError for one that transformers' own initialisation leaves without.
+    """
+    for name, module in whole.base_model.named_modules():
+        buffers = {key: buffer for key, buffer in module._buffers.items() if buffer is not None and buffer.is_meta}
+        if not buffers:
+            continue
+        filled = {
+            key: torch.full_like(buffer, float("nan") if buffer.is_floating_point() else 0, device=device)
+            for key, buffer in buffers.items()
+        }
+        module._buffers.update(filled)
+        whole._init_weights(module)
+        for key, buffer in filled.items():
+            if not buffer.is_floating_point() or buffer.isnan().any():
+                raise ModelError(f"{name}.{key}: nothing is known of what this buffer holds")

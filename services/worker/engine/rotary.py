@@ -5,7 +5,9 @@ trying), the module's own forward is run with this one in its place; nothing out
 """
 
 import sys
+from collections.abc import Callable
 from types import FunctionType, MethodType
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,14 +54,21 @@ def replace_rotary(base: nn.Module) -> None:
         module.forward = MethodType(ours, module)
 
 
-def _is_usual(theirs: object) -> bool:
-    """Whether a function turns halves of whole heads, as Llama's does."""
+def _is_usual(theirs: Callable[..., Any]) -> bool:
+    """Whether a function turns halves of whole heads, as Llama's does, and never a part of one."""
     generator = torch.Generator().manual_seed(1)
     q, k = torch.randn(1, 4, 3, 8, generator=generator), torch.randn(1, 2, 3, 8, generator=generator)
     angles = torch.randn(1, 3, 4, generator=generator).repeat(1, 1, 2)
+    cos, sin = angles.cos(), angles.sin()
     try:
-        expected = theirs(q, k, angles.cos(), angles.sin())  # type: ignore[operator]
+        expected = theirs(q, k, cos, sin)
     except (TypeError, RuntimeError, ValueError):
         return False
-    found = Rotary()(q, k, angles.cos(), angles.sin())
-    return all(a.shape == b.shape and torch.allclose(a, b, atol=1e-6) for a, b in zip(expected, found, strict=True))
+    found = Rotary()(q, k, cos, sin)
+    if not all(a.shape == b.shape and torch.allclose(a, b, atol=1e-6) for a, b in zip(expected, found, strict=True)):
+        return False
+    try:
+        theirs(torch.cat((q, q), -1), torch.cat((k, k), -1), cos, sin)
+    except RuntimeError:
+        return True
+    return False

@@ -76,6 +76,8 @@ class Runner:
         self.shadow = shadow
         self.step_done = 0
         self.in_flight = False
+        self.unfit = ""
+        """Why this worker can take no rank: weights can't be loaded. It has to end, and to say so."""
         self.at_rest = threading.Event()
         """Set while the compute thread waits for a job."""
         self._marks = 0  # what it has begun in this epoch, without collectives
@@ -194,7 +196,11 @@ class Runner:
     def _next_job(self) -> tuple[Job, float] | None:
         """The next job. With time on its hands a spare holds every rank's slice ready; a rank needs its own only."""
         while self._jobs.empty() and self._place is None and self._unprepared:
-            self.model.prepare(self._unprepared.pop(0))
+            try:
+                self._with_weights(self._unprepared.pop(0), self.model.prepare)
+            except Exception:
+                log.exception("a spare can't hold all slices")
+                self._unprepared = []
         if self._jobs.empty() and self.step_done:
             self.model.forget_prepared()
         self.at_rest.set()
@@ -206,11 +212,19 @@ class Runner:
         if epoch == self._epoch and self._place is not None:
             self._report(RankFailed(epoch, self._place.assign.rank, reason, fatal, cut_off))
 
+    def _with_weights(self, rank: int, take: Callable[[int], None]) -> None:
+        """Load or prepare a rank's slice; a worker that can't is unfit."""
+        try:
+            take(rank)
+        except Exception as error:
+            self.unfit = f"the weights of rank {rank} can't be loaded: {error}"
+            raise
+
     def _assign(self, assign: Assign, received: float) -> None:
         self._leave()
         began = time.monotonic()
         if self._loaded_rank != assign.rank:
-            self.model.load(assign.rank)
+            self._with_weights(assign.rank, self.model.load)
             self._loaded_rank = assign.rank
         self._place = Place(assign, received, time.monotonic() - began)
         self.step_done = 0
@@ -226,7 +240,7 @@ class Runner:
 
     def _prepare(self, job: Prepare) -> None:
         if self._place is None:
-            self.model.load(job.rank)
+            self._with_weights(job.rank, self.model.load)
             self._loaded_rank = job.rank
             self._report(Prepared(job.move))
 
@@ -258,8 +272,9 @@ class Runner:
             (int(page) for each in chunks for page in each.pages[each.start // size : -(-each.end // size)]),
         )
         with torch.inference_mode():
-            logits = self.model.forward(chunks, self.pool, self._communicator)
-            samples = draw(plan.sequences, chunks, logits)
+            hidden = self.model.forward(chunks, self.pool, self._communicator)
+            pieces = self.model.logits_in_pieces(hidden, self.config.logits_bytes)
+            samples = draw(plan.sequences, chunks, pieces)
         for part, chunk in zip(plan.sequences, chunks, strict=True):
             filled = (int(page) for page in chunk.pages[chunk.start // size :])
             self._inventory.note(plan.epoch, zip(filled, unpack_keys(part.seals), strict=False))

@@ -15,8 +15,13 @@ from shared.types import SamplingParams
 Int32 = np.ndarray[Any, np.dtype[np.int32]]
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
 Float64 = np.ndarray[Any, np.dtype[np.float64]]
+Ids = np.ndarray[Any, np.dtype[np.intp]]
 
 _SEED_MASK = (1 << 64) - 1
+_TRIED = (1024, 16384)
+"""How many of the most likely tokens are sorted, as far as needed, before all are."""
+_OFF = 1e-9
+"""More, as a part of it, than any order of adding up a vocabulary can change of its sum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +81,7 @@ def token_logprobs(logits: Float32, token: int, count: int) -> tuple[float, tupl
     values = logits.astype(np.float64)
     peak = values.max()
     normaliser = peak + np.log(np.exp(values - peak).sum())
-    count = min(count, len(values))
-    best = np.argpartition(-values, count - 1)[:count] if count else np.empty(0, dtype=np.int64)
-    best = best[np.lexsort((best, -values[best]))]
+    best = _most_likely_first(logits, count) if count else ()
     return float(values[token] - normaliser), tuple((int(t), float(values[t] - normaliser)) for t in best)
 
 
@@ -114,17 +117,56 @@ def _draw(logits: Float32, sampling: SamplingParams, uniform: float) -> int:
     weights: Float64 = np.exp(scaled - scaled.max())
     if sampling.top_k <= 0 and sampling.top_p >= 1.0 and sampling.min_p <= 0.0:
         return _invert(weights, uniform)
-    order = _most_likely_first(weights, sampling.top_k)
+    order, kept = _left(weights, sampling)
+    return int(order[_invert(kept, uniform)])
+
+
+def _left(weights: Float64, sampling: SamplingParams) -> tuple[Ids, Float64]:
+    """The ids, and weights, of the tokens that top_k, then min_p, then top_p leave: by falling weight, then by id.
+
+    Only as many are sorted as may be left.
+    """
+    if 0 < sampling.top_k < len(weights):
+        order = _most_likely_first(weights, sampling.top_k)
+    elif sampling.min_p > 0.0:
+        likely = np.flatnonzero(weights >= sampling.min_p * weights.max())
+        order = likely[_most_likely_first(weights[likely], 0)]
+    elif (nucleus := _nucleus(weights, sampling.top_p)) is not None:
+        return nucleus, weights[nucleus]
+    else:
+        order = _most_likely_first(weights, 0)
     kept = weights[order]
     if sampling.min_p > 0.0:
         kept = kept[kept >= sampling.min_p * kept[0]]
     if sampling.top_p < 1.0:
         before = np.cumsum(kept) - kept  # a token stays if those before it don't reach top_p: the first always does
-        kept = kept[before < max(sampling.top_p, 1e-9) * kept.sum()]
-    return int(order[_invert(kept, uniform)])
+        kept = kept[before < _mass(sampling.top_p) * kept.sum()]
+    return order, kept
 
 
-def _most_likely_first(weights: Float64, top_k: int) -> np.ndarray[Any, np.dtype[np.intp]]:
+def _nucleus(weights: Float64, top_p: float) -> Ids | None:
+    """The ids that top_p alone leaves of all, most likely first, by sorting a few; None where that is not certain.
+
+    The last bits of the sum that top_p is a part of depend on the order in which it is added up. Where they could
+    decide, all have to be sorted, so that the answer never depends on the way.
+    """
+    total = weights.sum()
+    for count in _TRIED:
+        if count >= len(weights):
+            break
+        order = _most_likely_first(weights, count)
+        before = np.cumsum(weights[order]) - weights[order]
+        most, least = (int(np.count_nonzero(before < _mass(top_p) * total * off)) for off in (1 + _OFF, 1 - _OFF))
+        if most == least < count:
+            return order[:most]
+    return None
+
+
+def _mass(top_p: float) -> float:
+    return max(top_p, 1e-9)
+
+
+def _most_likely_first(weights: Float32 | Float64, top_k: int) -> Ids:
     """Token ids by falling weight, equal ones by id; only the first top_k, if top_k > 0."""
     if 0 < top_k < len(weights):
         threshold = np.partition(weights, len(weights) - top_k)[len(weights) - top_k]

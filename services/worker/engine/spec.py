@@ -1,6 +1,5 @@
 """What a model is, as its files say, and whether it can be split as asked."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,20 @@ import torch
 import xxhash
 from transformers import AutoConfig
 
+from services.worker.engine.checkpoint import (
+    CONFIG,
+    check_features,
+    check_size,
+    max_positions,
+    one_line,
+    read_json,
+    weight_files,
+)
 from services.worker.engine.tensor_parallel import check_plan
-from services.worker.engine.weights import weight_files
 from shared.errors import ModelError
 from shared.types import ModelInfo
 
 _SAMPLE_BYTES = 1 << 20
-# settings by which an architecture changes its logits after the head: we call the head ourselves
-_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,28 +44,25 @@ class ModelSpec:
 def read_spec(model_dir: Path, size: int, dtype: torch.dtype = torch.bfloat16) -> ModelSpec:
     """Read what a model is. Raises ModelError where it can't be split into `size` ranks, naming the sizes that do."""
     config = read_config(model_dir)
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    allowed = [k for k in range(1, kv_heads + 1) if kv_heads % k == 0 and config.intermediate_size % k == 0]
-    if size not in allowed:
-        raise ModelError(
-            f"{model_dir.name} has {kv_heads} KV heads and can't be split into {size} ranks; "
-            f"allowed: {', '.join(map(str, allowed))}"
-        )
     check_plan(config.base_model_tp_plan, model_dir.name)
-    return ModelSpec(
-        architecture=(config.architectures or [config.model_type])[0],
-        layers=config.num_hidden_layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        hidden=config.hidden_size,
-        vocab_size=config.vocab_size,
-        max_positions=config.max_position_embeddings,
-        dtype=str(dtype).removeprefix("torch."),
-        eos_token_ids=_eos_token_ids(model_dir, config),
-        fingerprint=_fingerprint(model_dir),
-    )
+    try:
+        check_size(model_dir, config.to_dict(), size)
+        heads = config.num_attention_heads
+        return ModelSpec(
+            architecture=(config.architectures or [config.model_type])[0],
+            layers=config.num_hidden_layers,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            hidden=config.hidden_size,
+            vocab_size=config.vocab_size,
+            max_positions=max_positions(config.to_dict()),
+            dtype=str(dtype).removeprefix("torch."),
+            eos_token_ids=_eos_token_ids(model_dir, config),
+            fingerprint=_fingerprint(model_dir),
+        )
+    except (AttributeError, KeyError, TypeError, ArithmeticError) as error:
+        raise ModelError(f"model {model_dir}: {CONFIG}: {type(error).__name__}: {one_line(error)}") from error
 
 
 def model_info(model_dir: Path, spec: ModelSpec, page_bytes: int) -> ModelInfo:
@@ -82,15 +84,14 @@ def model_info(model_dir: Path, spec: ModelSpec, page_bytes: int) -> ModelInfo:
 
 def read_config(directory: Path) -> Any:
     """A model's configuration. Raises ModelError where it is not one that can be served."""
+    check_features(directory, read_json(directory / CONFIG))
     try:
         config = AutoConfig.from_pretrained(directory)
-    except (ValueError, OSError, KeyError) as error:
-        raise ModelError(f"{directory}: config.json can't be read: {error}") from error
+    except Exception as error:  # transformers' checks of a configuration raise a dozen kinds
+        raise ModelError(f"model {directory}: {CONFIG} can't be read: {one_line(error)}") from error
     if not getattr(config, "base_model_tp_plan", None):
-        raise ModelError(f"{directory}: architecture {config.model_type!r} publishes no tensor-parallel plan")
-    for setting in _LOGIT_CHANGES:
-        if getattr(config, setting, None) not in (None, 1, 1.0):
-            raise ModelError(f"{directory}: {setting} is not supported")
+        raise ModelError(f"model {directory}: architecture {config.model_type!r} publishes no tensor-parallel plan")
+    check_features(directory, config.to_dict())
     return config
 
 
@@ -98,7 +99,7 @@ def _eos_token_ids(directory: Path, config: Any) -> tuple[int, ...]:
     ids = config.eos_token_id
     generation = directory / "generation_config.json"
     if generation.is_file():
-        ids = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id", ids)
+        ids = read_json(generation).get("eos_token_id", ids)
     return tuple(ids) if isinstance(ids, list | tuple) else () if ids is None else (ids,)
 
 

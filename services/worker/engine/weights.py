@@ -1,13 +1,13 @@
 """Read slices of a model's weights from its safetensors."""
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
+from services.worker.engine.checkpoint import one_line, weight_files
 from shared.errors import ModelError
 
 
@@ -23,7 +23,10 @@ class Weights:
 
     def __enter__(self) -> "Weights":
         for path in weight_files(self._directory):
-            file = self._stack.enter_context(safe_open(path, framework="pt"))
+            try:
+                file = self._stack.enter_context(safe_open(path, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise ModelError(f"{path} can't be read: {one_line(error)}") from error
             self._files |= dict.fromkeys(file.keys(), file)
         return self
 
@@ -54,12 +57,3 @@ class Weights:
 
     def _finish(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device=self._device, dtype=self._dtype)
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model, those of its index where it has one."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return [directory / name for name in names]
-    return sorted(directory.glob("*.safetensors"))
