@@ -27,7 +27,10 @@ class EngineHello(Message):
 
 @dataclass(frozen=True, slots=True)
 class EngineReady(Message):
-    """The ranks have their KV caches. Sent again whenever the engine has dialled anew.
+    """The ranks have their KV caches. Sent again whenever the engine has dialled anew, and then all sealed pages.
+
+    Withheld pages are not told. A page counts only where it is whole on all of `workers`: since a Place that changed
+    one, and until Resume, none is.
 
     `pages`: the number of pages, of `page_tokens` tokens each. `workers`: who holds which rank, by name; "" for one
     that is lost. `alike`: all ranks hold equal bytes, so that a lost page is copied from another.
@@ -154,7 +157,9 @@ class Place(Message):
 class Resume(Message):
     """Step again. `gone`: pages that won't come back: forget their keys. `withheld`: pages that may yet come back.
 
-    Withheld pages belong to nobody and are found by nobody, until PagesWhole or PagesGone names them.
+    Withheld pages belong to nobody and are found by nobody, until PagesWhole or PagesGone names them. Pages that were
+    pinned, or withheld before and not again, may be given away only now, also after a connection was lost: until all
+    ranks had joined the new epoch, a transfer of the one before could still write to them.
     """
 
     epoch: int

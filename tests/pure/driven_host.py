@@ -105,7 +105,7 @@ class Driven(Host):
     def confirm(self, pages: list[int]) -> bool:
         return True
 
-    def inventory(self, held: Held) -> Mapping[int, PageKey]:
+    def inventory(self, worker: str, held: Held) -> Mapping[int, PageKey]:
         return held.pages
 
     def returned(self, run: int, valid: int) -> Returned:

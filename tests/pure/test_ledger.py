@@ -34,6 +34,7 @@ def test_a_page_that_the_ranks_read_for_its_parity_is_not_given_away() -> None:
 def test_a_page_with_a_slice_missing_is_not_found_before_it_is_restored() -> None:
     host = DictionaryHost(1)
     page = sealed(host, 1)
+    protect(host, 1)
     host.ledger.lose({2})
     assert host.match([key(1)]) == []
     host.ledger.restored(page, key(1))
@@ -114,6 +115,17 @@ def test_an_acknowledgement_that_a_lost_store_may_have_given_is_not_believed() -
     assert host.ledger.count(Parity.QUEUED) == 1
     protect(host, 1)
     assert host.ledger.count(Parity.PROTECTED) == 1
+
+
+def test_a_page_that_comes_back_from_what_is_left_of_its_stripe_is_encoded_anew() -> None:
+    """One shard of several is enough for one lost rank; the next loss may need those that a store gave up."""
+    host = DictionaryHost(2)
+    page = sealed(host, 1)
+    protect(host, 1)
+    host.ledger.shards_lost([key(1)])
+    host.ledger.lose({2})
+    host.ledger.restored(page, key(1))
+    assert host.ledger.count(Parity.QUEUED) == 1
 
 
 def test_a_page_that_is_given_up_is_lost_for_those_who_stand_on_it_until_they_leave() -> None:

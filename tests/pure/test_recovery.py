@@ -1,6 +1,6 @@
 """What is restored and what is recomputed."""
 
-from services.coordinator.protection.costs import Rates, StoredStripe, choose, restorable, wanted_keys
+from services.coordinator.protection.costs import Rates, Redundancy, StoredStripe, choose, restorable, wanted_keys
 from shared.messages import ParityShard
 from shared.types import PageKey, next_page_key, root_key
 from tests.pure.dictionary_host import DictionaryHost
@@ -142,7 +142,12 @@ def test_of_raw_copies_each_lost_rank_needs_its_own() -> None:
     page, key = run.pages[0], run.keys[0]
     lost = host.ledger.missing(page)
     copies = StoredStripe(tuple(ParityShard(3 + rank, "tcp://x:1", rank) for rank in range(3)), (1, 2, 3))
-    found = restorable(page, key, lost, {key: copies}, redundancy="copies")
+    found = restorable(page, key, lost, {key: copies}, redundancy=Redundancy("copies", 3))
     assert found is not None
     assert [shard.shard for shard in found.parity] == [3, 5]
-    assert restorable(page, key, lost, {key: StoredStripe(copies.parity[:2], (1, 2, 3))}, redundancy="copies") is None
+    assert (
+        restorable(
+            page, key, lost, {key: StoredStripe(copies.parity[:2], (1, 2, 3))}, redundancy=Redundancy("copies", 3)
+        )
+        is None
+    )

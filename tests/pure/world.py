@@ -9,7 +9,7 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from services.coordinator.app import group_config
 from services.coordinator.events import (
@@ -21,6 +21,7 @@ from services.coordinator.events import (
     EpochIs,
     Event,
     FindStripes,
+    Hello,
     Keep,
     Left,
     NextEpoch,
@@ -134,6 +135,8 @@ class SimWorker:
     copying: CopyPages | None = None
     lanes: dict[str, deque[Any]] = field(default_factory=lambda: {"compute": deque(), "shadow": deque()})
     """Plans not begun, of its two threads."""
+    first_rank: int | None = None
+    """The rank that a hosted engine started it for."""
     stalled: dict[str, Any] = field(default_factory=dict)
     """By thread, the plan whose collective waits for the other ranks."""
 
@@ -166,6 +169,7 @@ class World:
         page_tokens: int = 4,
         protect_tail: bool = False,
         tracing: Tracing | None = None,
+        engine: Literal["embedded", "hosted"] = "embedded",
     ):
         self.dice = random.Random(seed)
         self.size, self.parity, self.pages, self.page_tokens = size, parity, pages, page_tokens
@@ -179,6 +183,7 @@ class World:
             heartbeat_timeout_s=3600,
             restore="always",
             protect_tail=protect_tail,
+            engine=engine,
         )
         self.tracing = tracing
         self.now = 100.0
@@ -291,7 +296,7 @@ class World:
             self.record()
         self.handle(Tick())
 
-    def _connects(self, hello: WorkerHello | StoreHello | GatewayHello) -> Wire:
+    def _connects(self, hello: Hello) -> Wire:
         wire = Wire(next(self._peers))
         self.wires[wire.peer] = wire
         self.handle(Came(wire.peer, hello))
@@ -322,7 +327,10 @@ class World:
 
     def _worker_dials(self, worker: SimWorker) -> None:
         worker.wire = self._connects(WorkerHello(worker.name, "host", "host", 1, "cpu"))
-        worker.out.append(WorkerReady(MODEL, self.pages, worker.name, worker.claim))
+        worker.out.append(self._ready_of(worker))
+
+    def _ready_of(self, worker: SimWorker) -> WorkerReady:
+        return WorkerReady(MODEL, self.pages, worker.name, worker.claim)
 
     def kill(self, worker: SimWorker) -> None:
         del self.workers[worker.name]
@@ -435,6 +443,7 @@ class World:
                 moves.append(("out", worker))
             moves += [(lane, worker) for lane in worker.lanes if self._can_run(worker, lane)]
         moves += [("answer", number) for number in self.questions if not self._late(number)]
+        moves += self.more_moves()
         if not moves:
             self.settle()
             self.tick()
@@ -452,12 +461,21 @@ class World:
             self.says(worker.name, worker.out.popleft())
         elif kind == "copy":
             self._copy(worker)
+        elif kind.startswith("engine"):
+            self.make_move(kind, worker)
         elif kind == "in":
             self._receive(worker, worker.wire.sent.popleft())
         else:
             self._enter(worker, kind, worker.lanes[kind].popleft())
         self.settle()
         return True
+
+    def more_moves(self) -> list[tuple[str, Any]]:
+        """What else can happen; see `make_move`."""
+        return []
+
+    def make_move(self, kind: str, what: Any) -> None:
+        """Let one of `more_moves` happen, whose kinds begin with engine."""
 
     def _late(self, number: int) -> bool:
         return self.slow_index and isinstance(self.questions[number][0], FindStripes)
@@ -477,7 +495,7 @@ class World:
 
     def check_parity(self) -> None:
         """Assert that what counts as protected has its parity in the store."""
-        for page in self.ledger if self.group.engine is not None else ():
+        for page in self.ledger if self.group.protection is not None else ():
             if page.parity is Parity.PROTECTED and self.store_wire is not None and not page.missing:
                 assert page.key in self.parity_of, f"{page} is protected by nothing"
 
@@ -608,12 +626,12 @@ class World:
         """Do this rank's part; what follows the barrier happens when the last rank of the epoch is in."""
         if isinstance(plan, DigestPlan):
             assert worker.assign is not None
-            tokens = self._read(worker, unpack_ids(plan.pages), plan.tokens)
+            tokens = self.read(worker, unpack_ids(plan.pages), plan.tokens)
             worker.out.append(DigestDone(plan.epoch, plan.digest, worker.assign.rank, str(tuple(tokens))))
             return
         if isinstance(plan, StepPlan):
             for part in plan.sequences:
-                self._write(worker, unpack_ids(part.pages), part.start, unpack_ids(part.tokens))
+                self.write(worker, unpack_ids(part.pages), part.start, unpack_ids(part.tokens))
         worker.stalled[lane] = plan
         peers = [each for each in self.workers.values() if each.stalled.get(lane) == plan]
         if len(peers) == self.size:
@@ -629,13 +647,13 @@ class World:
                 case RestorePlan():
                     self._decode(plan, by_rank)
 
-    def _write(self, worker: SimWorker, pages: list[int], start: int, tokens: list[int]) -> None:
+    def write(self, worker: SimWorker, pages: list[int], start: int, tokens: list[int]) -> None:
         for position, token in enumerate(tokens, start):
             worker.sealed.pop(pages[position // self.page_tokens], None)
             page = worker.kv.setdefault(pages[position // self.page_tokens], [GARBAGE] * self.page_tokens)
             page[position % self.page_tokens] = token
 
-    def _read(self, worker: SimWorker, pages: list[int], count: int) -> list[int]:
+    def read(self, worker: SimWorker, pages: list[int], count: int) -> list[int]:
         blank = [GARBAGE] * self.page_tokens
         return [
             worker.kv.get(pages[position // self.page_tokens], blank)[position % self.page_tokens]
@@ -650,7 +668,7 @@ class World:
                 count = part.start + len(unpack_ids(part.tokens))
                 for number, key in enumerate(unpack_keys(part.seals), part.start // self.page_tokens):
                     worker.sealed[unpack_ids(part.pages)[number]] = key
-                seen = self._read(worker, unpack_ids(part.pages), count)
+                seen = self.read(worker, unpack_ids(part.pages), count)
                 assert GARBAGE not in seen, f"rank {rank} computes over KV that is not there"
                 if part.sampling is not None:
                     samples.append(Sample(part.sequence, next_token(tuple(seen))))

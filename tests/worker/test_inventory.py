@@ -11,7 +11,7 @@ A, B, C = (bytes([number]) * 16 for number in range(1, 4))
 
 def claimed(inventory: Inventory) -> tuple[int, int, bytes, bytes] | None:
     claim = inventory.claim()
-    return None if claim is None else (claim.epoch, claim.rank, claim.pages, claim.keys)
+    return None if claim is None else (claim.epoch, claim.rank, claim.pages, b"".join(claim.keys))
 
 
 def test_a_page_that_was_written_again_is_not_claimed() -> None:

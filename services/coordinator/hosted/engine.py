@@ -95,7 +95,7 @@ class HostedEngine(Host):
         """It has a connection, a first one or another, by which it tells all that it has (once more)."""
         self._peer, self.workers, self._dialled_at = peer, ready.workers, self._outbox.now
         self._stale = set(self._keys)
-        self._kept.clear()  # it keeps nothing for a connection that is lost
+        self._withheld.clear()
         self._quiesced = None
         self.quiesce()
 
@@ -158,6 +158,8 @@ class HostedEngine(Host):
                 continue
             if page in self._keys:
                 self._dropped([page])
+            if (other := self.protection.ledger.find(key)) is not None:  # dropped while it had no connection
+                self._dropped([other.number])
             self._keys[page] = key
             if self.protection.begun:
                 self.protection.sealed(page, key)
@@ -223,15 +225,18 @@ class HostedEngine(Host):
         for page in withheld:
             del self._withheld[page]
         self._gone.extend(page for page in lost if page not in withheld)
+        self.protection.dropped(lost)
         if withheld:
             self._send(PagesGone(self._membership.epoch, pack_ids(withheld)))
 
-    def inventory(self, held: Held) -> Mapping[int, PageKey]:
-        """A rank that is back has all pages that the engine has."""
-        return self._keys
+    def inventory(self, worker: str, held: Held) -> Mapping[int, PageKey]:
+        """A worker that the engine knows for its rank has all pages that the engine has; another one has none."""
+        return self._keys if self.workers[held.rank] == worker else {}
 
     def adopt(self, pages: Iterable[tuple[int, PageKey]]) -> None:
-        """Nothing to do: they are the engine's own."""
+        """They are the engine's own; it forgets the others, which no rank has."""
+        left = {page for page, _ in pages}
+        self.gone([page for page in self._keys if page not in left])
 
     def returned(self, run: int, valid: int) -> Returned:
         """See `Host`. It goes on with the others, when the engine resumes; of open pages it keeps nothing."""
@@ -279,6 +284,8 @@ class HostedEngine(Host):
         self._steps.clear()
         if self._quiesced is None:
             self._quiesced, self._told_runs = self._membership.epoch, False
+            self._kept.clear()  # it keeps them until it resumes
+            self._unpinned.clear()
             self._send(Quiesce(self._quiesced))
 
     def place(self, formation: Formation) -> None:
@@ -289,6 +296,7 @@ class HostedEngine(Host):
     def resume(self) -> None:
         """See `Host`."""
         self._quiesced = None
+        self.protection.dropped([page.number for page in self.protection.ledger if page.key is None])  # open ones
         self._withheld = {page.number: None for page in self.protection.ledger.lost_idle(self.pages)}
         gone, self._gone = self._gone, []
         self._send(Resume(self._membership.epoch, pack_ids(gone), pack_ids(self._withheld)))

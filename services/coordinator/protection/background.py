@@ -70,7 +70,7 @@ class Background:
             self._pass = None
             return
         under_way.asked, under_way.not_before = True, now + PAUSE_S
-        if self._restoration.redundancy == "alike":
+        if not self._restoration.redundancy.stored:
             self.found(self._membership.epoch, StripesFound({}))
             return
         keys = tuple(key for number in under_way.pages if (key := self._ledger.key(number)) is not None)

@@ -7,10 +7,32 @@ from typing import Literal
 from services.coordinator.protection.host import Run
 from services.coordinator.protection.ledger import Ledger
 from shared.messages import ParityShard, StripeRestore
-from shared.types import PageKey
+from shared.types import GroupConfig, PageKey
 
-Redundancy = Literal["parity", "copies", "alike"]
-"""From what a lost slice comes back: parity and the other slices, a raw copy in a store, or any other rank's page."""
+
+@dataclass(frozen=True, slots=True)
+class Redundancy:
+    """From what a lost slice comes back: parity and the other slices, a raw copy in a store, or any other rank's page.
+
+    `size`: of the group.
+    """
+
+    kind: Literal["parity", "copies", "alike"]
+    size: int
+
+    @property
+    def stored(self) -> bool:
+        """Whether it takes something from a store."""
+        return self.kind != "alike"
+
+
+PARITY = Redundancy("parity", 0)
+
+
+def redundancy_of(config: GroupConfig, *, alike: bool) -> Redundancy:
+    """That of a group; `alike`: all its ranks hold equal bytes."""
+    kind: Literal["copies", "parity"] = "copies" if config.protection == "replicate" else "parity"
+    return Redundancy("alike" if alike else kind, config.size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +110,7 @@ def choose(
     page_bytes: int,
     page_tokens: int,
     always: bool = False,
-    redundancy: Redundancy = "parity",
+    redundancy: Redundancy = PARITY,
 ) -> list[Choice]:
     """How each run comes back, those with the least to restore first.
 
@@ -121,12 +143,12 @@ def restorable(
     key: PageKey,
     missing: Collection[int],
     stripes: Mapping[PageKey, StoredStripe],
-    redundancy: Redundancy = "parity",
+    redundancy: Redundancy = PARITY,
 ) -> StripeRestore | None:
     """How to rebuild what the ranks `missing` lack of a page, or slot; None if too little of it is left."""
     lost = tuple(sorted(missing))
-    if redundancy == "alike":
-        return StripeRestore(place, key, lost, (), ()) if lost else None
+    if redundancy.kind == "alike":
+        return StripeRestore(place, key, lost, (), ()) if 0 < len(lost) < redundancy.size else None
     stripe = stripes.get(key)
     shards = _enough(stripe, lost, redundancy) if stripe is not None and lost else None
     return StripeRestore(place, key, lost, shards, stripe.data_checksums) if stripe is not None and shards else None
@@ -137,7 +159,7 @@ def _enough(stripe: StoredStripe, lost: tuple[int, ...], redundancy: Redundancy)
 
     All, since a row that is found damaged is made up for by another.
     """
-    if redundancy == "copies":
+    if redundancy.kind == "copies":
         size = len(stripe.data_checksums)
         wanted = {size + rank for rank in lost}
         shards = tuple(shard for shard in stripe.parity if shard.shard in wanted)

@@ -130,12 +130,12 @@ class Host(Protocol):
         """They won't come back under their keys: what they held is to be recomputed."""
         ...
 
-    def inventory(self, held: Held) -> Mapping[int, PageKey]:
+    def inventory(self, worker: str, held: Held) -> Mapping[int, PageKey]:
         """The sealed pages, page -> key, that a worker has which held its rank under an earlier coordinator."""
         ...
 
     def adopt(self, pages: Iterable[tuple[int, PageKey]]) -> None:
-        """An earlier coordinator's ranks have these sealed pages. For a host that has none itself."""
+        """Of what there was under an earlier coordinator, these sealed pages are left on some rank."""
         ...
 
     def returned(self, run: int, valid: int) -> Returned:

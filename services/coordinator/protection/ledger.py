@@ -141,6 +141,7 @@ class Ledger:
         """A page is full. No other page has its key."""
         if key in self._by_key or self.key(number) is not None:
             raise AssertionError(f"page {number} or its key is sealed already")
+        self._lost.pop(number, None)  # it may have been open when a slice of it was lost; it was written again since
         page = self._pages[number] = self._by_key[key] = Page(number, key)
         self._by_parity[Parity.OPEN][number] = page
         if self._alike:
@@ -294,11 +295,15 @@ class Ledger:
                 self._has(page, rank)
 
     def restored(self, number: int, key: PageKey) -> None:
-        """All slices of this page are there again, decoded from parity: so it is protected, if the key is still its."""
+        """All slices of this page are there again, if the key is still its.
+
+        What is left of its parity may be too little for the next time: it is as protected as before, or encoded anew.
+        """
         page = self._pages.get(number)
         if page is not None and page.key == key:
             self._whole(page)
-            self._enter(page, Parity.QUEUED if page.doubtful else Parity.PROTECTED)
+            if page.parity is not Parity.PROTECTED or page.doubtful:
+                self._enter(page, Parity.QUEUED if self._protect else Parity.OPEN)
             self._host.whole((number,))
 
     def tokens_restored(self, number: int, *, whole: bool) -> None:

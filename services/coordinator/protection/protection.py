@@ -158,7 +158,9 @@ class Protection:
         `born`: when this coordinator started; what ranks have from before it is adopted.
         """
         if not self.encoding.begun:
-            returned = {rank: self._host.inventory(held) for rank, held in formation.returned.items()}
+            returned = {
+                rank: self._host.inventory(formation.ranks[rank], held) for rank, held in formation.returned.items()
+            }
             self.ledger.adopt(returned, self._size)
             if returned:
                 recovery = self.timeline.interrupted("the coordinator was restarted", formation.epoch, born)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from services.coordinator.events import FindStripes, StripesFound
 from services.coordinator.membership.members import Membership
 from services.coordinator.outbox import Outbox
-from services.coordinator.protection.costs import Rates, Redundancy, StoredStripe, choose, restorable, wanted_keys
+from services.coordinator.protection.costs import Rates, StoredStripe, choose, redundancy_of, restorable, wanted_keys
 from services.coordinator.protection.host import Host, Run
 from services.coordinator.protection.ledger import Ledger
 from services.coordinator.protection.stores import Stores
@@ -72,9 +72,7 @@ class Restoration:
         self._rates = rates
         self._outbox = outbox
         self._always = always
-        self.redundancy: Redundancy = "copies" if config.protection == "replicate" else "parity"
-        if alike:
-            self.redundancy = "alike"
+        self.redundancy = redundancy_of(config, alike=alike)
         self._planned = False
         self._queue: deque[StripeRestore] = deque()
         self._tail_queue: deque[StripeRestore] = deque()
@@ -107,7 +105,7 @@ class Restoration:
         epoch = self._membership.epoch
         tails = self._tails.keys() if self._tails is not None else []
         keys = (*wanted_keys(self._ledger, self._host.runs()), *tails)
-        if keys and self._config.protection != "none" and self.redundancy != "alike":
+        if keys and self._config.protection != "none" and self.redundancy.stored:
             self._outbox.ask(FindStripes("restore", epoch, keys, self._stores.infos()))
         else:
             self.planned(epoch, StripesFound({}))
@@ -233,6 +231,8 @@ class Restoration:
         size = self._page_tokens
         while valid < run.computed:
             index = valid // size
+            if index < len(run.keys) and self._ledger.key(run.pages[index]) != run.keys[index]:
+                return valid  # it is open, or another's, by now
             end = min(run.computed, (index + 1) * size)
             slots = range(run.pages[index] * size + valid % size, run.pages[index] * size + (end - 1) % size + 1)
             back = next((i for i, slot in enumerate(slots) if slot not in self._slots_back), len(slots))

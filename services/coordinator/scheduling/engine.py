@@ -128,7 +128,7 @@ class EmbeddedEngine(Host):
         """See `Host`."""
         self.cache.gone(pages)
 
-    def inventory(self, held: Held) -> Mapping[int, PageKey]:
+    def inventory(self, worker: str, held: Held) -> Mapping[int, PageKey]:
         """See `Host`. Each worker tells its own."""
         return held.pages
 

@@ -100,7 +100,7 @@ def can_lose(config: GroupConfig, members: Membership, protection: Protection, s
     """Ranks that may be lost now: none while pages are still lost, or those of running requests have no parity."""
     if members.state != "serving" or protection.ledger.lost or not shown.runs_protected:
         return 0
-    if protection.restoration.redundancy == "alike":
+    if not protection.restoration.redundancy.stored:
         return config.size - 1
     if config.protection == "none" or not protection.encoding.storable:
         return 0

@@ -1,0 +1,194 @@
+"""An engine that schedules by itself, through random faults: no wrong token, no page that leaks, parity that counts."""
+
+import pytest
+
+from services.coordinator.protection.ledger import Parity
+from shared.messages import Refused, StepFailed, Submit
+from shared.types import GenerationRequest, SamplingParams, pack_ids
+from tests.pure.hosted_world import HostedWorld, SimEngine
+from tests.pure.test_group_simulation import until
+from tests.pure.world import MODEL, VOCABULARY
+
+
+def serving(world: HostedWorld) -> None:
+    until(world, lambda: world.group.membership.state == "serving" and not world.engine_process.quiesced)  # type: ignore[union-attr]
+
+
+def started(seed: int = 1, **more: int) -> tuple[HostedWorld, SimEngine]:
+    world = HostedWorld(seed, **more)
+    world.add_store()
+    engine = world.start_engine()
+    serving(world)
+    return world, engine
+
+
+def decoding(world: HostedWorld, engine: SimEngine, made: int, *, length: int = 23, new: int = 100) -> None:
+    """One request that has made so many tokens, and whose sealed pages are protected."""
+    engine.submit([world.dice.randrange(8, VOCABULARY) for _ in range(length)], new)
+    until(world, lambda: engine.made >= made)
+    engine.paused = True
+    until(world, lambda: not (world.group.status().stripes_pending or engine.out or engine.pins))
+    engine.paused = False
+
+
+def rank(world: HostedWorld, number: int) -> str:
+    return str(world.group.membership.ranks[number])
+
+
+def finish(world: HostedWorld) -> None:
+    """No more faults: until all requests have ended, and nothing is lost, pinned or withheld."""
+    engine = world.engine_process
+    assert engine is not None
+    world.add_store()
+    while (
+        sum(worker.assign is None for worker in world.workers.values())
+        + sum(name in world.workers for name in engine.workers)
+        < world.size + 1
+    ):
+        world.add_spare()
+    until(world, lambda: not engine.requests, moves=60_000)
+    serving(world)
+    until(world, lambda: not (world.move() or world.ledger.lost or engine.pins or engine.withheld or engine.out))
+    engine.check()
+    world.check_slices()
+    sealed = {page.number: page.key for page in world.ledger.sealed_pages}
+    assert sealed == engine.keys
+    world.group.protection.encoding.flow()  # type: ignore[union-attr]
+    world._carry()
+    world.check_nothing_stale()
+
+
+def test_a_lost_rank_is_restored_and_the_engine_recomputes_the_open_page_only() -> None:
+    world, engine = started(pages=64)
+    decoding(world, engine, 10)
+    sealed = world.ledger.count(Parity.PROTECTED)
+    world.kill(world.workers[rank(world, 1)])
+    finish(world)
+    record = world.group.status().recoveries[-1]
+    assert record.restored_pages == sealed > 0
+    assert record.recomputed_tokens <= world.page_tokens
+    assert record.lost_ranks == (1,)
+
+
+def test_without_parity_all_is_recomputed_and_the_tokens_are_the_same() -> None:
+    world, engine = started(pages=64)
+    decoding(world, engine, 10)
+    world.parity_of.clear()
+    world.kill(world.workers[rank(world, 0)])
+    finish(world)
+    record = world.group.status().recoveries[-1]
+    assert record.restored_pages == 0
+    assert record.recomputed_tokens >= 30
+
+
+def test_idle_pages_that_were_lost_come_back_while_the_engine_steps() -> None:
+    world, engine = started(pages=64)
+    decoding(world, engine, 8, new=8)
+    until(world, lambda: not engine.requests and not engine.pins and not engine.out)
+    idle = dict(engine.keys)
+    assert idle
+    world.kill(world.workers[rank(world, 2)])
+    until(world, lambda: not world.group.protection.ledger.is_whole(next(iter(idle))))  # type: ignore[union-attr]
+    serving(world)
+    assert engine.withheld == idle
+    until(world, lambda: not engine.withheld)
+    assert engine.keys == idle
+    world.check_slices()
+
+
+def test_a_step_that_failed_is_taken_back_and_nothing_is_restored() -> None:
+    world, engine = started(pages=64)
+    decoding(world, engine, 10)
+    engine.step(lost=True)
+    engine.out.append(StepFailed(engine.epoch, "out of memory"))
+    epoch = engine.epoch
+    until(world, lambda: world.group.membership.epoch > epoch)
+    finish(world)
+    record = world.group.status().recoveries[-1]
+    assert (record.restored_pages, record.lost_ranks) == (0, ())
+
+
+def test_who_is_to_blame_for_a_failed_step_is_replaced() -> None:
+    world, engine = started(pages=64)
+    decoding(world, engine, 10)
+    old = rank(world, 1)
+    engine.step(lost=True)
+    engine.out.append(StepFailed(engine.epoch, "no answer", (old,)))
+    until(world, lambda: world.group.membership.ranks[1] not in (old, None))
+    finish(world)
+    assert old not in world.workers
+
+
+def test_a_coordinator_that_is_back_learns_all_from_the_engine_and_nothing_is_recomputed() -> None:
+    world, engine = started(pages=64)
+    decoding(world, engine, 10)
+    sealed = dict(engine.keys)
+    world.crash()
+    finish(world)
+    assert sealed.keys() <= {page.number for page in world.ledger.sealed_pages} | engine.keys.keys()
+    assert world.restored == 0
+
+
+def test_another_engine_takes_the_place_of_one_that_is_gone() -> None:
+    world, engine = started(pages=64)
+    decoding(world, engine, 10)
+    for worker in list(world.workers.values()):
+        world.kill(worker)
+    world.cut_engine()
+    again = world.start_engine()
+    serving(world)
+    assert not world.ledger.sealed_pages
+    decoding(world, again, 10)
+    finish(world)
+
+
+def test_requests_of_gateways_are_sent_to_the_engines_own_api() -> None:
+    world, _ = started()
+    assert world.client is not None
+    request = GenerationRequest("r", pack_ids([9]), 1, SamplingParams())
+    from services.coordinator.events import Said
+
+    world.handle(Said(world.client.peer, Submit(request, MODEL.fingerprint)))
+    refused = [message for message in world.client.sent if isinstance(message, Refused)]
+    assert [each.code for each in refused] == ["hosted_engine"]
+
+
+@pytest.mark.parametrize("parity", [1, 2])
+@pytest.mark.parametrize("seed", range(400))
+def test_a_hosted_engine_survives_whatever_dies_when(seed: int, parity: int) -> None:
+    world, engine = started(seed, parity=parity, pages=24)
+    dice = world.dice
+    for _ in range(dice.randrange(200, 800)):
+        what = dice.random()
+        ranks = [world.workers[name] for name in engine.workers if name in world.workers]
+        if what < 0.006 and ranks:
+            for worker in dice.sample(ranks, min(len(ranks), dice.choice((1, 1, 1, 2, 3)))):
+                world.kill(worker)
+        elif what < 0.016 and len(world.workers) < world.size + 2:
+            world.add_spare()
+        elif what < 0.035 and len(engine.requests) < 5:
+            shared = [9] * 12 if dice.random() < 0.5 else []
+            prompt = shared + [dice.randrange(8, VOCABULARY) for _ in range(dice.randrange(1, 20))]
+            engine.submit(prompt, dice.randrange(1, 24))
+        elif what < 0.038 and engine.requests and not engine.quiesced:
+            engine.end(dice.choice(engine.requests))
+        elif what < 0.040:
+            world.lose_store()
+        elif what < 0.047:
+            world.add_store()
+        elif what < 0.049:
+            world.damage()
+        elif what < 0.051 and engine.can_step:
+            engine.step(lost=True)
+            engine.out.append(StepFailed(engine.epoch, "failed"))
+        elif what < 0.053:
+            world.crash()
+        elif what < 0.055:
+            world.cut_engine()
+        else:
+            world.move()
+        world.group.check()
+        engine.check()
+        world.check_parity()
+        world.settle()
+    finish(world)
