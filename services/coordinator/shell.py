@@ -30,7 +30,7 @@ from services.coordinator.recording import encode
 from services.coordinator.whereabouts import Whereabouts
 from shared import wire
 from shared.channel import Channel
-from shared.errors import GhostError, PeerLost
+from shared.errors import GhostError, PeerLost, ProtocolError
 from shared.messages import GatewayHello, ShardsFound, StoreHello, WorkerHello
 from shared.stripe_index import StripeIndex
 
@@ -133,6 +133,9 @@ class Shell:
             channel.send_frame(frame)
         except PeerLost as error:  # its reader will end, and tell the core
             log.warning("%s", error)
+        except ProtocolError as error:
+            log.error("can't be sent, so its peer is given up: %s", error)
+            channel.abort()
 
     # -- Redis -------------------------------------------------------------------------------------------------------
 

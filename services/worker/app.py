@@ -18,7 +18,7 @@ from services.worker.runner import Runner
 from services.worker.stores import StoreClients
 from shared.channel import REDIAL_S, Channel, dial
 from shared.config import WorkerSettings
-from shared.errors import ConfigError, GhostError, PeerLost
+from shared.errors import ConfigError, GhostError, PeerLost, ProtocolError
 from shared.logs import epoch_is
 from shared.messages import (
     TOLD_TO_STOP,
@@ -233,7 +233,11 @@ class Worker:
 
         def send() -> None:
             if self._channel is not None and not self._channel.closed:
-                self._channel.send(message)
+                try:
+                    self._channel.send(message)
+                except ProtocolError as error:
+                    log.error("can't be sent: %s", error)
+                    self._channel.abort()
 
         self._loop.call_soon_threadsafe(send)
 
