@@ -5,6 +5,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from aiohttp import web
 from services.gateway import page
 from services.gateway.account import Account
 from services.gateway.answer import Answer
+from services.gateway.bodies import SMALL_BYTES, Bodies, parse
 from services.gateway.cluster import Cluster
-from services.gateway.guard import Guard, client_keys, http_log, read_body
-from services.gateway.intake import Job, Serving, prepare
+from services.gateway.guard import Guard, client_keys, http_log
+from services.gateway.intake import Job, prepare
 from services.gateway.metrics import CONTENT_TYPE, Metrics
 from services.gateway.openapi import describe
 from services.gateway.operate import Operate
-from services.gateway.schemas import ChatRequest, CompletionRequest, parse
+from services.gateway.prompts import Serving
+from services.gateway.schemas import ChatRequest, CompletionRequest
 from services.gateway.tokenizer import Tokenizer
 from shared.config import GatewaySettings
 from shared.errors import ConfigError, ModelError, RequestRejected
@@ -86,6 +89,7 @@ async def _run(
     finally:
         gateway.cluster.stop()
         await runner.cleanup()
+        gateway.close()
 
 
 class Gateway:
@@ -103,13 +107,19 @@ class Gateway:
         self._operate = Operate(self.cluster, self._version, allow_faults=settings.allow_faults)
         self.metrics = Metrics(lambda: self.cluster.in_flight, lambda: self._trouble() is None)
         self.connections: Callable[[], int] = lambda: 0
+        self._bodies = Bodies(int(settings.max_body_mb * 2**20))
+        self._small = ThreadPoolExecutor(2, "small bodies")
+        self._large = ThreadPoolExecutor(1, "large bodies")
+
+    def close(self) -> None:
+        """End the threads; what they have not begun is dropped."""
+        for lane in (self._small, self._large):
+            lane.shutdown(wait=False, cancel_futures=True)
 
     def application(self) -> web.Application:
         """The aiohttp application with all routes."""
         guard = Guard(self._keys, self._settings.max_connections, lambda: self.connections(), self.metrics)
-        application = web.Application(
-            middlewares=[guard.__call__], client_max_size=int(self._settings.max_body_mb * 2**20)
-        )
+        application = web.Application(middlewares=[guard.__call__])
         application.add_routes(
             [
                 web.post("/v1/completions", functools.partial(self._generate, CompletionRequest)),
@@ -153,23 +163,30 @@ class Gateway:
     ) -> web.StreamResponse:
         try:
             with Account(request, self.metrics, self.tracing) as account:
-                serving = self._serving()
-                body = await read_body(request)
-                if self._settings.log_prompts:
-                    log.info("asked", extra={"body": body[:LOGGED_PROMPT_BYTES].decode(errors="replace")})
-                job = account.begins(await asyncio.to_thread(lambda: _prepare(kind, body, serving)))
-                with self.cluster.open(job.sequences) as call:
+                job = account.begins(await self._job(kind, request, self._serving()))
+                async with self.cluster.open(job.sequences) as call:
                     await call.accepted(ACCEPT_DEADLINE_S)
                     answer = Answer(job, call, self.metrics, account.started)
                     if job.request.stream:
                         response = await answer.stream(request)
                     else:
-                        content = await answer.collect()
-                        response = web.json_response(content, headers={"X-Request-Id": job.reply_id})
+                        headers = {"X-Request-Id": job.reply_id}
+                        body = await answer.collect()
+                        response = web.Response(body=body, content_type="application/json", headers=headers)
                     account.outcome = answer.outcome
                     return response
         except ConnectionError:
             return web.Response(status=499)  # the client is away: nobody reads it
+
+    async def _job(
+        self, kind: type[CompletionRequest] | type[ChatRequest], request: web.Request, serving: Serving
+    ) -> Job:
+        """The request made ready, in a thread: one for large bodies, so that they wait for each other only."""
+        async with self._bodies.read(request) as body:
+            if self._settings.log_prompts:
+                log.info("asked", extra={"body": body[:LOGGED_PROMPT_BYTES].decode(errors="replace")})
+            lane = self._small if len(body) <= SMALL_BYTES else self._large
+            return await asyncio.get_running_loop().run_in_executor(lane, _prepare, kind, body, serving)
 
     def _serving(self) -> Serving:
         """What is needed to take a request. Raises RequestRejected (503) if it is not known.

@@ -1,6 +1,5 @@
 """What every HTTP request passes: limits, API keys, and the translation of every error into OpenAI's shape."""
 
-import asyncio
 import hmac
 import logging
 from collections.abc import Awaitable, Callable, Sequence
@@ -17,7 +16,6 @@ from shared.service import check_bind
 
 log = logging.getLogger(__name__)
 
-BODY_DEADLINE_S = 60.0
 RETRY_AFTER_S = 1
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
@@ -91,21 +89,6 @@ class Guard:
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
         matches = [hmac.compare_digest(given.encode(errors="replace"), key) for key in self._keys]  # all: same time
         return scheme.lower() == "bearer" and any(matches)
-
-
-async def read_body(request: web.Request) -> bytes:
-    """The body of a JSON request. Raises RequestRejected or HTTPRequestEntityTooLarge."""
-    if request.content_type != "application/json":
-        raise RequestRejected(
-            "the body must be JSON, with Content-Type: application/json", status=415, code="unsupported_media_type"
-        )
-    try:
-        async with asyncio.timeout(BODY_DEADLINE_S):
-            return await request.read()
-    except TimeoutError:
-        raise RequestRejected("the body did not arrive in time", status=408, code="request_timeout") from None
-    except web.RequestPayloadError as error:
-        raise RequestRejected("the body is broken", code="invalid_body") from error
 
 
 def client_keys(settings: GatewaySettings) -> list[str]:

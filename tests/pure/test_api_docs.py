@@ -42,7 +42,7 @@ def _service(name: str, document: Json) -> Iterator[str]:
         if schema and "properties" in schema:
             yield f"### {method.upper()} {path}: the answer\n"
             yield from _fields(schema, schemas)
-    for title in ("ChatMessage", "StreamOptions", "ShardView", "Scrub"):
+    for title in ("ChatMessage", "ToolCall", "FunctionCall", "StreamOptions", "ShardView", "Scrub"):
         if title in schemas:
             yield f"### {title}\n"
             yield from _fields(schemas[title], schemas)
@@ -63,8 +63,8 @@ def _type(schema: Json) -> str:
     """A schema in words."""
     if "$ref" in schema:
         return str(schema["$ref"].rsplit("/", 1)[1])
-    if "anyOf" in schema:
-        return " or ".join(_type(each) for each in schema["anyOf"] if each.get("type") != "null")
+    if choices := schema.get("anyOf") or schema.get("oneOf"):
+        return " or ".join(_type(each) for each in choices if each.get("type") != "null")
     if "const" in schema:
         return f"`{schema['const']}`"
     if "enum" in schema:
