@@ -172,7 +172,7 @@ class GatewaySettings(CommonSettings):
     )
     model: str = Field("", description="directory or hub id of the tokenizer; empty: what the coordinator says")
     max_body_mb: float = Field(8.0, gt=0, description="largest request body, MiB")
-    max_connections: int = Field(2048, ge=1, description="open client connections; more are refused with 503")
+    max_connections: int = Field(2048, ge=1, description="requests in work at a time; more are refused with 503")
     log_prompts: bool = Field(False, description="log what is asked; without it no text of a request is logged")
     reconnect_s: Seconds = Field(30.0, description="time that streams wait for a coordinator that is away")
     drain_s: float = Field(

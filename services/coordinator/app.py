@@ -20,6 +20,7 @@ from shared.channel import CHANNEL_PATH, Channel, accept
 from shared.config import CoordinatorSettings
 from shared.errors import ConfigError, GhostError, PeerLost
 from shared.messages import GatewayHello, Goodbye, StoreHello, WorkerHello
+from shared.port import serving
 from shared.service import check_bind
 from shared.stripe_index import StripeIndex
 from shared.tls import server_context
@@ -60,28 +61,23 @@ async def run(
         index = await stack.enter_async_context(StripeIndex(settings.redis_url, timeout=REDIS_CALL_S))
         traces = stack.enter_context(tracing("coordinator"))
         journal = Journal(index, config.group)
-        runner = web.AppRunner(
-            application(front, settings.secret), handle_signals=False, shutdown_timeout=CLOSE_DEADLINE_S
-        )
-        await runner.setup()
-        try:
-            site = web.TCPSite(runner, settings.host, settings.port, ssl_context=tls)
-            try:
-                await site.start()
-            except OSError as error:
-                raise ConfigError(f"can't listen on {settings.host}:{settings.port}: {error.strerror}") from error
-            url = f"{'ws' if tls is None else 'wss'}://{settings.host}:{runner.addresses[0][1]}"
-            log.info("coordinator of group %s listens on %s", config.group, url)
+        async with serving(
+            application(front, settings.secret),
+            settings.host,
+            settings.port,
+            tls=tls,
+            scheme="ws",
+            shutdown_s=CLOSE_DEADLINE_S,
+        ) as port:
+            log.info("coordinator of group %s listens on %s", config.group, port.url)
             if on_listening:
-                on_listening(url)
+                on_listening(port.url)
             if (last := await _last(journal, front, stop)) is not None:
                 epoch, cordons = last
                 group = Group(config, settings, epoch, time.monotonic(), traces, cordons)
                 shell = Shell(group, index, journal, Recorder(group, settings) if settings.record_dir else None)
                 front.shell.set_result(shell)
                 await shell.run(stop)
-        finally:
-            await runner.cleanup()
 
 
 async def _last(journal: Journal, front: Front, stop: asyncio.Event) -> tuple[int, dict[str, int | None]] | None:

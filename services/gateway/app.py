@@ -1,6 +1,7 @@
 """The gateway service: HTTP on one side, the coordinator on the other."""
 
 import asyncio
+import contextlib
 import functools
 import logging
 import time
@@ -26,7 +27,8 @@ from services.gateway.prompts import Serving
 from services.gateway.schemas import ChatRequest, CompletionRequest
 from services.gateway.tokenizer import Tokenizer
 from shared.config import GatewaySettings
-from shared.errors import ConfigError, ModelError, RequestRejected
+from shared.errors import ModelError, RequestRejected
+from shared.port import serving
 from shared.tls import server_context
 from shared.tracing import Tracing, tracing
 from shared.types import ClusterStatus
@@ -37,7 +39,6 @@ ACCEPT_DEADLINE_S = 15.0
 RELOAD_S = 10.0
 SHUTDOWN_S = 3.0
 LOGGED_PROMPT_BYTES = 4096
-KEEP_ALIVE_S = 75.0
 
 Json = dict[str, Any]
 
@@ -49,47 +50,39 @@ async def run(
 
     `on_listening` is told the base URL once the port is open.
     """
-    with tracing("gateway") as traces:
-        await _run(Gateway(settings, traces), settings, stop, on_listening)
+    with tracing("gateway") as traces, contextlib.closing(Gateway(settings, traces)) as gateway:
+        await _run(gateway, settings, stop, on_listening)
 
 
 async def _run(
     gateway: "Gateway", settings: GatewaySettings, stop: asyncio.Event, on_listening: Callable[[str], None] | None
 ) -> None:
-    runner = web.AppRunner(
+    async with serving(
         gateway.application(),
-        handler_cancellation=True,
-        shutdown_timeout=SHUTDOWN_S,
-        keepalive_timeout=KEEP_ALIVE_S,
-        access_log=None,
+        settings.host,
+        settings.port,
+        tls=server_context(settings),
+        most=settings.max_connections,
+        refuse=gateway.guard.refuse,
+        shutdown_s=SHUTDOWN_S,
+        cancels=True,
         logger=http_log(),
-    )
-    await runner.setup()
-    gateway.connections = lambda: len(runner.server.connections) if runner.server is not None else 0
-    try:
-        tls = server_context(settings)
-        site = web.TCPSite(runner, settings.host, settings.port, ssl_context=tls)
-        try:
-            await site.start()
-        except OSError as error:
-            raise ConfigError(f"can't listen on {settings.host}:{settings.port}: {error.strerror}") from error
-        host, port = runner.addresses[0][:2]
-        url = f"{'http' if tls is None else 'https'}://{f'[{host}]' if ':' in host else host}:{port}"
-        log.info("gateway listening on %s", url)
+    ) as port:
+        gateway.guard.is_full = lambda: port.is_full
+        log.info("gateway listening on %s", port.url)
         if on_listening is not None:
-            on_listening(url)
-        async with asyncio.TaskGroup() as tasks:
-            background = [tasks.create_task(gateway.cluster.run()), tasks.create_task(gateway.keep_tokenizer())]
-            await stop.wait()
-            await site.stop()
-            await gateway.cluster.drain(settings.drain_s)
+            on_listening(port.url)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                background = [tasks.create_task(gateway.cluster.run()), tasks.create_task(gateway.keep_tokenizer())]
+                await stop.wait()
+                port.stop_listening()
+                await gateway.cluster.drain(settings.drain_s)
+                gateway.cluster.stop()
+                for task in background:
+                    task.cancel()
+        finally:
             gateway.cluster.stop()
-            for task in background:
-                task.cancel()
-    finally:
-        gateway.cluster.stop()
-        await runner.cleanup()
-        gateway.close()
 
 
 class Gateway:
@@ -106,7 +99,7 @@ class Gateway:
         self.cluster = Cluster(settings)
         self._operate = Operate(self.cluster, self._version, allow_faults=settings.allow_faults)
         self.metrics = Metrics(lambda: self.cluster.in_flight, lambda: self._trouble() is None)
-        self.connections: Callable[[], int] = lambda: 0
+        self.guard = Guard(self._keys, self.metrics)
         self._bodies = Bodies(int(settings.max_body_mb * 2**20))
         self._small = ThreadPoolExecutor(2, "small bodies")
         self._large = ThreadPoolExecutor(1, "large bodies")
@@ -118,8 +111,7 @@ class Gateway:
 
     def application(self) -> web.Application:
         """The aiohttp application with all routes."""
-        guard = Guard(self._keys, self._settings.max_connections, lambda: self.connections(), self.metrics)
-        application = web.Application(middlewares=[guard.__call__])
+        application = web.Application(middlewares=[self.guard.__call__])
         application.add_routes(
             [
                 web.post("/v1/completions", functools.partial(self._generate, CompletionRequest)),

@@ -13,6 +13,7 @@ from services.gateway.schemas import Part
 from shared.errors import RequestRejected
 
 BODY_DEADLINE_S = 60.0
+ENCODINGS = ("identity", "gzip", "deflate")
 SMALL_BYTES = 64 * 1024
 """A body up to this counts for nothing: not as memory, nor as work that others would wait for."""
 LARGE_BODIES = 8
@@ -37,6 +38,9 @@ class Bodies:
             raise RequestRejected(
                 "the body must be JSON, with Content-Type: application/json", status=415, code="unsupported_media_type"
             )
+        if request.headers.get("Content-Encoding", "identity").lower() not in ENCODINGS:
+            text = f"the body's Content-Encoding must be one of {', '.join(ENCODINGS)}"
+            raise RequestRejected(text, status=415, code="unsupported_media_type")
         body = bytearray()
         try:
             await self._receive(request, body)

@@ -17,7 +17,15 @@ from shared.service import check_bind
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1
-_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+PROBES = ("/live", "/health", "/metrics")
+"""Always answered."""
+_CODES = {
+    400: "invalid_http",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "request_too_large",
+    417: "expectation_failed",
+}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -28,11 +36,11 @@ class Guard:
     `keys`: those of which a client must have one for paths under /v1; empty: no check.
     """
 
-    def __init__(self, keys: Sequence[str], max_connections: int, connections: Callable[[], int], metrics: Metrics):
+    def __init__(self, keys: Sequence[str], metrics: Metrics):
         self._keys = [key.encode() for key in keys]
-        self._max_connections = max_connections
-        self._connections = connections
         self._metrics = metrics
+        self.is_full: Callable[[], bool] = lambda: False
+        """Whether more requests are in work than may be."""
 
     @web.middleware
     async def __call__(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -43,30 +51,30 @@ class Guard:
 
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
-            if self._connections() > self._max_connections:
-                response = self._refuse(503, "too many open connections", code="overloaded")
+            if self.is_full() and request.path not in PROBES:
+                response = self.refuse(503, "too many requests in work", code="overloaded")
                 response.force_close()
                 return response
             if request.path.startswith("/v1/") and not self._has_key(request):
-                return self._refuse(
+                return self.refuse(
                     401, "Incorrect API key provided", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
                 )
             return await handler(request)
         except RequestRejected as error:
-            return self._refuse(error.status, str(error), code=error.code, param=error.param)
+            return self.refuse(error.status, str(error), code=error.code, param=error.param)
         except StreamLost as error:
-            return self._refuse(error.status, str(error), code="stream_lost")
+            return self.refuse(error.status, str(error), code="stream_lost")
         except web.HTTPException as error:
             headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
             message = f"{request.method} {request.path}: {error.reason}"[:300]
-            return self._refuse(error.status, message, code=_CODES.get(error.status), headers=headers)
+            return self.refuse(error.status, message, headers=headers)
         except ConnectionError:
             raise
         except Exception as error:
             log.exception("error in %s %s", request.method, request.path)
-            return self._refuse(500, f"internal error: {type(error).__name__}", code="internal_error")
+            return self.refuse(500, f"internal error: {type(error).__name__}", code="internal_error")
 
-    def _refuse(
+    def refuse(
         self,
         status: int,
         message: str,
@@ -76,6 +84,7 @@ class Guard:
         headers: dict[str, str] | None = None,
     ) -> web.Response:
         """An error in OpenAI's shape; those that pass say when to try again."""
+        code = code or _CODES.get(status)
         self._metrics.errors.labels(code or str(status)).inc()
         headers = dict(headers or {})
         if status in (429, 503):

@@ -39,6 +39,7 @@ from shared.messages import (
     WorkerHello,
     WorkerReady,
 )
+from shared.sockets import bracketed
 from shared.tls import client_context
 from shared.transport.server import serve
 from shared.types import GroupConfig, unpack_ids, unpack_keys
@@ -139,8 +140,8 @@ class Worker:
         runner.address = self._address
         pages = PageServer(runner.pool, runner.pool.pages)
         broken: GhostError | None = None
-        async with serve(f"tcp://{_bracketed(self._own_address)}:0", pages, token=self._settings.secret or "") as bulk:
-            where = f"tcp://{_bracketed(self._address)}:{bulk.address.rpartition(':')[2]}"
+        async with serve(f"tcp://{bracketed(self._own_address)}:0", pages, token=self._settings.secret or "") as bulk:
+            where = f"tcp://{bracketed(self._address)}:{bulk.address.rpartition(':')[2]}"
             channel.send(WorkerReady(runner.info, runner.pool.pages, where, self._inventory.claim()))
             beating = asyncio.create_task(self._beat(channel, runner, welcome.config.heartbeat_s))
             try:
@@ -259,10 +260,6 @@ async def _show_life(folder: str, name: str) -> None:
         except OSError as error:
             raise ConfigError(f"alive_dir {folder}: {error.strerror}") from error
         await asyncio.sleep(ALIVE_S)
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 def _host_id() -> str:

@@ -414,21 +414,6 @@ async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
         yield part
 
 
-async def test_too_many_connections_are_refused(model_dir: Path) -> None:
-    async with (
-        FakeCoordinator(a_status(str(model_dir), 400, (2,))) as coordinator,
-        a_gateway(coordinator, max_connections=2) as bench,
-    ):
-        await bench.until_health(200)  # one, kept alive
-        host, port = bench.url.removeprefix("http://").split(":")
-        idle = [await asyncio.open_connection(host, int(port)) for _ in range(2)]
-        assert (await bench.until_health(503))["error"]["code"] == "overloaded"
-        for _, writer in idle:
-            writer.close()
-            await writer.wait_closed()
-        await bench.until_health(200)
-
-
 async def test_a_silent_stream_is_kept_alive(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answer, "KEEP_ALIVE_S", 0.02)
     gate = asyncio.Event()
