@@ -18,6 +18,7 @@ from services.gateway.account import Account
 from services.gateway.answer import Answer
 from services.gateway.bodies import SMALL_BYTES, Bodies, parse
 from services.gateway.cluster import Cluster
+from services.gateway.cors import Cors
 from services.gateway.guard import Guard, client_keys, http_log
 from services.gateway.intake import Job, prepare
 from services.gateway.metrics import CONTENT_TYPE, Metrics
@@ -99,7 +100,8 @@ class Gateway:
         self.cluster = Cluster(settings)
         self._operate = Operate(self.cluster, self._version, allow_faults=settings.allow_faults)
         self.metrics = Metrics(lambda: self.cluster.in_flight, lambda: self._trouble() is None)
-        self.guard = Guard(self._keys, self.metrics)
+        operator = settings.operator_token.get_secret_value() if settings.operator_token else ""
+        self.guard = Guard(self._keys, operator, self.metrics)
         self._bodies = Bodies(int(settings.max_body_mb * 2**20))
         self._small = ThreadPoolExecutor(2, "small bodies")
         self._large = ThreadPoolExecutor(1, "large bodies")
@@ -112,6 +114,7 @@ class Gateway:
     def application(self) -> web.Application:
         """The aiohttp application with all routes."""
         application = web.Application(middlewares=[self.guard.__call__])
+        Cors(self._settings.cors_origins).join(application)
         application.add_routes(
             [
                 web.post("/v1/completions", functools.partial(self._generate, CompletionRequest)),
@@ -178,7 +181,10 @@ class Gateway:
             if self._settings.log_prompts:
                 log.info("asked", extra={"body": body[:LOGGED_PROMPT_BYTES].decode(errors="replace")})
             lane = self._small if len(body) <= SMALL_BYTES else self._large
-            return await asyncio.get_running_loop().run_in_executor(lane, _prepare, kind, body, serving)
+            job = await asyncio.get_running_loop().run_in_executor(lane, _prepare, kind, body, serving)
+        if job.request.return_kv_digest:
+            self.guard.check_operator(request)
+        return job
 
     def _serving(self) -> Serving:
         """What is needed to take a request. Raises RequestRejected (503) if it is not known.

@@ -11,12 +11,13 @@ from services.gateway.call import StreamLost
 from services.gateway.metrics import Metrics
 from services.gateway.responses import error_body, error_type
 from shared.config import GatewaySettings
-from shared.errors import ConfigError, RequestRejected
+from shared.errors import RequestRejected
 from shared.service import check_bind
 
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1
+OPERATORS = "/v1/fault_tolerance/"
 PROBES = ("/live", "/health", "/metrics")
 """Always answered."""
 _CODES = {
@@ -33,11 +34,13 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Guard:
     """The application's one middleware.
 
-    `keys`: those of which a client must have one for paths under /v1; empty: no check.
+    `keys`: those of which a client must have one for paths under /v1; empty: no check. `operator`: what opens the paths
+    for operators, and all others too. Without one, these are open where no keys are, and closed to all where some are.
     """
 
-    def __init__(self, keys: Sequence[str], metrics: Metrics):
+    def __init__(self, keys: Sequence[str], operator: str, metrics: Metrics):
         self._keys = [key.encode() for key in keys]
+        self._operator = operator.encode()
         self._metrics = metrics
         self.is_full: Callable[[], bool] = lambda: False
         """Whether more requests are in work than may be."""
@@ -55,10 +58,10 @@ class Guard:
                 response = self.refuse(503, "too many requests in work", code="overloaded")
                 response.force_close()
                 return response
-            if request.path.startswith("/v1/") and not self._has_key(request):
-                return self.refuse(
-                    401, "Incorrect API key provided", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
-                )
+            if request.path.startswith(OPERATORS):
+                self.check_operator(request)
+            elif request.path.startswith("/v1/") and self._keys and not self._has(request, *self._keys):
+                raise _unauthorised("Incorrect API key provided")
             return await handler(request)
         except RequestRejected as error:
             return self.refuse(error.status, str(error), code=error.code, param=error.param)
@@ -89,28 +92,40 @@ class Guard:
         headers = dict(headers or {})
         if status in (429, 503):
             headers.setdefault("Retry-After", str(RETRY_AFTER_S))
+        if status == 401:
+            headers.setdefault("WWW-Authenticate", "Bearer")
         body = error_body(message, kind=error_type(status), code=code, param=param)
         return web.json_response(body, status=status, headers=headers)
 
-    def _has_key(self, request: web.Request) -> bool:
-        if not self._keys:
-            return True
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        matches = [hmac.compare_digest(given.encode(errors="replace"), key) for key in self._keys]  # all: same time
+    def check_operator(self, request: web.Request) -> None:
+        """Raise RequestRejected unless the request comes from an operator."""
+        if self._operator and not self._has(request):
+            raise _unauthorised("this is for operators: their token is needed")
+        if self._keys and not self._operator:
+            raise RequestRejected(
+                "this is for operators, of whom this gateway has none: GHOST_OPERATOR_TOKEN is not set",
+                status=403,
+                code="operators_only",
+            )
+
+    def _has(self, request: web.Request, *keys: bytes) -> bool:
+        """Whether a request has one of these keys, or the operators' token."""
+        scheme, _, text = request.headers.get("Authorization", "").partition(" ")
+        given = text.encode(errors="replace")
+        known = (*keys, self._operator) if self._operator else keys
+        matches = [hmac.compare_digest(given, key) for key in known]  # all: the same time, whichever it is
         return scheme.lower() == "bearer" and any(matches)
 
 
+def _unauthorised(message: str) -> RequestRejected:
+    return RequestRejected(message, status=401, code="invalid_api_key")
+
+
 def client_keys(settings: GatewaySettings) -> list[str]:
-    """The keys of which clients need one; the cluster's token where others can reach us and no key is set."""
+    """The keys of which clients need one. Raises ConfigError where others can reach us and none is set."""
     given = settings.api_keys.get_secret_value() if settings.api_keys else ""
-    if keys := [key.strip() for key in given.split(",") if key.strip()]:
-        return keys
-    try:
-        check_bind(settings.host, None)
-    except ConfigError:
-        check_bind(settings.host, settings.secret)
-        return [settings.secret] if settings.secret else []
-    return []
+    check_bind(settings.host, given.strip(" ,"), "API keys (GHOST_API_KEYS)")
+    return [key.strip() for key in given.split(",") if key.strip()]
 
 
 def http_log() -> logging.Logger:

@@ -125,7 +125,7 @@ class GenerateRequest(Part):
     user: str | None = Field(None, description="taken, and of no effect")
     ignore_eos: bool = Field(False, description="go on to max_tokens, whatever the model says")
     cache_salt: str = Field("", max_length=256, description="prompts share cached KV only within one salt")
-    return_kv_digest: bool = Field(False, description="return each rank's hash of the KV as kv_digests")
+    return_kv_digest: bool = Field(False, description="for operators: return each rank's hash of the KV as kv_digests")
     return_token_ids: bool = Field(False, description="return the ids of the tokens as token_ids")
 
     @property

@@ -338,9 +338,9 @@ async def test_a_key_is_needed_where_keys_are_set(model_dir: Path, caplog: pytes
 
 
 async def test_a_bind_that_others_reach_needs_a_key() -> None:
-    with pytest.raises(ConfigError, match="set a token"):
-        await app.run(GatewaySettings(host="0.0.0.0", port=0), asyncio.Event())
-    assert client_keys(GatewaySettings(host="0.0.0.0", token=SecretStr("t"))) == ["t"]
+    for settings in (GatewaySettings(host="0.0.0.0", port=0), GatewaySettings(host="::", token=SecretStr("t"))):
+        with pytest.raises(ConfigError, match="set API keys"):
+            await app.run(settings, asyncio.Event())
     assert client_keys(GatewaySettings(host="127.0.0.1", token=SecretStr("t"))) == []
     assert client_keys(GatewaySettings(host="0.0.0.0", api_keys=SecretStr("a,b"), token=SecretStr("t"))) == [
         "a",
