@@ -3,6 +3,7 @@
 Kept in Redis (or Valkey). Whoever writes an entry has the bytes in place first, and removes the entry before the bytes.
 
     ghost:{<group>}:epoch           the group's epoch, a decimal integer that only grows
+    ghost:{<group>}:lease           who leads the group, as services/coordinator/lease.py packs it; runs out
     ghost:{<group>}:cordons         MessagePack map: worker that is not to be taken -> rank that it was drained of
     ghost:{<group>}:s:<page key>    hash, one stripe: parity shard number -> MessagePack array [store id, incarnation,
                                     epoch, k, m, length, checksum, data checksums]; page key is 16 raw bytes
@@ -110,6 +111,15 @@ class StripeIndex:
         _, before = await self._call(self._script(keys=[_epoch_key(group)], args=["raise", epoch]))
         return int(before)
 
+    async def take_lease(self, group: str, holder: bytes, seconds: float, dead: bytes = b"") -> bytes:
+        """Take the group's lease for so long, or prolong it, unless another than `dead` has it. Returns who has it."""
+        call = self._script(keys=[_lease_key(group)], args=["lease", holder, int(1000 * seconds), dead])
+        return bytes((await self._call(call))[1])
+
+    async def leave_lease(self, group: str, holder: bytes) -> None:
+        """Give the lease back, if this holder has it."""
+        await self._call(self._script(keys=[_lease_key(group)], args=["leave", holder]))
+
     async def cordons(self, group: str) -> dict[str, int | None]:
         """Return the workers that are cordoned, and the rank that each was drained of."""
         packed = await self._call(self._redis.get(_cordons_key(group)))
@@ -212,6 +222,10 @@ class StripeIndex:
 
 def _epoch_key(group: str) -> bytes:
     return b"ghost:{%s}:epoch" % group.encode()
+
+
+def _lease_key(group: str) -> bytes:
+    return b"ghost:{%s}:lease" % group.encode()
 
 
 def _cordons_key(group: str) -> bytes:

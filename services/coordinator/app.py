@@ -5,7 +5,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
@@ -13,6 +13,7 @@ from aiohttp import web
 
 from services.coordinator.group import Group
 from services.coordinator.journal import Journal
+from services.coordinator.lease import Lease
 from services.coordinator.metrics import CONTENT_TYPE
 from services.coordinator.recorder import Recorder
 from services.coordinator.shell import Shell
@@ -72,12 +73,44 @@ async def run(
             log.info("coordinator of group %s listens on %s", config.group, port.url)
             if on_listening:
                 on_listening(port.url)
-            if (last := await _last(journal, front, stop)) is not None:
-                epoch, cordons = last
-                group = Group(config, settings, epoch, time.monotonic(), traces, cordons)
-                shell = Shell(group, index, journal, Recorder(group, settings) if settings.record_dir else None)
-                front.shell.set_result(shell)
-                await shell.run(stop)
+            lease = Lease(index, config.group, port.url)
+            async with _leading(lease, front, stop) as leads:
+                if leads and (last := await _last(journal, front, stop)) is not None:
+                    epoch, cordons = last
+                    group = Group(config, settings, epoch, time.monotonic(), traces, cordons)
+                    shell = Shell(group, index, journal, Recorder(group, settings) if settings.record_dir else None)
+                    front.shell.set_result(shell)
+                    await shell.run(stop)
+
+
+@contextlib.asynccontextmanager
+async def _leading(lease: Lease, front: Front, stop: asyncio.Event) -> AsyncIterator[bool]:
+    """Lead the group as long as this is entered. False: told to stop before the lease was had.
+
+    Raises ConfigError where another coordinator leads it, and GhostError when another one has come to.
+    """
+
+    def tell(what: str) -> None:
+        if front.waits != what:
+            log.warning("%s", what)
+        front.waits = what
+
+    taking, stopped = asyncio.create_task(lease.take(tell)), asyncio.create_task(stop.wait())
+    await asyncio.wait({taking, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not taking.done():
+        taking.cancel()
+        await asyncio.gather(taking, return_exceptions=True)
+        yield False
+        return
+    await taking
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(lease.keep(), name="lease")
+        try:
+            yield True
+        finally:
+            lease.end()
+    await lease.leave()
 
 
 async def _last(journal: Journal, front: Front, stop: asyncio.Event) -> tuple[int, dict[str, int | None]] | None:

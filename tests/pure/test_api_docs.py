@@ -14,9 +14,10 @@ HEAD = """# API
 
 Written from the services' own OpenAPI documents (`/openapi.json` of a running gateway or parity store) by
 `python -m tests.pure.test_api_docs`. Errors have OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
-With `GHOST_API_KEYS`, paths under `/v1` need one as a bearer token; those under `/v1/fault_tolerance` need the operators'
-(`GHOST_OPERATOR_TOKEN`), which opens the others too; a parity store wants the cluster's token. A field that is `null` is
-one left out. Fields that would change the answer and are not listed here are refused by name, others are ignored.
+With `GHOST_API_KEYS`, paths under `/v1` need one as a bearer token; those under `/v1/fault_tolerance` need the
+operators' token (`GHOST_OPERATOR_TOKEN`), which opens the others too; a parity store wants the cluster's token. A field
+that is `null` is left out. Fields that would change the answer and are not listed here are refused by name, others are
+ignored.
 """
 
 
