@@ -134,7 +134,7 @@ class CoordinatorSettings(CommonSettings):
 class WorkerSettings(CommonSettings):
     """A host's workers: a supervisor and `count` processes, one a device."""
 
-    name: str = Field("", description="prefix of the workers' names; empty: the host's name")
+    name: str = Field("", description="prefix of the workers' names; empty: the host's name, and a random part")
     count: int = Field(1, ge=1, le=64, description="worker processes on this host")
     device: str = Field(
         "cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda (worker i takes cuda:i), or cuda:N"

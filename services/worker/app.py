@@ -252,7 +252,7 @@ class Worker:
 
 async def _show_life(folder: str, name: str) -> None:
     """Touch a file as long as the event loop turns, for a container's health check. The next life has the same file."""
-    file = Path(folder, name.rsplit(".", 1)[0])
+    file = Path(folder, f"worker-{name.rsplit('.', 1)[0].rpartition('-')[2]}")
     while True:
         try:
             if folder:
