@@ -21,6 +21,7 @@ from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
 
 import msgpack
 import redis.asyncio
@@ -28,7 +29,7 @@ import redis.exceptions
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from shared.errors import DeadlineExceeded, Fenced, PeerLost, ProtocolError
+from shared.errors import ConfigError, DeadlineExceeded, Fenced, PeerLost, ProtocolError
 from shared.types import PAGE_KEY_BYTES, PageKey
 
 _SCRIPT = files("shared").joinpath("stripe_index.lua").read_text()
@@ -70,16 +71,26 @@ class StripeIndex:
     """The index in one Redis. Every call raises PeerLost if Redis is away, DeadlineExceeded if it is too slow."""
 
     def __init__(self, url: str, *, timeout: float = 5.0):
-        """Connects at the first call. url: redis://, rediss:// or unix://; timeout: seconds for each call."""
-        self._redis: Any = redis.asyncio.Redis.from_url(
-            url,
-            socket_timeout=timeout,
-            socket_connect_timeout=timeout,
-            max_connections=16,
-            retry=Retry(
-                NoBackoff(), 1
-            ),  # once more, for a pooled connection that Redis closed; our callers do the rest
-        )
+        """Connects at the first call. url: redis://, rediss:// or unix://; timeout: seconds for each call.
+
+        Raises ConfigError for any other; each call does where it reaches what is no Redis of its own.
+        """
+        scheme = url.partition("://")[0]
+        if scheme not in ("redis", "rediss", "unix") or "," in urlsplit(url).netloc.rpartition("@")[2]:
+            text = "one Redis as redis://, rediss:// or unix://; no Sentinel, and no Cluster"
+            raise ConfigError(f"--redis-url / GHOST_REDIS_URL: {text}; got {scheme[:20]}://")
+        try:
+            self._redis: Any = redis.asyncio.Redis.from_url(
+                url,
+                socket_timeout=timeout,
+                socket_connect_timeout=timeout,
+                max_connections=16,
+                retry=Retry(
+                    NoBackoff(), 1
+                ),  # once more, for a pooled connection that Redis closed; our callers do the rest
+            )
+        except ValueError as error:
+            raise ConfigError(f"--redis-url / GHOST_REDIS_URL: {error}") from error
         self._script = self._redis.register_script(_SCRIPT)
         self._timeout = timeout
 
@@ -217,7 +228,21 @@ class StripeIndex:
         except (TimeoutError, redis.exceptions.TimeoutError) as error:
             raise DeadlineExceeded(f"Redis did not answer within {self._timeout:g} s") from error
         except (redis.exceptions.RedisError, OSError) as error:
+            if (what := _no_redis_of_ours(error)) is not None:
+                raise ConfigError(
+                    f"--redis-url / GHOST_REDIS_URL: this is {what}, where one Redis is needed"
+                ) from error
             raise PeerLost(f"Redis: {error}") from error
+
+
+def _no_redis_of_ours(error: Exception) -> str | None:
+    """What was reached, if it is a kind of Redis that will never do; else None."""
+    text = str(error)
+    if isinstance(error, redis.exceptions.MovedError | redis.exceptions.AskError) or text.startswith(
+        ("MOVED ", "ASK ")
+    ):
+        return "a node of a Redis Cluster, of which others have the keys"
+    return "a Redis Sentinel" if text.lower().startswith("unknown command") else None
 
 
 def _epoch_key(group: str) -> bytes:
