@@ -229,20 +229,17 @@ class StripeIndex:
             raise DeadlineExceeded(f"Redis did not answer within {self._timeout:g} s") from error
         except (redis.exceptions.RedisError, OSError) as error:
             if (what := _no_redis_of_ours(error)) is not None:
-                raise ConfigError(
-                    f"--redis-url / GHOST_REDIS_URL: this is {what}, where one Redis is needed"
-                ) from error
+                raise ConfigError(f"--redis-url / GHOST_REDIS_URL: one Redis is needed; this is {what}") from error
             raise PeerLost(f"Redis: {error}") from error
 
 
 def _no_redis_of_ours(error: Exception) -> str | None:
     """What was reached, if it is a kind of Redis that will never do; else None."""
     text = str(error)
-    if isinstance(error, redis.exceptions.MovedError | redis.exceptions.AskError) or text.startswith(
-        ("MOVED ", "ASK ")
-    ):
+    moved = isinstance(error, redis.exceptions.MovedError | redis.exceptions.AskError)
+    if moved or text.startswith(("MOVED ", "ASK ")):
         return "a node of a Redis Cluster, of which others have the keys"
-    return "a Redis Sentinel" if text.lower().startswith("unknown command") else None
+    return f"a Redis Sentinel, or lacks a command: {text}" if text.lower().startswith("unknown command") else None
 
 
 def _epoch_key(group: str) -> bytes:

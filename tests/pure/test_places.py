@@ -1,8 +1,6 @@
 """Places that are not like the one where it was written: other kinds of Redis, no home, a health check under TLS."""
 
 import asyncio
-import os
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.util import module_from_spec, spec_from_file_location
@@ -89,18 +87,6 @@ def test_the_doctor_says_of_shared_memory_what_is_used() -> None:
     (finding,) = [each for each in examine("default", "") if each.name == "shared memory"]
     assert finding.state == "ok"
     assert "/dev/shm" not in finding.found + finding.picked
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="another user can be taken by root only")
-def test_every_command_starts_for_a_user_that_nobody_knows() -> None:
-    import subprocess
-
-    script = (
-        "import os; os.setgid(54321); os.setuid(54321); import services.worker.app, services.gateway.app, services.cli"
-    )
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=100)
-    assert ran.returncode == 0, ran.stderr
 
 
 # -- the containers' health check --------------------------------------------------------------------------------------
