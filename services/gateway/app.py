@@ -235,7 +235,9 @@ class Gateway:
         return web.Response(body=self.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
     async def _openapi(self, request: web.Request) -> web.Response:
-        return web.json_response(describe(self._version, keys=bool(self._keys)))
+        return web.json_response(
+            describe(self._version, keys=bool(self._keys), allow_faults=self._settings.allow_faults)
+        )
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [self._model_card()]})

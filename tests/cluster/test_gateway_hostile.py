@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import io
 import json
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -358,3 +359,24 @@ async def test_pages_of_named_origins_may_call_the_api(model_dir: Path) -> None:
                 assert "Origin" in response.headers["Vary"]
     async with a_bench(model_dir) as bench, bench.http.get(bench.url + "/live", headers={"Origin": "x"}) as response:
         assert "Access-Control-Allow-Origin" not in response.headers
+
+
+# -- the document ------------------------------------------------------------------------------------------------------
+
+
+async def test_the_api_is_as_its_openapi_document_says(bench: Bench, tmp_path: Path) -> None:
+    """Schemathesis calls every operation with valid and invalid input, and compares answers with the document.
+
+    Not with what the document can't say: that a prompt fits the context, or that two fields exclude each other.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *(Path(sys.executable).parent / "schemathesis", "run", bench.url + "/openapi.json"),
+        *("--exclude-path-regex", "/v1/fault_tolerance/(events|apply)", "--exclude-checks", "positive_data_acceptance"),
+        *("--max-examples", "8", "--phases", "coverage,fuzzing", "--seed", "1", "--no-color"),
+        cwd=tmp_path,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    async with asyncio.timeout(100):
+        output, _ = await process.communicate()
+    assert process.returncode == 0, output.decode()
