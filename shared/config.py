@@ -101,6 +101,9 @@ class CoordinatorSettings(CommonSettings):
     model: str = Field("default", description="directory or hub id of the model that workers load")
     served_name: str = Field("", description="model name in the REST API; empty: the model's own")
     dtype: DType = Field("bfloat16", description="type of weights and KV")
+    engine: Literal["embedded", "hosted"] = Field(
+        "embedded", description="who schedules: this coordinator, or hosted: an engine that dials it, as vLLM does"
+    )
     tp: int = Field(3, ge=1, le=64, description="ranks in the group (k)")
     parity: int = Field(1, ge=1, le=8, description="parity shards a stripe (m): how many ranks may be lost at once")
     protection: Protection = Field("parity", description="parity, replicate (raw copies), or none (recompute)")
@@ -111,6 +114,7 @@ class CoordinatorSettings(CommonSettings):
     max_model_len: int = Field(0, ge=0, description="longest sequence; 0: what model and pool allow")
     max_step_tokens: int = Field(512, ge=1, le=65536, description="tokens a step (chunked prefill)")
     max_batch: int = Field(32, ge=1, le=1024, description="sequences a step")
+    logits_mb: int = Field(64, ge=1, description="logits that a rank holds at a time, MiB")
     max_waiting: int = Field(256, ge=0, description="requests that may wait; more are refused with 429")
     communicator: Literal["auto", "shm", "gloo", "nccl"] = Field("auto", description="backend between ranks")
     heartbeat_s: Seconds = Field(0.2, description="interval of the workers' heartbeats")

@@ -43,7 +43,7 @@ def run_service(name: str, service: Service, settings: CommonSettings, *, grace_
         asyncio.run(_until_signal(name, service, grace_s + SHUTDOWN_DEADLINE_S))
     except GhostError as error:
         say(str(error))
-        return EXIT_CONFIG if isinstance(error, ConfigError | ModelError) else 1
+        return exit_code(error)
     except BaseExceptionGroup as group:
         for cause in _leaves(group):
             say(f"{type(cause).__name__}: {cause}")
@@ -54,6 +54,11 @@ def run_service(name: str, service: Service, settings: CommonSettings, *, grace_
         log.error("crash", exc_info=error)
         return 1
     return 0
+
+
+def exit_code(error: GhostError) -> int:
+    """EXIT_CONFIG for a setting or a model that is wrong, 1 for all that may go better another time."""
+    return EXIT_CONFIG if isinstance(error, ConfigError | ModelError) else 1
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:

@@ -3,10 +3,10 @@
 Kept in Redis (or Valkey). Whoever writes an entry has the bytes in place first, and removes the entry before the bytes.
 
     ghost:{<group>}:epoch           the group's epoch, a decimal integer that only grows
-    ghost:{<group>}:lease           who leads the group, as services/coordinator/lease.py packs it; runs out
+    ghost:{<group>}:lease           who leads the group, as services/coordinator/membership/lease.py packs it; runs out
     ghost:{<group>}:cordons         MessagePack map: worker that is not to be taken -> rank that it was drained of
     ghost:{<group>}:s:<page key>    hash, one stripe: parity shard number -> MessagePack array [store id, incarnation,
-                                    epoch, k, m, length, checksum, data checksums]; page key is 16 raw bytes
+                                    epoch, k, m, length, checksum, data checksums]; page key is 16 to 32 raw bytes
 
     ghost:store:<store id>          the incarnation whose entries are all in the index; gone when Redis lost its memory
 
@@ -30,7 +30,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from shared.errors import ConfigError, DeadlineExceeded, Fenced, PeerLost, ProtocolError
-from shared.types import PAGE_KEY_BYTES, PageKey
+from shared.types import MAX_KEY_BYTES, PAGE_KEY_BYTES, PageKey, is_page_key
 
 _SCRIPT = files("shared").joinpath("stripe_index.lua").read_text()
 _BATCH = 512  # entries in one script call: bounds how long Redis serves nobody else
@@ -259,8 +259,8 @@ def _store_key(store_id: str) -> bytes:
 
 
 def _stripe_key(group: str, page_key: PageKey) -> bytes:
-    if len(page_key) != PAGE_KEY_BYTES:
-        raise ProtocolError(f"a page key of {len(page_key)} bytes instead of {PAGE_KEY_BYTES}")
+    if not is_page_key(page_key):
+        raise ProtocolError(f"a page key of {len(page_key)} bytes; {PAGE_KEY_BYTES} to {MAX_KEY_BYTES} are allowed")
     return b"ghost:{%s}:s:%s" % (group.encode(), page_key)
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from playwright.async_api import Page, async_playwright, expect
 
-from services.local import LocalCluster, ServeSettings
-from services.serve import fetch_model
+from services.cli.local import LocalCluster, ServeSettings
+from services.cli.serve import fetch_model
 
 FOLDER = Path(__file__).parents[1] / "docs" / "img"
 SERVING_S = 300.0

@@ -11,16 +11,17 @@ from dataclasses import replace
 
 from aiohttp import web
 
+from services.coordinator.events import Hello
 from services.coordinator.group import Group
-from services.coordinator.journal import Journal
-from services.coordinator.lease import Lease
-from services.coordinator.metrics import CONTENT_TYPE
-from services.coordinator.recorder import Recorder
+from services.coordinator.membership.journal import Journal
+from services.coordinator.membership.lease import Lease
+from services.coordinator.recording.recorder import Recorder
 from services.coordinator.shell import Shell
+from services.coordinator.views.metrics import CONTENT_TYPE
 from shared.channel import CHANNEL_PATH, Channel, accept
 from shared.config import CoordinatorSettings
 from shared.errors import ConfigError, GhostError, PeerLost
-from shared.messages import GatewayHello, Goodbye, StoreHello, WorkerHello
+from shared.messages import Goodbye
 from shared.port import serving
 from shared.service import check_bind
 from shared.stripe_index import StripeIndex
@@ -142,6 +143,7 @@ def group_config(settings: CoordinatorSettings) -> GroupConfig:
         size=settings.tp,
         parity=settings.parity,
         protection=settings.protection,
+        engine=settings.engine,
         page_tokens=settings.page_tokens,
         kv_bytes=settings.kv_memory_mb << 20,
         max_step_tokens=settings.max_step_tokens,
@@ -150,6 +152,7 @@ def group_config(settings: CoordinatorSettings) -> GroupConfig:
         heartbeat_s=settings.heartbeat_s,
         heartbeat_timeout_s=settings.heartbeat_timeout_s,
         collective_timeout_s=settings.collective_timeout_s,
+        logits_bytes=settings.logits_mb << 20,
     )
     return replace(config, protection="none") if settings.tp == 1 else config
 
@@ -201,7 +204,7 @@ async def _channel(request: web.Request) -> web.WebSocketResponse:
     peer = getattr(hello, "name", None) or type(hello).__name__
     async with Channel(socket, peer) as channel:
         try:
-            if isinstance(hello, WorkerHello | StoreHello | GatewayHello):
+            if isinstance(hello, Hello):
                 await shell.serve(hello, channel)
             else:
                 channel.send(Goodbye(f"a hello was expected, not {type(hello).__name__}", final=True))

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from services.coordinator.recovery import Stripe
-from shared.messages import GatewayHello, Message, StoreHello, WorkerHello
+from services.coordinator.protection.costs import StoredStripe
+from shared.messages import EngineHello, GatewayHello, Message, StoreHello, WorkerHello
 from shared.types import PageKey, StoreInfo
 
 Peer = int
+Hello = WorkerHello | StoreHello | GatewayHello | EngineHello
 
 
 # -- questions and their answers -------------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ class EpochIs(Message):
 class StripesFound(Message):
     """What the index has of them; if it could not be read, why (`trouble`)."""
 
-    stripes: Mapping[PageKey, Stripe]
+    stripes: Mapping[PageKey, StoredStripe]
     trouble: str = ""
 
 
@@ -81,7 +82,7 @@ class Came:
     """A peer has connected, and said hello."""
 
     peer: Peer
-    hello: WorkerHello | StoreHello | GatewayHello
+    hello: Hello
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,4 +131,4 @@ class Ask:
     question: Question
 
 
-Output = Send | Ask
+Effect = Send | Ask

@@ -10,13 +10,14 @@ from services.coordinator.events import (
     Answered,
     Ask,
     Came,
+    Effect,
     EpochIs,
     Event,
     FindStripes,
+    Hello,
     Keep,
     Left,
     NextEpoch,
-    Output,
     Peer,
     Question,
     Said,
@@ -24,14 +25,14 @@ from services.coordinator.events import (
     Tick,
 )
 from services.coordinator.group import Group
-from services.coordinator.journal import Journal
-from services.coordinator.recorder import Recorder
-from services.coordinator.recording import encode
-from services.coordinator.whereabouts import Whereabouts
+from services.coordinator.membership.journal import Journal
+from services.coordinator.protection.locator import Locator
+from services.coordinator.recording.recorder import Recorder
+from services.coordinator.recording.segments import encode
 from shared import wire
 from shared.channel import Channel
 from shared.errors import GhostError, PeerLost, ProtocolError
-from shared.messages import GatewayHello, ShardsFound, StoreHello, WorkerHello
+from shared.messages import ShardsFound, StoreHello
 from shared.stripe_index import StripeIndex
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class Shell:
     ):
         self.group = group
         self._recorder = recorder
-        self._whereabouts = Whereabouts(index, group.config.group)
+        self._locator = Locator(index, group.config.group)
         self._journal = journal
         self._clock = clock
         self._channels: dict[Peer, Channel] = {}
@@ -76,26 +77,26 @@ class Shell:
             if self._recorder is not None:
                 await self._recorder.close()
 
-    async def serve(self, hello: WorkerHello | StoreHello | GatewayHello, channel: Channel) -> None:
+    async def serve(self, hello: Hello, channel: Channel) -> None:
         """Hand a peer's messages to the core, until it is gone. Raises ProtocolError for one that is not valid."""
         peer = next(self._numbers)
         self._channels[peer] = channel
         reason = "its channel closed"
         if isinstance(hello, StoreHello):
-            self._whereabouts.joins(hello.store.store_id, channel)
+            self._locator.joins(hello.store.store_id, channel)
         try:
             self._handle(Came(peer, hello))
             async for frame in channel.frames():
                 message = wire.decode(frame)
                 if isinstance(message, ShardsFound):
-                    self._whereabouts.told(message)
+                    self._locator.told(message)
                 else:
                     self._handle(Said(peer, message), frame)
         except GhostError as error:
             reason = str(error)
             raise
         finally:
-            self._whereabouts.leaves(channel)
+            self._locator.leaves(channel)
             self._handle(Left(peer, reason))
             del self._channels[peer]
 
@@ -115,7 +116,7 @@ class Shell:
             if recorder is not None:
                 recorder.saw(now, event, frame, outputs)
 
-    def _do(self, output: Output, frame: bytes) -> None:
+    def _do(self, output: Effect, frame: bytes) -> None:
         match output:
             case Send(peers):
                 for peer in peers:
@@ -146,4 +147,4 @@ class Shell:
             case Keep(current, cordons):
                 self._handle(Answered(number, EpochIs(await self._journal.keep(current, cordons))))
             case FindStripes():
-                self._handle(Answered(number, await self._whereabouts.find(question)))
+                self._handle(Answered(number, await self._locator.find(question)))

@@ -21,7 +21,7 @@ from services.parity_store.upkeep import Upkeep
 from services.parity_store.views import CapacityView, DrainView, ShardView, StatusView
 from shared.errors import ConfigError
 from shared.transport.server import BulkServer, Refused
-from shared.types import PAGE_KEY_BYTES, PageKey, StoreInfo
+from shared.types import MAX_KEY_BYTES, PAGE_KEY_BYTES, PageKey, StoreInfo, is_page_key
 
 _OPEN_PATHS = ("/health", "/live", "/openapi.json")
 
@@ -238,8 +238,8 @@ def _page_key(text: str, name: str) -> PageKey:
         page_key = bytes.fromhex(text)
     except ValueError:
         page_key = b""
-    if len(page_key) != PAGE_KEY_BYTES:
-        raise web.HTTPBadRequest(text=f"{name} must be {2 * PAGE_KEY_BYTES} hexadecimal digits")
+    if not is_page_key(page_key):
+        raise web.HTTPBadRequest(text=f"{name} must be {2 * PAGE_KEY_BYTES} to {2 * MAX_KEY_BYTES} hexadecimal digits")
     return page_key
 
 

@@ -7,11 +7,11 @@ from pydantic import TypeAdapter
 
 from services.parity_store import views
 from services.parity_store.upkeep import Scrub
-from shared.types import PAGE_KEY_BYTES
+from shared.types import MAX_KEY_BYTES, PAGE_KEY_BYTES
 
 MAX_LIMIT = 1000
 
-_KEY = {"type": "string", "pattern": f"^[0-9a-fA-F]{{{2 * PAGE_KEY_BYTES}}}$"}
+_KEY = {"type": "string", "pattern": f"^([0-9a-fA-F]{{2}}){{{PAGE_KEY_BYTES},{MAX_KEY_BYTES}}}$"}
 _PAGE_KEY: dict[str, object] = {"name": "page_key", "in": "path", "required": True, "schema": _KEY}
 _CURSOR: dict[str, object] = {"name": "cursor", "in": "query", "schema": _KEY}
 _LIMIT: dict[str, object] = {

@@ -14,9 +14,9 @@ def to_host(memory: Memory) -> Bytes:
     return memory.numpy(force=True) if isinstance(memory, torch.Tensor) else memory
 
 
-def write(memory: Memory, content: Bytes) -> None:
-    """Replace the bytes by others, from host memory."""
+def write(memory: Memory, content: Memory) -> None:
+    """Replace the bytes by others, wherever those are."""
     if isinstance(memory, torch.Tensor):
-        memory.copy_(torch.from_numpy(content))
+        memory.copy_(torch.as_tensor(content))
     else:
-        memory[:] = content
+        memory[:] = to_host(content)

@@ -14,7 +14,7 @@ import msgpack
 from shared import errors
 from shared.errors import GhostError, ProtocolError
 from shared.transport.base import BulkLimits, GetShards, Outcome, PutShards, ShardLabel, ShardRef, Stream
-from shared.types import PAGE_KEY_BYTES
+from shared.types import is_page_key
 
 VERSION = 2
 MAGIC = b"GSB1"
@@ -161,7 +161,7 @@ def _from_wire(wire: Any, limits: BulkLimits) -> Frame:
 
 def _shard_in(wire: Any, limits: BulkLimits) -> ShardLabel:
     page_key, number, k, m, length, checksum, data_checksums = wire
-    _check(_is_key(page_key) and _is_int(number, 256) and _is_int(k, 257) and _is_int(m, 257), "shard")
+    _check(is_page_key(page_key) and _is_int(number, 256) and _is_int(k, 257) and _is_int(m, 257), "shard")
     _check(k >= 1 and m >= 1 and k + m <= 256 and k <= number < k + m, "shard number")
     _check(_is_int(length, limits.shard_bytes + 1) and length > 0 and _is_int(checksum, _U64), "shard length")
     _check(len(data_checksums) == k and all(_is_int(value, _U64) for value in data_checksums), "data checksums")
@@ -170,7 +170,7 @@ def _shard_in(wire: Any, limits: BulkLimits) -> ShardLabel:
 
 def _ref_in(wire: Any, limits: BulkLimits) -> ShardRef:
     page_key, number, length = wire
-    _check(_is_key(page_key) and _is_int(number, 256), "shard")
+    _check(is_page_key(page_key) and _is_int(number, 256), "shard")
     _check(_is_int(length, limits.shard_bytes + 1) and length > 0, "shard length")
     return ShardRef(page_key, number, length)
 
@@ -182,10 +182,6 @@ def _check(good: bool, what: str) -> None:
 
 def _is_int(value: object, below: int) -> bool:
     return type(value) is int and 0 <= value < below
-
-
-def _is_key(value: object) -> bool:
-    return type(value) is bytes and len(value) == PAGE_KEY_BYTES
 
 
 def _is_name(value: str) -> bool:

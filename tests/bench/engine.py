@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from services.worker.batch import Chunk
 from services.worker.communicator import create, open_rendezvous
-from services.worker.kv_pool import KVPool
-from services.worker.model import RankModel
-from services.worker.model_files import resolve_model
-from services.worker.sampler import sample_greedy
+from services.worker.engine.batch import Chunk
+from services.worker.engine.kv_pool import KVPool
+from services.worker.engine.model import RankModel
+from services.worker.engine.model_files import resolve_model
+from services.worker.engine.sampler import sample_greedy
 from tests.bench import engine_floor
 
 PAGE_TOKENS = 16
@@ -167,7 +167,7 @@ def _rank_process(
         dtype=dtype,
     )
     communicator = create("shm", address, rank, size, timeout=60) if address else None
-    bench = RankBench(lambda chunks: model.forward(chunks, pool, communicator))
+    bench = RankBench(lambda chunks: model.logits(model.forward(chunks, pool, communicator)))
     while (message := connection.recv()) is not None:
         connection.send(bench.measure(*message))
     if communicator:

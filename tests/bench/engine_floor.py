@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from services.worker.spec import read_spec
-from services.worker.weights import weight_files
+from services.worker.engine.spec import read_spec
+from services.worker.engine.weights import weight_files
 
 BUFFER_VALUES = 64 << 20
 SIDE = 2048

@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from services.worker.batch import Chunk
 from services.worker.communicator.base import Communicator, Memory
-from services.worker.kv_pool import KVPool
-from services.worker.model import RankModel
-from services.worker.model_files import resolve_model
-from services.worker.sampler import sample_greedy
+from services.worker.engine.batch import Chunk
+from services.worker.engine.kv_pool import KVPool
+from services.worker.engine.model import RankModel
+from services.worker.engine.model_files import resolve_model
+from services.worker.engine.sampler import sample_greedy
 from tests.bench import engine_floor, section
 
 CONTEXT, PAGE_TOKENS = 512, 16
@@ -96,7 +96,7 @@ class _Decode:
         token = np.array([300], dtype=np.int32)
         began = time.perf_counter()
         chunks = [Chunk(token, self._at, CONTEXT, table, "last") for table in self._tables]
-        sample_greedy(self._model.forward(chunks, self._pool, self._communicator))
+        sample_greedy(self._model.logits(self._model.forward(chunks, self._pool, self._communicator)))
         self._at += 1
         return time.perf_counter() - began
 

@@ -25,10 +25,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from services.drill import Options, stream_all
+from services.cli.drill import Options, stream_all
+from services.cli.local import LocalCluster
 from services.gateway.tokenizer import Tokenizer
-from services.local import LocalCluster
-from services.worker.model_files import default_cache_dir
+from services.worker.engine.model_files import default_cache_dir
 from tests.bench import section
 from tests.bench.clusters import peers
 from tests.cluster.conftest import quiet

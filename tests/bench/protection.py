@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from services.local import LocalCluster
+from services.cli.local import LocalCluster
 from tests.bench import section
 from tests.bench.clusters import MODES, peers, stream
 

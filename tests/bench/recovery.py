@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 from rich.table import Table
 
-from services.drill import Stream, closed_record
-from services.local import LocalCluster
+from services.cli.drill import Stream, closed_record
+from services.cli.local import LocalCluster
 from tests.bench import section
 from tests.bench.clusters import peers, stream
 from tests.cluster.conftest import quiet

@@ -25,9 +25,9 @@ import aiohttp
 from rich.console import Console
 from rich.table import Table
 
-from services.drill import Stream
-from services.local import LocalCluster
-from services.worker.model_files import resolve_model
+from services.cli.drill import Stream
+from services.cli.local import LocalCluster
+from services.worker.engine.model_files import resolve_model
 from tests.bench.clusters import peers, random_prompts, stream
 from tests.bench.machine import machine
 from tests.bench.outcome import KILL_AFTER, PROMPT_TOKENS, TOKENS, Outcome, in_words

@@ -18,8 +18,8 @@ from typing import Any
 
 import aiohttp
 
-from services.local import LocalCluster, ServeSettings
-from services.serve import fetch_model
+from services.cli.local import LocalCluster, ServeSettings
+from services.cli.serve import fetch_model
 from shared.errors import GhostError
 from tests.chaos.invariants import check
 from tests.chaos.load import Clients, make_requests

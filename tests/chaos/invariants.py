@@ -7,7 +7,7 @@ from typing import Any
 import aiohttp
 from xxhash import xxh3_64_intdigest
 
-from services.local import LocalCluster
+from services.cli.local import LocalCluster
 from shared.errors import GhostError
 from shared.stripe_index import StripeIndex
 from shared.transport.base import GetShards, ShardRef

@@ -10,7 +10,7 @@ from typing import Any
 
 import aiohttp
 
-from services.local import LocalCluster
+from services.cli.local import LocalCluster
 
 RETRY_S = 0.2
 SERVED_DEADLINE_S = 180.0

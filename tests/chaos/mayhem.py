@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import aiohttp
 
-from services.drill.faults import inflict
-from services.local import LocalCluster
+from services.cli.drill.faults import inflict
+from services.cli.local import LocalCluster
 from shared.errors import GhostError
 
 

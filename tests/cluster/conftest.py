@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from services.local import LocalCluster, ServeSettings
+from services.cli.local import LocalCluster, ServeSettings
 from shared.stripe_index import StripeIndex
 from shared.types import StoreInfo
 from tests.cluster.store_harness import StoreCoordinator, StoreProcess, store_process

@@ -13,8 +13,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from services.drill import Options, stream_all
-from services.local import LocalCluster
+from services.cli.drill import Options, stream_all
+from services.cli.local import LocalCluster
 from tests.cluster.conftest import quiet, whole
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]

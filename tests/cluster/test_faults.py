@@ -5,11 +5,12 @@ import os
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from services.drill import Options, Report, Stream, run_drill, stream_all
-from services.local import LocalCluster
+from services.cli.drill import Options, Report, Stream, run_drill, stream_all
+from services.cli.local import LocalCluster
 from tests.cluster.conftest import quiet, whole
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
@@ -136,6 +137,29 @@ async def test_all_ranks_at_once_are_recomputed(cluster: LocalCluster) -> None:
 async def test_a_rank_that_dies_while_another_is_recovered(cluster: LocalCluster) -> None:
     """The second one so soon after the first that pages are being decoded, or the tail recomputed."""
     await drilled(cluster, "kill", "rank:0", then=("rank:2",), then_s=0.08)
+
+
+async def test_weights_that_are_gone_cost_spares_but_no_rank_and_are_read_when_they_are_back(
+    cluster: LocalCluster, small_model_dir: Path
+) -> None:
+    """A worker that starts anew finds no weights and says so; the host's others, who hold theirs, serve on."""
+    status = await whole(cluster)
+    log = cluster.processes["workers"].command.log
+    seen = len(log.read_text())
+    weights = small_model_dir / "model.safetensors"
+    weights.rename(small_model_dir / "gone")
+    try:
+        report = await run_drill(cluster, replace(BASE, fault="kill", targets=("rank:1",)))
+        assert report.identical
+        async with asyncio.timeout(60):
+            while "died with exit code 78" not in log.read_text()[seen:]:
+                await asyncio.sleep(0.05)
+        assert "no *.safetensors" in log.read_text()[seen:]
+        after = await cluster.wait_serving(5)
+        assert len(after["workers"]) == len(status["workers"]) - 1
+    finally:
+        (small_model_dir / "gone").rename(weights)
+    await whole(cluster)
 
 
 # -- stores and Redis ------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import aiohttp
 import msgpack
 import pytest
 
-from services.drill import Options, stream_all
-from services.local import LocalCluster
+from services.cli.drill import Options, stream_all
+from services.cli.local import LocalCluster
 from shared import wire
 from shared.channel import CHANNEL_PATH
 from tests.cluster.conftest import whole

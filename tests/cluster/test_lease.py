@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from services.coordinator import lease
 from services.coordinator.app import run
-from services.coordinator.lease import Holder, Lease
+from services.coordinator.membership import lease
+from services.coordinator.membership.lease import Holder, Lease
 from shared.config import CoordinatorSettings
 from shared.errors import ConfigError
 from shared.stripe_index import StripeIndex

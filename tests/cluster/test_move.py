@@ -7,10 +7,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from services.cli import main
-from services.drill.options import Options
-from services.drill.streams import Stream, stream_all
-from services.local import LocalCluster
+from services.cli.drill.options import Options
+from services.cli.drill.streams import Stream, stream_all
+from services.cli.local import LocalCluster
+from services.cli.main import main
 from tests.cluster.conftest import quiet, whole
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(200)]

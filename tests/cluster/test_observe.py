@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from services.local import LocalCluster
+from services.cli.local import LocalCluster
 from tests.cluster.conftest import SERVING_S, quiet, whole
 from tests.pure.monitoring import metrics_named
 from tests.pure.test_readme import ROOT

@@ -16,7 +16,7 @@ import pytest_asyncio
 from playwright.async_api import Browser, Page, Route, async_playwright, expect
 from pydantic import SecretStr
 
-from services.local import LocalCluster
+from services.cli.local import LocalCluster
 from shared.types import ClusterStatus, RecoveryRecord, StoreInfo, WorkerStatus
 from tests.cluster.conftest import whole
 from tests.cluster.fake_coordinator import FakeCoordinator, a_status

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from services.drill import Options, stream_all
-from services.local import LocalCluster
+from services.cli.drill import Options, stream_all
+from services.cli.local import LocalCluster
 from tests.cluster.conftest import SERVING_S, settings
 from tests.pure.test_sockets import has_ipv6
 

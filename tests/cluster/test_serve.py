@@ -1,16 +1,24 @@
 """`ghostserve serve` as a person runs it: it greets, answers, and leaves nothing behind."""
 
 import asyncio
+import json
 import os
 import re
+import shutil
 import signal
 import sys
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import openai
 import pytest
+
+from services.cli.local import LocalCluster
+from shared.errors import ConfigError
+from shared.service import EXIT_CONFIG
+from tests.cluster.conftest import settings
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -161,3 +169,65 @@ async def test_bad_settings_are_named(small_model_dir: Path, flags: list[str], s
     assert process.returncode in (1, 2, 78)
     assert said in printed.decode()
     assert "Traceback" not in printed.decode()
+
+
+async def refusal(model_dir: Path, *flags: str) -> tuple[int, str, float]:
+    """How `ghostserve serve` ends that can't serve a model: its exit code, what it said, after how many seconds."""
+    began = time.monotonic()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "services.cli", "serve", "--port", "0", "--model", str(model_dir), *flags,
+        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    try:
+        _, said = await asyncio.wait_for(process.communicate(), 60)
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+    assert process.returncode is not None
+    return process.returncode, said.decode().strip(), time.monotonic() - began
+
+
+def pointer(model: Path) -> None:
+    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+
+
+def cut(model: Path) -> None:
+    os.truncate(model / "model.safetensors", (model / "model.safetensors").stat().st_size // 2)
+
+
+def larger_vocabulary(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 500}))
+
+
+@pytest.mark.parametrize(
+    ("harm", "flags", "named"),
+    [
+        (pointer, (), "model.safetensors is a Git LFS pointer"),
+        (cut, (), "model.safetensors is cut"),
+        (larger_vocabulary, (), "model.embed_tokens.weight has shape [400, 48]"),
+        (lambda model: None, ("--tp", "4"), "allowed: 1, 2, 3, 6"),
+    ],
+)
+async def test_a_model_that_can_not_be_served_ends_serve_in_one_line_before_anybody_waits(
+    small_model_dir: Path, tmp_path: Path, harm: Callable[[Path], None], flags: tuple[str, ...], named: str
+) -> None:
+    model = Path(shutil.copytree(small_model_dir, tmp_path / "model"))
+    harm(model)
+    code, said, seconds = await refusal(model, *flags)
+    assert (code, len(said.splitlines())) == (EXIT_CONFIG, 1), said
+    assert named in said
+    assert seconds < 10
+
+
+async def test_workers_that_find_the_model_wrong_end_the_cluster_in_one_line(
+    small_model_dir: Path, tmp_path: Path
+) -> None:
+    """Where nobody has looked before them, as on another host."""
+    model = Path(shutil.copytree(small_model_dir, tmp_path / "model"))
+    larger_vocabulary(model)
+    async with LocalCluster(settings(), model) as cluster:
+        with pytest.raises(ConfigError, match=r"^workers: .*model.embed_tokens.weight has shape") as caught:
+            await cluster.wait_serving(60)
+    assert "\n" not in str(caught.value)

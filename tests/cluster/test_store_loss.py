@@ -10,8 +10,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from services.drill import Options, Stream, stream_all
-from services.local import LocalCluster
+from services.cli.drill import Options, Stream, stream_all
+from services.cli.local import LocalCluster
 from tests.cluster.conftest import SERVING_S, quiet, settings, whole
 from tests.cluster.test_survival import conserved
 

@@ -9,8 +9,8 @@ import time
 import aiohttp
 import pytest
 
-from services.drill import Options, Stream, run_drill, stream_all
-from services.local import LocalCluster
+from services.cli.drill import Options, Stream, run_drill, stream_all
+from services.cli.local import LocalCluster
 from tests.cluster.conftest import quiet, whole
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(400)]

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from services.drill import Options, run_drill
-from services.local import LocalCluster
+from services.cli.drill import Options, run_drill
+from services.cli.local import LocalCluster
 from tests.cluster.conftest import SERVING_S, settings, whole
 
 pytestmark = pytest.mark.timeout(400)

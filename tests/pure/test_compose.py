@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from services.cli import _parser
+from services.cli.main import _parser
 from tests.pure.test_readme import CLASSES, ROOT
 
 FILES = sorted((ROOT / "docker").rglob("*.yml"))

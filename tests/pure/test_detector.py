@@ -1,7 +1,7 @@
 """Suspicions: who is lost though its channel is open, and who is only slow, unlucky, or waiting for another."""
 
-from services.coordinator.detector import Detector
-from services.coordinator.membership import Member, Membership
+from services.coordinator.membership.detector import Detector
+from services.coordinator.membership.members import Member, Membership
 from shared.messages import Heartbeat, StepDone
 
 BEAT_S = 0.2

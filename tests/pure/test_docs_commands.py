@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from services.cli import _parser
+from services.cli.main import _parser
 from services.gateway.openapi import describe
 from tests.pure.test_readme import DOCUMENTS, ROOT
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.drill import Options, add_arguments, parse_options
+from services.cli.drill import Options, add_arguments, parse_options
 from shared import faults
 from shared.errors import ConfigError, DeadlineExceeded, GhostError
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import pytest
 
-from services.coordinator.epochs import BROKEN_GRACE_S
 from services.coordinator.events import Came
-from services.coordinator.pages import Shadow
-from services.coordinator.scheduler import Sequence
+from services.coordinator.membership.epochs import BROKEN_GRACE_S
+from services.coordinator.protection.ledger import Parity
+from services.coordinator.scheduling.scheduler import Sequence
 from shared.messages import TOLD_TO_STOP, Applied, Goodbye, RankFailed, Refused, StoreDrains, StoreHello
 from shared.types import OperatorAction, StoreInfo
 from tests.pure.world import TICK_S, World
@@ -40,11 +40,11 @@ def finish(world: World) -> None:
         world.add_worker()
     until(world, lambda: len(world.finished) == len(world.requests))
     serving(world)
-    until(world, lambda: not (world.move() or world.pool.held or world.pool.lost))
+    until(world, lambda: not (world.move() or world.engine.cache.in_use or world.ledger.lost))
     world.flow()
     world.group.check()
-    assert world.pool.held == 0
-    assert not list(world.serving.scheduler.sequences())
+    assert world.engine.cache.in_use == 0
+    assert not list(world.engine.scheduler.sequences())
     world.check_nothing_stale()
 
 
@@ -163,8 +163,8 @@ def test_with_tails_protected_nothing_is_recomputed(parity: int, length: int) ->
     for had in (1, 12, 13, 14, 15):
         while len(world.received[name]) < had:
             world.move()
-        pool = world.pool
-        while any(page.pins or page.shadow in (Shadow.QUEUED, Shadow.PENDING) for page in pool.pages):
+        ledger = world.ledger
+        while world.engine.cache.allocator.pinned or ledger.count(Parity.QUEUED) or ledger.count(Parity.PENDING):
             world.move()
         epoch = world.group.membership.epoch
         for rank in range(parity):
@@ -181,16 +181,16 @@ def test_with_tails_protected_nothing_is_recomputed(parity: int, length: int) ->
     world.flow()  # as it does every two seconds
     while world.store_wire is not None and world.store_wire.sent:
         world.settle()
-    kept = [page.key for page in world.pool.pages]
+    kept = set(world.ledger.keys)
     assert all(key in kept for key in world.parity_of), "stripes of tails are left"
 
 
 def stored(world: World, sequence: Sequence) -> int:
     """Tokens from a sequence's start whose parity the store has."""
-    tails = world.serving.protection.tails
+    tails = world.engine.protection._tails
     assert tails is not None
     pages = list(itertools.takewhile(world.parity_of.__contains__, sequence.keys))
-    run = tails.run(sequence, len(pages) * world.page_tokens)
+    run = tails.after(sequence, len(pages) * world.page_tokens)
     return len(pages) * world.page_tokens + len(
         list(itertools.takewhile(lambda token: token.key in world.parity_of, run))
     )
@@ -207,7 +207,7 @@ def test_of_a_page_that_has_just_sealed_only_tokens_without_a_stripe_are_recompu
     name = world.submit(length=6, max_tokens=200, digest=True)
     while len(world.received[name]) < 3:
         world.move()
-    (sequence,) = world.serving.scheduler.running
+    (sequence,) = world.engine.scheduler.running
 
     def sealed_alone() -> bool:
         """Whether its last page is full, has no parity of its own, and its tokens have, but for those `missing`."""
@@ -236,14 +236,14 @@ def test_the_prefix_cache_comes_back_after_a_loss(parity: int) -> None:
     serving(world)
     assert world.group.status().pages_lost == cached > 0
     assert world.group.status().can_lose == 0
-    until(world, lambda: not world.pool.lost)
+    until(world, lambda: not world.ledger.lost)
     assert world.group.status().pages_cached == cached
     assert world.group.status().can_lose == parity
     world.check_slices()
     restored = world.restored
     world.submit(length=30, max_tokens=5, shared_prefix=True)
     finish(world)
-    assert world.pool.count(Shadow.PROTECTED) > cached
+    assert world.ledger.count(Parity.PROTECTED) > cached
     assert world.restored == restored == cached * parity
 
 
@@ -259,11 +259,11 @@ def test_a_page_being_restored_is_nobody_elses_when_its_request_ends() -> None:
     world.kill(next(each for each in world.workers.values() if each.assign is not None and each.assign.rank == 1))
     while world.group.membership.state != "restoring":
         world.move()
-    under_way = [page.number for page in world.pool.pages if page.pins]
+    under_way = world.engine.cache.allocator.pinned
     assert under_way
     world.abort()
     world.submit(length=30, max_tokens=10)  # needs all the room that there is
-    held = {page for each in world.serving.scheduler.sequences() for page in each.pages}
+    held = {page for each in world.engine.scheduler.sequences() for page in each.pages}
     assert not set(held) & set(under_way)
     finish(world)
 
@@ -279,7 +279,7 @@ def test_cached_pages_that_no_store_has_are_dropped() -> None:
     world.parity_of.clear()
     world.kill(next(each for each in world.workers.values() if each.assign is not None))
     serving(world)
-    until(world, lambda: not world.pool.lost)
+    until(world, lambda: not world.ledger.lost)
     assert world.group.status().pages_cached == 0
 
 
@@ -351,7 +351,7 @@ def test_a_rank_that_moves_and_a_loss_on_the_way(dies: str, after: int) -> None:
     decoding(world, spares=3)
     old = str(world.group.membership.ranks[1])
     world.operate("replace", "rank:1")
-    move = world.serving.handover.move
+    move = world.engine.protection.moves.move
     assert move is not None
     while not move.new:
         world.tick()
@@ -614,7 +614,7 @@ def test_a_coordinator_that_is_back_takes_all_over_and_recomputes_the_tail_only(
     assert record.reason == "the coordinator was restarted"
     assert record.lost_ranks == ()
     assert record.recomputed_tokens < world.page_tokens
-    assert world.serving.protection.parity_bytes < len(world.parity_of)  # most were not encoded again
+    assert world.engine.protection.encoding.parity_bytes < len(world.parity_of)  # most were not encoded again
 
 
 def test_a_rank_that_dies_with_the_coordinator_is_restored_from_parity() -> None:
@@ -659,7 +659,7 @@ def test_parity_that_is_lost_while_the_index_is_read_is_not_believed() -> None:
     world.check_parity()
     finish(world)
     world.check_parity()
-    assert len(world.parity_of) == len(world.pool.keys)
+    assert len(world.parity_of) == len(world.ledger.keys)
 
 
 def test_a_rank_that_has_moved_keeps_its_pages_when_the_coordinator_is_back() -> None:
@@ -672,8 +672,8 @@ def test_a_rank_that_has_moved_keeps_its_pages_when_the_coordinator_is_back() ->
     world.group.membership.return_grace_s = 60.0
     serving(world)
     assert world.group.membership.ranks[1] != old
-    assert world.pool.lost == 0
-    assert world.pool.held + world.pool.cached > 0
+    assert world.ledger.lost == 0
+    assert world.ledger.sealed_pages
     finish(world)
     record = world.group.status().recoveries[0]
     assert record.restored_pages == 0

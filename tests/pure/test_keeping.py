@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from services import local
-from services.child import Command, start
-from services.local import LocalCluster, ServeSettings
+from services.cli import local
+from services.cli.child import Command, start
+from services.cli.local import LocalCluster, ServeSettings
 from shared.errors import GhostError
 
 LISTENER = """

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from services.worker.kv_pool import KVPool
+from services.worker.engine.kv_pool import KVPool
 
 
 def pool(dtype: torch.dtype = torch.float32) -> KVPool:

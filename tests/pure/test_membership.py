@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.coordinator.membership import Held, InvalidTransition, Member, Membership
+from services.coordinator.membership.members import Held, InvalidTransition, Member, Membership
 from shared.errors import ProtocolError
 from shared.messages import Claim
 from shared.types import pack_ids

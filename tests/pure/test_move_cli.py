@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from services import move_cli
+from services.cli import move as move_cli
 from shared.errors import GhostError
 
 KEPT = 4

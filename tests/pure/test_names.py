@@ -7,7 +7,7 @@ import pytest
 from services.coordinator.app import group_config
 from services.coordinator.events import Came, Event, Left, Said, Send
 from services.coordinator.group import NAME_HELD_BEATS, Group
-from services.worker.supervisor import _Host
+from services.worker.agent.supervisor import _Host
 from shared.config import CoordinatorSettings, WorkerSettings
 from shared.messages import Goodbye, Heartbeat, Message, Welcome, WorkerHello, WorkerReady
 from tests.pure.world import MODEL

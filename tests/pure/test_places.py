@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from services.doctor import examine
-from services.worker import model_files
+from services.cli.doctor import examine
+from services.worker.engine import model_files
 from shared.errors import ConfigError, PeerLost
 from shared.stripe_index import StripeIndex
 from tests.pure.test_readme import ROOT

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from services.local import ServeSettings
+from services.cli.local import ServeSettings
 from shared.config import CommonSettings, CoordinatorSettings, GatewaySettings, ParityStoreSettings, WorkerSettings
 from tests.bench import readme
 

@@ -1,4 +1,4 @@
-"""Membership, pages and the restore plan through random interleavings of events, with duplicates and late arrivals.
+"""Membership, the ledger and the restore plan through random interleavings of events, with duplicates and late ones.
 
 What each worker really has is kept beside them: a page counts as there on a rank only where its worker has it.
 """
@@ -9,11 +9,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from services.coordinator.membership import Formation, Held, Member, Membership
-from services.coordinator.pages import PagePool, Shadow
-from services.coordinator.recovery import Stripe, restorable
+from services.coordinator.membership.members import Formation, Held, Member, Membership
+from services.coordinator.protection.costs import StoredStripe, restorable
+from services.coordinator.protection.ledger import Parity
 from shared.messages import ParityShard
 from shared.types import PageKey, next_page_key
+from tests.pure.dictionary_host import DictionaryHost, EmbeddedPages
+from tests.pure.driven_host import Driven
 
 SIZE, PAGES = 2, 6
 pick = st.integers(0, 1 << 16)
@@ -30,7 +32,9 @@ class Worker:
 
 
 class Recovery(RuleBasedStateMachine):
-    """One group of two ranks; sequences are page tables of sealed pages, each followed by one that is being written."""
+    """One group of two ranks over the pages of a host; runs stand on sealed pages."""
+
+    host_type: type[Driven]
 
     @initialize()
     def begin(self) -> None:
@@ -47,9 +51,9 @@ class Recovery(RuleBasedStateMachine):
 
     def coordinator_starts(self) -> None:
         self.members = Membership(SIZE, heartbeat_timeout_s=1, join_timeout_s=1, epoch=self.journal, return_grace_s=1)
-        self.pool = PagePool(PAGES, protect=True)
+        self.host = self.host_type(PAGES)
+        self.ledger = self.host.ledger
         self.adopted = False
-        self.tables: list[list[int]] = []
 
     # -- workers -----------------------------------------------------------------------------------------------------
 
@@ -82,7 +86,7 @@ class Recovery(RuleBasedStateMachine):
     @rule(
         away=st.sets(st.integers(0, SIZE + 1), max_size=2), spares=st.integers(0, 2), later=st.sampled_from([0.0, 2.0])
     )
-    @precondition(lambda self: self.pool.keys)
+    @precondition(lambda self: self.ledger.keys)
     def the_coordinator_dies(self, away: set[int], spares: int, later: float) -> None:
         self.coordinator_starts()
         for number, worker in enumerate(list(self.workers.values())):
@@ -119,11 +123,11 @@ class Recovery(RuleBasedStateMachine):
             self.workers[name].has.clear()
         inventories = {rank: held.pages for rank, held in formation.returned.items()}
         if self.adopted:
-            self.pool.lose(formation.fresh)
+            self.ledger.lose(formation.fresh)
             for rank, pages in inventories.items():
-                self.pool.reclaim(rank, pages)
+                self.ledger.reclaim(rank, pages)
         else:
-            self.pool.adopt(inventories, SIZE)
+            self.ledger.adopt(inventories, SIZE)
             self.adopted = True
 
     @rule(of=st.integers(-1, 0), times=st.integers(1, 2))
@@ -145,53 +149,53 @@ class Recovery(RuleBasedStateMachine):
     @precondition(serving)
     def pages_are_computed(self, salts: list[int]) -> None:
         for salt in salts:
-            taken = self.pool.allocate(1)
-            if taken is None:
+            table = self.host.begin(1)
+            if table is None:
                 return
             key = next_page_key(b"", [salt])
             for name in self.members.ranks:
-                self.workers[str(name)].has[taken[0]] = key
-            self.tables.append([self.pool.seal(taken[0], key)])
+                self.workers[str(name)].has[table.pages[0]] = key
+            self.host.fill(table, key)
             self.seen.append(key)
 
     @rule(which=st.lists(pick, max_size=3))
-    def sequences_end(self, which: list[int]) -> None:
+    def runs_end(self, which: list[int]) -> None:
         for number in which:
-            if self.tables:
-                self.pool.release(self.tables.pop(number % len(self.tables)))
+            if self.host.tables:
+                self.host.end(self.host.tables[number % len(self.host.tables)])
 
     @rule(which=pick, whole=st.booleans())
     @precondition(lambda self: self.seen)
     def a_page_is_found(self, which: int, whole: bool) -> None:
-        found = self.pool.match([self.seen[which % len(self.seen)]], whole=whole)
-        self.tables.append(found)
-        assert not whole or not any(self.pool.pages[number].missing for number in found)
+        found = self.host.begin(0, [self.seen[which % len(self.seen)]], whole=whole)
+        assert found is not None
+        assert not whole or not any(self.ledger.missing(number) for number in found.pages)
 
     @rule(which=pick, comes_back=st.booleans())
     def a_lost_page_is_restored_or_forgotten(self, which: int, comes_back: bool) -> None:
-        lost = [page for page in self.pool.pages if page.missing and page.key is not None]
+        lost = [(page, page.key) for page in self.ledger if page.missing and page.key is not None]
         if not lost or self.members.state == "forming":
             return
-        page = lost[which % len(lost)]
-        stripes = {key: Stripe((ParityShard(SIZE, "here", 0),), (0,) * SIZE) for key in self.stored}
-        plan = restorable(page, stripes)
+        page, key = lost[which % len(lost)]
+        stripes = {key: StoredStripe((ParityShard(SIZE, "here", 0),), (0,) * SIZE) for key in self.stored}
+        plan = restorable(page.number, key, page.missing, stripes)
         if plan is None or not comes_back:
-            self.pool.forget([page.number])
+            self.ledger.forget([page.number])
             return
         assert plan.key in self.stored
         assert len(plan.lost) == 1
         assert self._has(1 - plan.lost[0], page.number) == plan.key
-        self.pool.restored(plan.page, b"what was there before")
-        assert self.pool.pages[plan.page].missing
+        self.ledger.restored(plan.page, b"what was there before")
+        assert self.ledger.missing(plan.page)
         self.workers[str(self.members.ranks[plan.lost[0]])].has[page.number] = plan.key
-        self.pool.restored(plan.page, plan.key)
+        self.ledger.restored(plan.page, plan.key)
 
     # -- protection --------------------------------------------------------------------------------------------------
 
     @rule(limit=st.integers(1, 3))
     @precondition(serving)
     def protection_starts(self, limit: int) -> None:
-        for page in self.pool.start_protection(limit, PAGES):
+        for page in self.ledger.start_protection(limit, PAGES):
             assert page.key is not None
             assert not page.missing
 
@@ -199,32 +203,33 @@ class Recovery(RuleBasedStateMachine):
     @precondition(lambda self: self.seen)
     def protection_ends(self, which: int, protected: bool, times: int) -> None:
         key = self.seen[which % len(self.seen)]
-        pending = any(page.key == key and page.shadow is Shadow.PENDING for page in self.pool.pages)
+        page = self.ledger.find(key)
+        pending = page is not None and page.parity is Parity.PENDING
         for _ in range(times):
             if pending and protected:
                 self.stored.add(key)
-            self.pool.end_protection([key], 0, protected=protected, reason="none")
-        self.stored.difference_update(self.pool.take_released())
+            self.ledger.end_protection([key], 0, protected=protected, reason="none")
+        self.stored.difference_update(self.ledger.take_released())
 
     @rule()
     def the_store_is_lost(self) -> None:
         self.stored.clear()
-        self.pool.protection_lost()
+        self.ledger.protection_lost()
 
     @rule(which=pick)
     @precondition(lambda self: self.seen)
     def a_stripe_is_lost(self, which: int) -> None:
         key = self.seen[which % len(self.seen)]
         self.stored.discard(key)
-        self.pool.shards_lost([key])
+        self.ledger.shards_lost([key])
 
     @rule()
     def the_index_is_read(self) -> None:
-        self.pool.found_protected([key for key in self.pool.unprotected() if key in self.stored])
+        self.ledger.found_protected([key for key in self.ledger.unprotected() if key in self.stored])
 
     @rule()
     def protection_is_tried_again(self) -> None:
-        self.pool.protect_again(Shadow.UNPROTECTED, Shadow.PENDING)
+        self.ledger.protect_again(Parity.UNPROTECTED, Parity.PENDING)
 
     # -- what holds --------------------------------------------------------------------------------------------------
 
@@ -233,16 +238,31 @@ class Recovery(RuleBasedStateMachine):
 
     @invariant()
     def all_agrees(self) -> None:
-        self.stored.difference_update(self.pool.take_released())
+        self.stored.difference_update(self.ledger.take_released())
         self.members.check()
-        self.pool.check(self.tables)
-        for page in self.pool.pages:
-            if page.shadow is Shadow.PROTECTED:
+        self.host.check()
+        for page in self.ledger:
+            if page.parity is Parity.PROTECTED:
                 assert page.key in self.stored, f"{page} is protected by nothing"
             if page.key is not None and self.members.state != "forming":
                 for rank in set(range(SIZE)) - page.missing:
                     assert self._has(rank, page.number) == page.key, f"rank {rank} has not {page}"
 
 
-TestRecovery = Recovery.TestCase
-TestRecovery.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+class OverDictionaries(Recovery):
+    """The host that is nothing but dictionaries."""
+
+    host_type = DictionaryHost
+
+
+class OverThePrefixCache(Recovery):
+    """The embedded engine's pages."""
+
+    host_type = EmbeddedPages
+
+
+TestOverDictionaries = OverDictionaries.TestCase
+TestOverThePrefixCache = OverThePrefixCache.TestCase
+TestOverDictionaries.settings = TestOverThePrefixCache.settings = settings(
+    max_examples=150, stateful_step_count=50, deadline=None
+)

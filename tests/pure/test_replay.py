@@ -11,14 +11,14 @@ from pathlib import Path
 import msgpack
 import pytest
 
-from services.cli import main
-from services.coordinator.events import Output, Send
+from services.cli.main import main
+from services.coordinator.events import Effect, Send
 from services.coordinator.group import Group
-from services.coordinator.keyframe import freeze, thaw
-from services.coordinator.metrics import Metrics
-from services.coordinator.recorder import Recorder
-from services.coordinator.recording import Entry, externals
-from services.coordinator.replay import Replayed, Until, lives, replay
+from services.coordinator.recording.keyframe import freeze, thaw
+from services.coordinator.recording.recorder import Recorder
+from services.coordinator.recording.replay import Replayed, Until, lives, replay
+from services.coordinator.recording.segments import Entry, externals
+from services.coordinator.views.metrics import Metrics
 from shared.errors import ProtocolError
 from shared.messages import StepPlan, Tokens
 from shared.tracing import NoTracing
@@ -33,12 +33,12 @@ class Quiet:
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
-        self.outputs: list[Output] = []
+        self.outputs: list[Effect] = []
 
     def begins(self, entry: Entry, group: Group) -> None:
         self.entries.append(entry)
 
-    def ended(self, entry: Entry, group: Group, outputs: Sequence[Output]) -> None:
+    def ended(self, entry: Entry, group: Group, outputs: Sequence[Effect]) -> None:
         self.outputs.extend(outputs)
 
 
@@ -187,13 +187,13 @@ def test_the_first_event_at_which_the_core_does_something_else_is_named(
     _, watcher = again(tmp_path, world.lives[0])
     steps = [0]
 
-    def planned(entry: Entry, group: Group, outputs: Sequence[Output]) -> None:
+    def planned(entry: Entry, group: Group, outputs: Sequence[Effect]) -> None:
         if any(isinstance(output, Send) and isinstance(output.message, StepPlan) for output in outputs):
             steps.append(entry.number)
 
     monkeypatch.setattr(watcher, "ended", planned)
     replay([tmp_path / "life.ghostrec"], watcher, Until())
-    monkeypatch.setattr("services.coordinator.scheduler.Scheduler.plan", lambda self, limit=None: ())
+    monkeypatch.setattr("services.coordinator.scheduling.scheduler.Scheduler.plan", lambda self, limit=None: ())
     replayed, _ = again(tmp_path, world.lives[0])
     assert replayed.failure.startswith(f"event {steps[1]}, ")
     assert "something else was sent" in replayed.failure
@@ -205,7 +205,7 @@ def test_the_event_after_which_page_tables_disagree_is_named(tmp_path: Path, mon
 
     def broken(self: Group) -> None:
         check(self)
-        assert self.outside.now < world.now - 0.5, "a page leaks"
+        assert self.outbox.now < world.now - 0.5, "a page leaks"
 
     monkeypatch.setattr(Group, "check", broken)
     replayed, watcher = again(tmp_path, world.lives[0])
@@ -237,7 +237,7 @@ def test_a_replay_ends_where_it_is_told_to(tmp_path: Path) -> None:
 async def test_a_ring_of_segments_stays_within_its_bound_and_can_be_replayed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.coordinator.recorder.MIB", BOUND)
+    monkeypatch.setattr("services.coordinator.recording.recorder.MIB", BOUND)
     world = World(5, pages=64)
     world.settings.record_dir, world.settings.record_mb = str(tmp_path / "ring"), 1
     recorder = Recorder(world.group, world.settings)

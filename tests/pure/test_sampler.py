@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.worker.sampler import is_plain_greedy, sample, sample_greedy, token_logprobs
+from services.worker.engine import sampler
+from services.worker.engine.sampler import is_plain_greedy, sample, sample_greedy, token_logprobs
 from shared.types import SamplingParams
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 3.0, -5.0, 0.5])
@@ -107,3 +108,97 @@ def test_logprobs_are_the_models_own() -> None:
 def test_wrong_shapes_stop_at_the_door() -> None:
     with pytest.raises(ValueError, match="float32 logits"):
         sample(LOGITS[None], GREEDY, position=0)
+
+
+def sorted_draw(weights: np.ndarray, params: SamplingParams, uniform: float) -> int:
+    """The definition of a draw, which sorts the whole vocabulary."""
+    order = np.argsort(-weights, kind="stable")[: params.top_k if params.top_k > 0 else None]
+    kept = weights[order]
+    if params.min_p > 0.0:
+        kept = kept[kept >= params.min_p * kept[0]]
+    if params.top_p < 1.0:
+        before = np.cumsum(kept) - kept
+        kept = kept[before < max(params.top_p, 1e-9) * kept.sum()]
+    cumulative = np.cumsum(kept)
+    index = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+    return int(order[min(index, int(np.flatnonzero(kept)[-1]))])
+
+
+def definition(logits: torch.Tensor, params: SamplingParams, position: int) -> int:
+    scaled = logits.numpy().astype(np.float64) / params.temperature
+    weights = np.exp(scaled - scaled.max())
+    uniform = sampler._uniform(params.seed, position)
+    if params.top_k <= 0 and params.top_p >= 1.0 and params.min_p <= 0.0:
+        return sampler._invert(weights, uniform)
+    return sorted_draw(weights, params, uniform)
+
+
+def vocabulary(dice: np.random.Generator, size: int) -> torch.Tensor:
+    """Logits of one of the shapes that models, and those who test them, give: peaked, flat, with ties, cut off."""
+    shape = dice.integers(6)
+    logits = dice.normal(0.0, dice.choice([0.1, 1.0, 4.0, 12.0]), size)
+    if shape == 1:
+        logits = np.round(logits, int(dice.integers(0, 2)))  # many are equal
+    elif shape == 2:
+        logits[1:][dice.random(size - 1) < 0.9] = -np.inf
+    elif shape == 3:
+        logits = np.zeros(size)
+    elif shape == 4:
+        logits = -1.1 * np.log(np.arange(1, size + 1))[dice.permutation(size)]
+    elif shape == 5:
+        logits = np.log(2.0) * dice.integers(-8, 1, size)  # weights whose sums are exact: top_p may meet one
+    return torch.from_numpy(logits.astype(np.float32))
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    size=st.sampled_from([5, 63, 64, 65, 700, 1500, 20_000]),
+    top_k=st.sampled_from([0, 0, 0, 1, 7, 64, 5000]),
+    top_p=st.one_of(st.sampled_from([0.0, 1e-12, 0.25, 0.5, 0.75, 0.9, 0.95, 0.999, 1.0]), st.floats(0.0, 1.0)),
+    min_p=st.one_of(st.just(0.0), st.just(0.0), st.floats(0.0, 1.0)),
+    temperature=st.sampled_from([0.05, 0.3, 0.7, 1.0, 1.7, 5.0]),
+)
+@settings(max_examples=400)
+def test_a_draw_is_that_of_the_whole_vocabulary_sorted(
+    seed: int, size: int, top_k: int, top_p: float, min_p: float, temperature: float
+) -> None:
+    logits = vocabulary(np.random.default_rng(seed), size)
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    for position in range(4):
+        assert sample(logits, params, position=position).token == definition(logits, params, position)
+
+
+def test_what_a_nucleus_leaves_is_the_same_to_the_last_token() -> None:
+    """Also where a sum meets top_p within the last bits, and one way of adding up would leave a token more."""
+    dice = np.random.default_rng(5)
+    certain = 0
+    for _ in range(300):
+        weights = np.exp(np.float64(vocabulary(dice, 3000).numpy()))
+        weights /= weights.max()
+        order = np.argsort(-weights, kind="stable")
+        shares = np.cumsum(weights[order]) / weights.sum()
+        edge = shares[int(dice.integers(1, 60))] * (1 + dice.choice([0.0, 1e-16, -1e-16, 1e-12, -1e-12, 1e-6, -1e-6]))
+        for top_p in (float(edge), float(dice.random())):
+            if not 0.0 < top_p < 1.0:
+                continue
+            before = np.cumsum(weights[order]) - weights[order]
+            expected = order[before < top_p * weights[order].sum()]
+            found = sampler._nucleus(weights, top_p)
+            certain += found is not None
+            assert found is None or np.array_equal(found, expected)
+    assert certain > 100
+
+
+def test_a_peaked_vocabulary_is_not_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    sorted_sizes: list[int] = []
+    argsort = np.argsort
+
+    def counted(values: np.ndarray, **how: str) -> np.ndarray:
+        sorted_sizes.append(len(values))
+        return argsort(values, **how)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(np, "argsort", counted)
+    logits = torch.randn(152_000, generator=torch.Generator().manual_seed(1)) * 6
+    for filters in ({"top_p": 0.9}, {"top_k": 40}, {"top_k": 40, "top_p": 0.9}, {"min_p": 0.05}):
+        sample(logits, SamplingParams(temperature=0.7, seed=1, **filters), position=3)  # type: ignore[arg-type]
+    assert max(sorted_sizes) <= 1024

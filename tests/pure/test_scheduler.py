@@ -1,16 +1,16 @@
 """The scheduler: decode first, prefill in chunks, prefixes reused, the youngest preempted, nothing lost."""
 
-from services.coordinator.pages import PagePool
-from services.coordinator.scheduler import Output, Scheduler
+from services.coordinator.scheduling.scheduler import NewTokens, Scheduler
 from shared.messages import Sample, SequenceStep
 from shared.types import GenerationRequest, SamplingParams, pack_ids, root_key, unpack_ids
+from tests.pure.dictionary_host import EmbeddedPages
 
 EOS = 2
 
 
 def made(pages: int = 16, *, step: int = 8, batch: int = 4, waiting: int = 8) -> Scheduler:
     return Scheduler(
-        PagePool(pages, protect=False),
+        EmbeddedPages(pages, protect=False).cache,
         page_tokens=4,
         max_step_tokens=step,
         max_batch=batch,
@@ -26,7 +26,7 @@ def add(scheduler: Scheduler, prompt: list[int], max_tokens: int = 4, **more: ob
     scheduler.add(request, root_key("m", ""))
 
 
-def run(scheduler: Scheduler, token: int = 9) -> tuple[tuple[SequenceStep, ...], list[Output]]:
+def run(scheduler: Scheduler, token: int = 9) -> tuple[tuple[SequenceStep, ...], list[NewTokens]]:
     plan = scheduler.plan()
     outputs = scheduler.complete(tuple(Sample(part.sequence, token) for part in plan if part.sampling is not None))
     for output in outputs:

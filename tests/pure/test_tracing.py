@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from services.coordinator.traces import tell_recovery
+from services.coordinator.protection.ledger import Parity
+from services.coordinator.views.timeline import tell_recovery
 from shared.tracing import NoTracing, traceparent_of, tracing
 from shared.types import RecoveryRecord
 from tests.otlp import receiving
@@ -85,7 +86,7 @@ def test_requests_and_a_recovery_of_a_group_are_told(monkeypatch: pytest.MonkeyP
             world.add_store()
             serving(world)
             world.submit(length=30, max_tokens=20)
-            until(world, lambda: any(page.shadow.value == "protected" for page in world.pool.pages))
+            until(world, lambda: world.ledger.count(Parity.PROTECTED))
             world.kill(next(each for each in world.workers.values() if each.assign is not None))
             finish(world)
             told = world.group.status().recoveries

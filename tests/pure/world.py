@@ -17,13 +17,13 @@ from services.coordinator.events import (
     Answered,
     Ask,
     Came,
+    Effect,
     EpochIs,
     Event,
     FindStripes,
     Keep,
     Left,
     NextEpoch,
-    Output,
     Peer,
     Question,
     Said,
@@ -32,10 +32,10 @@ from services.coordinator.events import (
     Tick,
 )
 from services.coordinator.group import Group
-from services.coordinator.pages import PagePool, Shadow
-from services.coordinator.recording import Writer, checksum, encode
-from services.coordinator.recovery import Stripe
-from services.coordinator.serving import Serving
+from services.coordinator.protection.costs import StoredStripe
+from services.coordinator.protection.ledger import Ledger, Parity
+from services.coordinator.recording.segments import Writer, checksum, encode
+from services.coordinator.scheduling.engine import EmbeddedEngine
 from shared.config import CoordinatorSettings
 from shared.messages import (
     Abort,
@@ -71,6 +71,7 @@ from shared.messages import (
     StepDone,
     StepPlan,
     StoreHello,
+    StripeRestore,
     Submit,
     Tokens,
     Welcome,
@@ -88,7 +89,6 @@ from shared.types import (
     StoreInfo,
     encoding_rank,
     pack_ids,
-    pack_keys,
     unpack_ids,
     unpack_keys,
 )
@@ -99,6 +99,8 @@ MODEL = ModelInfo("/nowhere", "fingerprint", "Sim", "float32", VOCABULARY, 4096,
 GARBAGE = -1
 TICK_S = 0.05
 MOVE_S = 0.002
+WINDOW = 2
+"""Stripes that ranks restore before they say so."""
 
 
 def next_token(tokens: tuple[int, ...]) -> int:
@@ -148,8 +150,7 @@ class SimWorker:
         """What it tells of itself when it dials."""
         if self.assign is None:
             return None
-        pages, keys = pack_ids(self.sealed), pack_keys(self.sealed.values())
-        return Claim(self.assign.epoch, self.assign.rank, pages, keys)
+        return Claim(self.assign.epoch, self.assign.rank, pack_ids(self.sealed), tuple(self.sealed.values()))
 
 
 class World:
@@ -194,7 +195,7 @@ class World:
         self._writer: Writer | None = None
         self.lives: list[bytearray] = []
         """Recordings of the coordinators since `record`."""
-        self.watch: Callable[[Event, list[tuple[Output, bytes]]], None] = lambda event, outputs: None
+        self.watch: Callable[[Event, list[tuple[Effect, bytes]]], None] = lambda event, outputs: None
         """Is told each event, and what came out."""
         self.group = self._make_group()
         self.workers: dict[str, SimWorker] = {}
@@ -242,10 +243,10 @@ class World:
 
     def flow(self) -> None:
         """What comes out by itself every two seconds comes now."""
-        self.serving.protection.flow()
+        self.engine.protection.encoding.flow()
         self._carry()
 
-    def _carry(self) -> list[Output]:
+    def _carry(self) -> list[Effect]:
         outputs = self.group.take()
         for output in outputs:
             match output:
@@ -270,7 +271,7 @@ class World:
                 parity = tuple(
                     ParityShard(self.size + n, here[0].bulk_address, 1) for n in range(self.parity if here else 0)
                 )
-                return StripesFound({key: Stripe(parity, (0,)) for key in keys if key in self.parity_of and here})
+                return StripesFound({key: StoredStripe(parity, (0,)) for key in keys if key in self.parity_of and here})
 
     def tick(self) -> None:
         """Time passes."""
@@ -303,14 +304,14 @@ class World:
     # -- the core's parts --------------------------------------------------------------------------------------------
 
     @property
-    def serving(self) -> Serving:
+    def engine(self) -> EmbeddedEngine:
         """What there is in the core once the first worker is ready."""
-        assert self.group.serving is not None
-        return self.group.serving
+        assert self.group.engine is not None
+        return self.group.engine
 
     @property
-    def pool(self) -> PagePool:
-        return self.serving.pool
+    def ledger(self) -> Ledger:
+        return self.engine.protection.ledger
 
     # -- what can happen ---------------------------------------------------------------------------------------------
 
@@ -472,19 +473,19 @@ class World:
         """Assert that the store, which has heard all, holds stripes of pages that there are, no other."""
         while self.store_wire is not None and self.store_wire.sent:
             self._store_receives(self.store_wire.sent.popleft())
-        assert set(self.parity_of) <= set(self.pool.keys), "the store holds stripes of pages that are gone"
+        assert set(self.parity_of) <= set(self.ledger.keys), "the store holds stripes of pages that are gone"
 
     def check_parity(self) -> None:
         """Assert that what counts as protected has its parity in the store."""
-        for page in self.group.serving.pool.pages if self.group.serving is not None else ():
-            if page.shadow is Shadow.PROTECTED and self.store_wire is not None and not page.missing:
+        for page in self.ledger if self.group.engine is not None else ():
+            if page.parity is Parity.PROTECTED and self.store_wire is not None and not page.missing:
                 assert page.key in self.parity_of, f"{page} is protected by nothing"
 
     def check_slices(self) -> None:
         """Assert that all ranks have the same in every sealed page of which nothing is missing."""
         ranks = [self.workers[name] for name in self.group.membership.ranks if name is not None]
-        for page in self.pool.pages:
-            if page.key is not None and not page.missing:
+        for page in self.ledger.sealed_pages:
+            if not page.missing:
                 slices = [worker.kv.get(page.number) for worker in ranks]
                 assert slices.count(slices[0]) == self.size, f"{page}: the ranks disagree"
 
@@ -580,7 +581,7 @@ class World:
         if source is None or self.dice.random() < self.copy_failures:
             worker.out.append(PagesCopied(message.move, message.pages, "it can't be reached"))
             return
-        for page, key in zip(unpack_ids(message.pages), unpack_keys(message.keys), strict=True):
+        for page, key in zip(unpack_ids(message.pages), message.keys, strict=True):
             worker.kv[page] = list(source.kv.get(page, [GARBAGE] * self.page_tokens))
             worker.copied.pop(page, None)
             if key != OPEN_KEY:
@@ -692,30 +693,38 @@ class World:
 
     def _decode(self, plan: RestorePlan, by_rank: dict[int, SimWorker]) -> None:
         for rank, worker in by_rank.items():
-            failed = []
-            for stripe in plan.stripes:
-                encoded = self.parity_of.get(stripe.key)
-                assert len(stripe.lost) <= self.parity
-                if rank not in stripe.lost:
-                    continue
-                if not plan.tail:
-                    worker.sealed.pop(stripe.page, None)
-                if encoded is None:
-                    failed.append(stripe.key)
-                    garbage = [GARBAGE] * (1 if plan.tail else self.page_tokens)
-                    self._put(worker, stripe.page, garbage, tail=plan.tail)
-                    continue
-                for other, peer in by_rank.items():
-                    if other not in stripe.lost:
-                        kept = self._slice(peer, stripe.page, tail=plan.tail)
-                        assert kept == encoded[other], "what a survivor has of a stripe has changed"
-                self._put(worker, stripe.page, encoded[rank], tail=plan.tail)
-                if not plan.tail:
-                    worker.sealed[stripe.page] = stripe.key
-                self.restored += 1
-            worker.out.append(
-                RestoreDone(plan.epoch, plan.plan, rank, tuple(failed), "gone" if failed else "", 1, 0.0, 0.0, 0.0, 0.0)
-            )
+            if not any(rank in stripe.lost for stripe in plan.stripes):
+                continue
+            for start in range(0, len(plan.stripes), WINDOW):
+                window = plan.stripes[start : start + WINDOW]
+                mine = [each for each in window if rank in each.lost]
+                failed = [each.key for each in mine if not self._rebuild(each, plan, by_rank, rank)]
+                worker.out.append(
+                    RestoreDone(
+                        plan.epoch, plan.plan, rank, start + len(window), tuple(failed), "gone" if failed else "", 1,
+                        0.0, 0.0, 0.0, 0.0,
+                    )
+                )  # fmt: skip
+
+    def _rebuild(self, stripe: StripeRestore, plan: RestorePlan, by_rank: dict[int, SimWorker], rank: int) -> bool:
+        """One stripe on a rank that lost it; false if the store has it no more."""
+        worker, encoded = by_rank[rank], self.parity_of.get(stripe.key)
+        assert len(stripe.lost) <= self.parity
+        if not plan.tail:
+            worker.sealed.pop(stripe.page, None)
+        if encoded is None:
+            garbage = [GARBAGE] * (1 if plan.tail else self.page_tokens)
+            self._put(worker, stripe.page, garbage, tail=plan.tail)
+            return False
+        for other, peer in by_rank.items():
+            if other not in stripe.lost:
+                kept = self._slice(peer, stripe.page, tail=plan.tail)
+                assert kept == encoded[other], "what a survivor has of a stripe has changed"
+        self._put(worker, stripe.page, encoded[rank], tail=plan.tail)
+        if not plan.tail:
+            worker.sealed[stripe.page] = stripe.key
+        self.restored += 1
+        return True
 
     def abort_collective(self) -> None:
         """A stalled rank reports that its collective was aborted, as it does when a peer dies."""

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 import transformers
 
-from services.worker.batch import Chunk
 from services.worker.communicator import create, open_rendezvous
-from services.worker.kv_pool import KVPool
-from services.worker.model import RankModel
-from services.worker.sampler import sample_greedy
+from services.worker.communicator.base import Communicator
+from services.worker.engine.batch import Chunk
+from services.worker.engine.kv_pool import KVPool
+from services.worker.engine.model import RankModel
+from services.worker.engine.sampler import sample_greedy
 
-_SMALL = {
+SMALL = {
     "vocab_size": 211,
     "hidden_size": 48,
     "intermediate_size": 96,
@@ -34,7 +35,7 @@ _SMALL = {
 def small_model(directory: Path, family: str, **changes: Any) -> Path:
     """Write a small random float32 model of a family ("Llama", "Qwen3", ...) and return its directory."""
     torch.manual_seed(42)
-    config = getattr(transformers, family + "Config")(**(_SMALL | changes))
+    config = getattr(transformers, family + "Config")(**(SMALL | changes))
     model = getattr(transformers, family + "ForCausalLM")(config)
     for name, parameter in model.named_parameters():
         if "norm" in name or "bias" in name:  # not the ones and zeros that they begin as
@@ -76,12 +77,24 @@ class RankThreads:
     def step(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Run a step on every rank: float32 logits [rows, vocab]."""
         running = [
-            self._threads.submit(model.forward, chunks, pool, communicator)
+            self._threads.submit(_logits, model, chunks, pool, communicator)
             for model, pool, communicator in zip(self.models, self.pools, self._communicators, strict=True)
         ]
         logits = [future.result(60) for future in running]
         assert all(torch.equal(logits[0], other) for other in logits[1:])
         return logits[0]
+
+    def pieces(self, chunks: Sequence[Chunk], limit: int) -> list[torch.Tensor]:
+        """Rank 0's logits of a step in pieces of `limit` bytes; all ranks ask for the same ones."""
+
+        def run(model: RankModel, pool: KVPool, communicator: Communicator | None) -> list[torch.Tensor]:
+            return list(model.logits_in_pieces(model.forward(chunks, pool, communicator), limit))
+
+        running = [
+            self._threads.submit(run, *each) for each in zip(self.models, self.pools, self._communicators, strict=True)
+        ]
+        first, *_ = [future.result(60) for future in running]
+        return first
 
     def digests(self, pages: np.ndarray, tokens: int) -> list[str]:
         return [pool.digest(pages, tokens) for pool in self.pools]
@@ -91,6 +104,10 @@ class RankThreads:
             if communicator is not None:
                 communicator.close()
         self._threads.shutdown()
+
+
+def _logits(model: RankModel, chunks: Sequence[Chunk], pool: KVPool, communicator: Communicator | None) -> torch.Tensor:
+    return model.logits(model.forward(chunks, pool, communicator))
 
 
 class Story:

@@ -7,7 +7,8 @@ import torch
 from kernels.checksum import sum_checksum
 from kernels.codec import checksum, make_codec
 from kernels.cuda import CudaCodec
-from services.worker.coder import CudaCoder, HostCoder, make_coder
+from services.worker.memory import Memory
+from services.worker.shadow.coder import CudaCoder, HostCoder, make_coder
 from tests.pure.kernels_on_cpu import COMPILER, CpuRunner
 
 K, M, LENGTH = 3, 2, 1000
@@ -43,30 +44,38 @@ def test_both_coders_make_the_same_parity_and_sums_of_the_data(
 
 
 @pytest.mark.parametrize("lost", range(K))
-def test_a_lost_page_comes_back_with_its_recorded_checksum(
-    stripes: list[list[torch.Tensor]], on_gpu: CudaCoder, in_host: HostCoder, lost: int
+@pytest.mark.parametrize("count", [1, 4])
+def test_lost_pages_come_back_in_one_call_each_with_its_recorded_checksum(
+    stripes: list[list[torch.Tensor]], on_gpu: CudaCoder, in_host: HostCoder, lost: int, count: int
 ) -> None:
     for coder in (on_gpu, in_host):
-        pages = stripes if coder is on_gpu else [[page.numpy() for page in data] for data in stripes]
+        pages = stripes[:count] if coder is on_gpu else [[page.numpy() for page in data] for data in stripes[:count]]
         encoded = coder.encode(pages)
-        for data, parity, sums in zip(pages, encoded.parity, encoded.data_checksums, strict=True):
-            present = {rank: page for rank, page in enumerate(data) if rank != lost}
-            present |= {K + number: shard for number, shard in enumerate(parity)}
-            plan = coder.codec.plan(present, [lost])
-            target = np.zeros(LENGTH, dtype=np.uint8)
-            memory = torch.from_numpy(target) if coder is on_gpu else target
-            assert coder.decode(plan, [present[source] for source in plan.sources], memory) == sums[lost]
+        plan = coder.codec.plan(set(range(K + M)) - {lost}, [lost])
+        sources = [
+            [(*data, *parity)[at] for at in plan.sources] for data, parity in zip(pages, encoded.parity, strict=True)
+        ]
+        targets = np.zeros((count, LENGTH), dtype=np.uint8)
+        memory = [torch.from_numpy(target) if coder is on_gpu else target for target in targets]
+        assert [*coder.decode(plan, sources, memory)] == [sums[lost] for sums in encoded.data_checksums]
+        for target, data in zip(targets, pages, strict=True):
             assert (target == np.asarray(data[lost])).all()
 
 
-def test_a_damaged_survivor_shows_in_the_checksum(stripes: list[list[torch.Tensor]], on_gpu: CudaCoder) -> None:
-    encoded = on_gpu.encode(stripes[:1])
-    present: dict[int, object] = {1: stripes[0][1].clone(), 2: stripes[0][2], K: encoded.parity[0][0]}
-    present[1][5] ^= 1  # type: ignore[index]
-    target = torch.zeros(LENGTH, dtype=torch.uint8)
-    plan = on_gpu.codec.plan(present.keys(), [0])
-    decoded = on_gpu.decode(plan, [present[source] for source in plan.sources], target)  # type: ignore[misc]
-    assert decoded != encoded.data_checksums[0][0]
+def test_a_damaged_survivor_shows_in_the_checksum_of_its_stripe_alone(
+    stripes: list[list[torch.Tensor]], on_gpu: CudaCoder
+) -> None:
+    encoded = on_gpu.encode(stripes[:2])
+    plan = on_gpu.codec.plan({1, 2, K}, [0])
+    sources: list[list[Memory]] = []
+    for (_, first, second), parity in zip(stripes, encoded.parity, strict=False):
+        present: dict[int, Memory] = {1: first.clone(), 2: second, K: parity[0]}
+        sources.append([present[source] for source in plan.sources])
+    sources[1][plan.sources.index(1)][5] ^= 1
+    targets = [torch.zeros(LENGTH, dtype=torch.uint8) for _ in range(2)]
+    decoded = on_gpu.decode(plan, sources, targets)
+    assert decoded[0] == encoded.data_checksums[0][0]
+    assert decoded[1] != encoded.data_checksums[1][0]
 
 
 def test_a_cpu_gets_the_coder_of_host_memory() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.worker.inventory import Inventory
+from services.worker.agent.inventory import Inventory
 from shared.errors import CommunicatorAborted
 from shared.types import OPEN_KEY, pack_ids
 

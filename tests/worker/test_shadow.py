@@ -9,12 +9,13 @@ import pytest
 import pytest_asyncio
 import torch
 
-from services.worker.coder import make_coder
 from services.worker.communicator import create, open_rendezvous
-from services.worker.exchange import Exchange
-from services.worker.kv_pool import KVPool
-from services.worker.protect import Protector
-from services.worker.restore import Restorer
+from services.worker.engine.kv_pool import KVPool
+from services.worker.shadow import exchange, restore
+from services.worker.shadow.coder import make_coder
+from services.worker.shadow.exchange import Exchange
+from services.worker.shadow.protect import Protector
+from services.worker.shadow.restore import Restorer
 from shared.errors import ShardMissing
 from shared.messages import ParityShard, ProtectDone, ProtectPlan, RestoreDone, RestorePlan, StripeRestore
 from shared.transport.base import GetShards, Outcome, PutShards, ShardLabel
@@ -90,17 +91,22 @@ class Ranks:
             while {key for done in self.told for key in done.protected} != set(keys):
                 await asyncio.sleep(0.001)
 
-    async def restore(self, stripes: list[StripeRestore], *, tail: bool) -> list[RestoreDone]:
+    async def restore(self, stripes: list[StripeRestore], *, tail: bool) -> list[list[RestoreDone]]:
+        """What each rank tells on the way."""
         plan = RestorePlan(1, 1, tuple(stripes), tail)
         loop = asyncio.get_running_loop()
+        told: list[list[RestoreDone]] = [[] for _ in range(K)]
         for rank, restorer in enumerate(self.restorers):
             restorer.prefetch(plan, rank, (self.pools[rank].tokens if tail else self.pools[rank]).page_bytes)
-        return await asyncio.gather(
+        await asyncio.gather(
             *(
-                loop.run_in_executor(self._threads, each.restore, plan, self._exchange(rank, tail=tail))
+                loop.run_in_executor(
+                    self._threads, each.restore, plan, self._exchange(rank, tail=tail), told[rank].append
+                )
                 for rank, each in enumerate(self.restorers)
             )
         )
+        return told
 
     def close(self) -> None:
         for communicator in self.communicators:
@@ -127,8 +133,9 @@ async def test_what_ranks_lose_comes_back_bit_for_bit(ranks: Ranks, tail: bool, 
         for place in places:
             page, offset = divmod(place, PAGE_TOKENS) if tail else (place, slice(None))
             ranks.pools[rank].kv[page, :, :, offset] = 0
-    done = await ranks.restore([ranks.stores.stripe(*pair, lost) for pair in zip(places, keys, strict=True)], tail=tail)
-    assert not any(each.failed for each in done)
+    told = await ranks.restore([ranks.stores.stripe(*pair, lost) for pair in zip(places, keys, strict=True)], tail=tail)
+    assert [bool(done) for done in told] == [rank in lost for rank in range(K)]  # who has lost nothing is silent
+    assert not any(each.failed for done in told for each in done)
     for pool, kv in zip(ranks.pools, before, strict=True):
         assert torch.equal(pool.kv, kv)
 
@@ -139,7 +146,54 @@ async def test_a_token_whose_parity_is_gone_is_told_and_not_written(ranks: Ranks
     for number in range(K, K + M):
         del ranks.stores.shards[b"a" * 16, number]
     ranks.pools[1].kv.zero_()
-    done = await ranks.restore(stripes, tail=True)
-    assert [each.failed for each in done] == [(), (b"a" * 16,), ()]
+    told = await ranks.restore(stripes, tail=True)
+    assert [[each.failed for each in done] for done in told] == [[], [(b"a" * 16,)], []]
     assert not np.any(ranks.pools[1].tokens.page(6))
     assert np.any(ranks.pools[1].tokens.page(7))
+
+
+async def test_a_rank_that_decodes_tells_after_each_window_how_far_it_is(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (exchange, restore):
+        monkeypatch.setattr(module, "round_pages", lambda page_bytes: 2)
+    places, keys = [*range(5)], [bytes([place]) * 16 for place in range(5)]
+    before = ranks.pools[1].kv.clone()
+    await ranks.protect(places, keys, tail=False)
+    stripes = [ranks.stores.stripe(*pair, (1,)) for pair in zip(places, keys, strict=True)]
+    for number in range(K, K + M):
+        del ranks.stores.shards[keys[2], number]
+    ranks.pools[1].kv.zero_()
+    _, told, _ = await ranks.restore(stripes, tail=False)
+    assert [(done.upto, done.failed) for done in told] == [(2, ()), (4, (keys[2],)), (5, ())]
+    assert sum(done.bytes_restored for done in told) == 4 * ranks.pools[1].page_bytes
+    for page in places:
+        assert torch.equal(ranks.pools[1].kv[page], before[page]) == (page != 2)
+
+
+async def test_a_window_in_which_a_rank_has_lost_nothing_is_told_all_the_same(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (exchange, restore):
+        monkeypatch.setattr(module, "round_pages", lambda page_bytes: 1)
+    places, keys = [3, 0], [b"a" * 16, b"b" * 16]
+    before = [pool.kv.clone() for pool in ranks.pools]
+    await ranks.protect(places, keys, tail=False)
+    ranks.pools[0].kv[3], ranks.pools[2].kv[0] = 0, 0
+    told = await ranks.restore(
+        [ranks.stores.stripe(3, keys[0], (0,)), ranks.stores.stripe(0, keys[1], (2,))], tail=False
+    )
+    assert [[done.upto for done in each] for each in told] == [[1, 2], [], [1, 2]]
+    assert all(torch.equal(pool.kv, kv) for pool, kv in zip(ranks.pools, before, strict=True))
+
+
+async def test_bytes_that_decode_to_something_else_are_told_as_damaged_and_do_not_count(ranks: Ranks) -> None:
+    keys = [b"a" * 16, b"b" * 16]
+    await ranks.protect([3, 0], keys, tail=False)
+    stripes = [ranks.stores.stripe(3, keys[0], (1,)), ranks.stores.stripe(0, keys[1], (1,))]
+    before = ranks.pools[1].kv.clone()
+    ranks.pools[0].kv[3] += 1  # a survivor's page that is not what was encoded
+    ranks.pools[1].kv.zero_()
+    _, (done,), _ = await ranks.restore(stripes, tail=False)
+    assert (done.failed, done.damaged) == ((keys[0],), 1)
+    assert torch.equal(ranks.pools[1].kv[0], before[0])

@@ -1,0 +1,5 @@
+"""`python -m services.cli` is `ghostserve`."""
+
+from services.cli import entry
+
+entry()

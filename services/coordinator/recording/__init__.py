@@ -1,0 +1,1 @@
+"""What went into the core, kept and run again."""

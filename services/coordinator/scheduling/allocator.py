@@ -1,0 +1,84 @@
+"""The pages of the embedded engine's KV pool: who holds which, equal on all ranks. Pure.
+
+A page is free, or held by requests, or pinned while its bytes are read or written, or idle: in none of these, and kept
+by the prefix cache until its room is needed.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+
+
+class Allocator:
+    """Counts of holders and pins, and the pages that are free."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self._free: deque[int] = deque(range(count))
+        self._holders = [0] * count
+        self._pins = [0] * count
+
+    @property
+    def free(self) -> int:
+        """Pages that can be taken."""
+        return len(self._free)
+
+    def take(self) -> int:
+        """A free page, held once."""
+        page = self._free.popleft()
+        self._holders[page] = 1
+        return page
+
+    def give(self, page: int) -> None:
+        """A page that nobody holds is free."""
+        self._free.append(page)
+
+    def reserve(self, pages: Iterable[int]) -> None:
+        """These pages are not free, though nobody holds them: they have content from before."""
+        kept = set(pages)
+        self._free = deque(page for page in self._free if page not in kept)
+
+    def hold(self, page: int) -> None:
+        """One more request stands on it."""
+        self._holders[page] += 1
+
+    def release(self, page: int) -> None:
+        """One request less stands on it."""
+        if self._holders[page] < 1:
+            raise AssertionError(f"page {page} released but not held")
+        self._holders[page] -= 1
+
+    def pin(self, page: int) -> None:
+        """A transfer begins to read or write its bytes."""
+        self._pins[page] += 1
+
+    def unpin(self, page: int) -> None:
+        """The transfer has ended."""
+        if self._pins[page] < 1:
+            raise AssertionError(f"page {page} unpinned but not pinned")
+        self._pins[page] -= 1
+
+    def held(self, page: int) -> bool:
+        """Whether a request stands on it."""
+        return self._holders[page] > 0
+
+    def busy(self, page: int) -> bool:
+        """Whether it may be given to nobody: held, or pinned."""
+        return self._holders[page] > 0 or self._pins[page] > 0
+
+    @property
+    def pinned(self) -> list[int]:
+        """The pages that transfers read or write."""
+        return [page for page, pins in enumerate(self._pins) if pins]
+
+    def check(self, tables: Iterable[Iterable[int]], idle: Iterable[int]) -> None:
+        """Raise AssertionError unless free + busy + idle = all, and holders equal the page tables given."""
+        holders = [0] * self.count
+        for table in tables:
+            for page in table:
+                holders[page] += 1
+        assert holders == self._holders, "holders differ from the page tables"
+        free, unused = set(self._free), set(idle)
+        assert len(free) == len(self._free), "a page is free twice"
+        for page in range(self.count):
+            places = (page in free) + (page in unused) + self.busy(page)
+            assert places == 1, f"page {page} is in {places} sets"

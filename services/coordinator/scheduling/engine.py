@@ -1,0 +1,237 @@
+"""The embedded engine: requests, batches and page tables are here, the model is at the workers. A host of protection.
+
+`step` sends one step to all ranks, `step_done` takes its result.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+
+from services.coordinator.membership.members import Formation, Held, Membership
+from services.coordinator.outbox import Outbox
+from services.coordinator.protection.host import EngineStatus, Host, IdlePages, Returned
+from services.coordinator.protection.protection import Protection
+from services.coordinator.protection.stores import Stores
+from services.coordinator.scheduling.prefix_cache import PrefixCache
+from services.coordinator.scheduling.requests import Requests
+from services.coordinator.scheduling.scheduler import Scheduler, Sequence
+from services.coordinator.views.metrics import Metrics
+from services.coordinator.views.traces import Traces
+from shared.config import CoordinatorSettings
+from shared.messages import DigestDone, Heartbeat, StepDone, StepPlan, WorkerReady
+from shared.tracing import Tracing
+from shared.types import GroupConfig, PageKey
+
+log = logging.getLogger(__name__)
+
+RESTORING_STEP_TOKENS = 64
+"""Tokens a step while pages are restored: nobody whose pages are back waits long behind another's prefill."""
+
+
+class EmbeddedEngine(Host):
+    """One model served by one group, and its protection."""
+
+    def __init__(
+        self,
+        config: GroupConfig,
+        settings: CoordinatorSettings,
+        ready: WorkerReady,
+        membership: Membership,
+        stores: Stores,
+        outbox: Outbox,
+        metrics: Metrics,
+        tracing: Tracing,
+    ):
+        self.model = ready.model
+        self.pages = ready.pages
+        room = ready.pages * config.page_tokens
+        limit = min(self.model.max_positions, room, settings.max_model_len or room)
+        self.protection = Protection(
+            config, settings, self, self.model.page_bytes, config.page_tokens, membership, stores, outbox, metrics,
+            tracing,
+        )  # fmt: skip
+        self.cache = PrefixCache(ready.pages, self.protection)
+        self.scheduler = Scheduler(
+            self.cache,
+            page_tokens=config.page_tokens,
+            max_step_tokens=config.max_step_tokens,
+            max_batch=config.max_batch,
+            max_waiting=settings.max_waiting,
+            max_model_len=limit,
+            eos_token_ids=self.model.eos_token_ids,
+        )
+        self.traces = Traces(tracing, self.protection.ledger, outbox)
+        self.requests = Requests(self.scheduler, self.model, config.size, outbox, self.traces)
+        self._membership = membership
+        self._outbox = outbox
+        self._metrics = metrics
+        self._step_timeout_s = settings.step_timeout_s
+        self._step = 0
+        self._step_started = 0.0
+        self._step_tokens = 0
+        log.info("model %s, %d pages of %d tokens, sequences to %d", self.model.architecture, ready.pages,
+                 config.page_tokens, limit)  # fmt: skip
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Schedule one step and send it to all ranks, if the ranks are there and none is in flight."""
+        if not self._membership.stepping or self.scheduler.busy or self.protection.moves.closing:
+            return
+        self.requests.ask_digests(self._membership.epoch)
+        sequences = self.scheduler.plan(RESTORING_STEP_TOKENS if self._membership.state == "restoring" else None)
+        if sequences:
+            self._step += 1
+            self.traces.planned(self.scheduler.running)
+            self._step_started = self._outbox.now
+            self._step_tokens = sum(len(each.tokens) // 4 for each in sequences)
+            self._outbox.to_ranks(StepPlan(self._membership.epoch, self._step, sequences))
+
+    def step_done(self, done: StepDone) -> None:
+        """The first rank's answer counts: all ranks draw the same."""
+        if done.step != self._step:
+            return
+        self._metrics.step_done(done)
+        if not self.scheduler.busy:
+            return
+        self.protection.rates.saw_prefill(self._step_tokens, done.seconds)
+        for output in self.scheduler.complete(done.samples):
+            self.requests.deliver(output)
+        self.protection.step_done(self._step, self.scheduler.spans())
+        self.protection.progressed()
+
+    # -- the host: pages ---------------------------------------------------------------------------------------------
+
+    def runs(self) -> list[Sequence]:
+        """See `Host`."""
+        return self.scheduler.running
+
+    def idle(self) -> IdlePages:
+        """See `Host`."""
+        return self.cache.idle()
+
+    def pin(self, page: int) -> None:
+        """See `Host`."""
+        self.cache.pin(page)
+
+    def unpin(self, page: int) -> None:
+        """See `Host`."""
+        self.cache.unpin(page)
+
+    def confirm(self, pages: list[int]) -> bool:
+        """They are: the page tables are here."""
+        return True
+
+    def whole(self, pages: Iterable[int]) -> None:
+        """Nothing to do: the cache asks the ledger."""
+
+    def gone(self, pages: Iterable[int]) -> None:
+        """See `Host`."""
+        self.cache.gone(pages)
+
+    def inventory(self, held: Held) -> Mapping[int, PageKey]:
+        """See `Host`. Each worker tells its own."""
+        return held.pages
+
+    def adopt(self, pages: Iterable[tuple[int, PageKey]]) -> None:
+        """See `Host`."""
+        self.cache.adopt(pages)
+
+    def returned(self, run: int, valid: int) -> Returned:
+        """See `Host`."""
+        sequence = next(each for each in self.scheduler.running if each.number == run)
+        recomputed = self.scheduler.truncate(sequence, valid)
+        if valid % self.scheduler.page_tokens and recomputed:
+            self.protection.rewound(sequence.pages[-1], valid % self.scheduler.page_tokens)
+        return Returned(recomputed, sequence.goal, sequence.remaining)
+
+    # -- the host: epochs --------------------------------------------------------------------------------------------
+
+    @property
+    def quiet(self) -> bool:
+        """Whether no request waits for anything."""
+        return not any(self.scheduler.sequences())
+
+    def protected(self) -> None:
+        """Parity was acknowledged."""
+        self.traces.protected()
+
+    def rank_said(self, worker: str, message: StepDone | DigestDone | Heartbeat) -> None:
+        """A rank's word on steps and requests of this epoch."""
+        match message:
+            case StepDone():
+                self.step_done(message)
+            case DigestDone():
+                self.requests.digest_done(message)
+
+    @property
+    def ready(self) -> bool:
+        """It is: the requests are here."""
+        return True
+
+    def still(self) -> bool:
+        """See `Host`."""
+        return not self.scheduler.busy
+
+    def busy_since(self) -> float | None:
+        """See `Host`."""
+        return self._step_started if self._membership.stepping and self.scheduler.busy else None
+
+    def stuck(self) -> str:
+        """See `Host`."""
+        since = self.busy_since()
+        if since is None or self._outbox.now - since <= self._step_timeout_s:
+            return ""
+        return f"step {self._step} made no progress for {self._step_timeout_s:.0f} s"
+
+    def excuse(self, away_s: float) -> None:
+        """See `Host`."""
+        self._step_started += away_s
+
+    def quiesce(self) -> None:
+        """See `Host`."""
+        self.scheduler.rollback()
+        self.requests.interrupted()
+
+    def place(self, formation: Formation) -> None:
+        """See `Host`."""
+        self.scheduler.lose()
+        self.scheduler.readmit()
+
+    def resume(self) -> None:
+        """Nothing to do: each request goes on when it has returned."""
+
+    def go_on(self) -> None:
+        """See `Host`."""
+        self.step()
+
+    # -- views -------------------------------------------------------------------------------------------------------
+
+    def status(self) -> EngineStatus:
+        """See `Host`."""
+        ledger, size, running = self.protection.ledger, self.scheduler.page_tokens, self.scheduler.running
+        protected = [ledger.protected_run(run) for run in running]
+        return EngineStatus(
+            kind="embedded",
+            model=self.model,
+            max_model_len=self.scheduler.max_model_len,
+            running=len(running),
+            waiting=len(self.scheduler.waiting),
+            pages_total=self.pages,
+            pages_held=self.cache.in_use,
+            pages_cached=len(self.cache.idle()),
+            runs_protected=all(pages == len(run.keys) for pages, run in zip(protected, running, strict=True)),
+            unprotected_tokens=sum(
+                max(0, run.computed - pages * size) for pages, run in zip(protected, running, strict=True)
+            ),
+            prompt_tokens=self.scheduler.prompt_tokens,
+            generated_tokens=self.scheduler.generated_tokens,
+            preemptions=self.scheduler.preemptions,
+        )
+
+    def check(self) -> None:
+        """Raise AssertionError unless pages, page tables and the ledger agree."""
+        self.scheduler.check()
+        self.protection.check()
+        for page in self.protection.ledger.sealed_pages:
+            assert self.cache.key(page.number) == page.key, f"{page} has another key in the cache"
+        assert len(self.protection.ledger.sealed_pages) == self.cache.sealed, "the ledger misses sealed pages"

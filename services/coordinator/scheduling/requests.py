@@ -1,0 +1,169 @@
+"""The requests of a group: taken or refused, streamed to the gateways, ended when nobody waits any more."""
+
+import logging
+from dataclasses import dataclass, field
+
+from services.coordinator.events import Peer
+from services.coordinator.outbox import Outbox
+from services.coordinator.scheduling.scheduler import NewTokens, Scheduler, Sequence
+from services.coordinator.views.traces import Traces
+from shared.messages import Accepted, DigestDone, DigestPlan, Refused, Submit, Tokens
+from shared.types import ModelInfo, pack_ids, root_key, unpack_ids
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Ticket:
+    """A request that a gateway waits for."""
+
+    request_id: str
+    gateway: Peer
+    sequence: Sequence
+
+
+@dataclass(slots=True)
+class Digests:
+    """The ranks' hashes of one sequence's KV, as they come in."""
+
+    plan: int
+    sequence: Sequence
+    values: dict[int, str] = field(default_factory=dict)
+
+
+class Requests:
+    """Tickets between gateways and the scheduler's sequences."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        model: ModelInfo,
+        size: int,
+        outbox: Outbox,
+        traces: Traces,
+    ):
+        self._scheduler = scheduler
+        self._model = model
+        self._size = size
+        self._outbox = outbox
+        self._traces = traces
+        self._tickets: dict[str, Ticket] = {}
+        self._digests: dict[int, Digests] = {}
+        self._plans = 0
+
+    def submit(self, gateway: Peer, submit: Submit) -> None:
+        """Queue a request, or refuse it and say why. One that was accepted before goes on after its last token."""
+        request = submit.request
+        resumed, known = submit.generated is not None, self._tickets.get(request.request_id)
+        if resumed and known is not None:
+            self._end(known)  # its gateway lost the channel, and is back before that is known here
+        refusal = self._refusal(submit, resumed=resumed)
+        if refusal is not None:
+            self._outbox.send(gateway, refusal)
+            return
+        root = root_key(self._model.fingerprint, request.cache_salt)
+        if submit.generated is None:
+            sequence = self._scheduler.add(request, root)
+        else:
+            sequence = self._scheduler.resume(request, root, unpack_ids(submit.generated))
+        self._tickets[request.request_id] = Ticket(request.request_id, gateway, sequence)
+        self._traces.submitted(sequence)
+        log.debug("queued", extra={"request": request.request_id, "prompt_tokens": sequence.prompt_tokens})
+        self._outbox.send(gateway, Accepted(request.request_id))
+        if sequence.finish is not None and not request.kv_digest:
+            self._send(sequence, NewTokens(sequence, (), (), sequence.finish), ())
+
+    def _refusal(self, submit: Submit, *, resumed: bool) -> Refused | None:
+        request, limit, vocabulary = submit.request, self._scheduler.max_model_len, self._model.vocab_size
+        name = request.request_id
+        if name in self._tickets:
+            return Refused(name, 400, "duplicate_request", "a request of this id is running")
+        if submit.fingerprint not in ("", self._model.fingerprint):
+            return Refused(name, 503, "other_model", "another model is served now than the request was made for")
+        if self._scheduler.full and not resumed:
+            waiting = len(self._scheduler.waiting)
+            return Refused(name, 429, "queue_full", f"{waiting} requests are waiting; try again later")
+        try:
+            prompt, generated = unpack_ids(request.prompt), unpack_ids(submit.generated or b"")
+        except ValueError:
+            return Refused(name, 400, "invalid_prompt", "the prompt is not a list of token ids", "prompt")
+        if not prompt or not all(0 <= token < vocabulary for token in (*prompt, *generated)):
+            text = f"a prompt has 1 or more token ids from 0 to {vocabulary - 1}"
+            return Refused(name, 400, "invalid_prompt", text, "prompt")
+        if len(prompt) + request.max_tokens > limit:
+            text = (
+                f"{len(prompt)} prompt tokens and {request.max_tokens} to generate are more than the context of {limit}"
+            )
+            return Refused(name, 400, "context_length_exceeded", text, "max_tokens")
+        return None
+
+    def abort(self, gateway: Peer, request_id: str) -> None:
+        """Nobody waits for this request any more."""
+        ticket = self._tickets.get(request_id)
+        if ticket is not None and ticket.gateway == gateway:
+            self._end(ticket)
+
+    def gateway_gone(self, gateway: Peer) -> None:
+        """A gateway is lost, and with it all who wait behind it."""
+        for ticket in [each for each in self._tickets.values() if each.gateway == gateway]:
+            self._end(ticket)
+
+    def deliver(self, output: NewTokens) -> None:
+        """Stream new tokens. A finished sequence that is to be hashed keeps its last message back until it is."""
+        sequence = output.sequence
+        self._traces.delivered(output)
+        hashed = sequence.request.kv_digest
+        finish = None if hashed else output.finish
+        self._send(sequence, NewTokens(sequence, output.tokens, output.logprobs, finish), ())
+
+    def _send(self, sequence: Sequence, output: NewTokens, digests: tuple[str, ...]) -> None:
+        ticket = self._tickets.get(sequence.request.request_id)
+        if ticket is None:
+            return
+        first = len(sequence.tokens) - sequence.prompt_tokens <= len(output.tokens)
+        if output.tokens or output.finish:
+            self._outbox.send(
+                ticket.gateway,
+                Tokens(
+                    request_id=ticket.request_id,
+                    tokens=pack_ids(output.tokens),
+                    logprobs=output.logprobs,
+                    prompt_logprobs=tuple(sequence.prompt_logprobs) if first else (),
+                    finish_reason=output.finish,
+                    cached_tokens=sequence.cached_tokens,
+                    kv_digests=digests,
+                ),
+            )
+        if output.finish is not None:
+            self._end(ticket)
+
+    def _end(self, ticket: Ticket) -> None:
+        del self._tickets[ticket.request_id]
+        self._digests.pop(ticket.sequence.number, None)
+        self._traces.ended(ticket.sequence)
+        log.debug("ended", extra={"request": ticket.request_id, "finish": ticket.sequence.finish or "aborted"})
+        self._scheduler.remove(ticket.sequence)
+
+    # -- digests -----------------------------------------------------------------------------------------------------
+
+    def interrupted(self) -> None:
+        """The epoch is over: its digests are asked for again."""
+        self._digests.clear()
+
+    def ask_digests(self, epoch: int) -> None:
+        """Have finished sequences hashed whose requests asked for it, once their KV is whole."""
+        for sequence in self._scheduler.running:
+            whole = not sequence.remaining and not sequence.held
+            if sequence.finish is not None and whole and sequence.number not in self._digests:
+                self._plans += 1
+                self._digests[sequence.number] = Digests(self._plans, sequence)
+                self._outbox.to_ranks(DigestPlan(epoch, self._plans, pack_ids(sequence.pages), sequence.computed))
+
+    def digest_done(self, message: DigestDone) -> None:
+        """A rank's hash is there; with the last one the sequence ends."""
+        for digests in list(self._digests.values()):
+            if digests.plan == message.digest:
+                digests.values[message.rank] = message.value
+                if len(digests.values) == self._size:
+                    values = tuple(digests.values[rank] for rank in range(self._size))
+                    self._send(digests.sequence, NewTokens(digests.sequence, (), (), digests.sequence.finish), values)

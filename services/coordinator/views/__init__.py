@@ -1,0 +1,1 @@
+"""What the coordinator shows: status, metrics, the phases of recoveries, traces."""

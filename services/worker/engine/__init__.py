@@ -1,0 +1,1 @@
+"""The embedded engine's share on one device: model, weights, KV pool, steps."""

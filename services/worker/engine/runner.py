@@ -1,0 +1,301 @@
+"""The compute thread of a worker: takes a rank, runs steps, hashes KV. One job at a time, in the order they came."""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+
+from services.worker.agent.inventory import Inventory
+from services.worker.agent.rank_engine import Job
+from services.worker.communicator.base import Communicator
+from services.worker.communicator.meeting import Meeting
+from services.worker.engine.batch import Chunk
+from services.worker.engine.draw import draw
+from services.worker.engine.model import RankModel
+from services.worker.engine.spec import model_info
+from services.worker.shadow.shadow import SLOT_BYTES, Shadow
+from shared.errors import CommunicatorAborted, CutOff, DeadlineExceeded
+from shared.messages import (
+    Assign,
+    DigestDone,
+    DigestPlan,
+    Join,
+    Joined,
+    Message,
+    Prepare,
+    Prepared,
+    RankFailed,
+    RestorePlan,
+    SequenceStep,
+    StandBy,
+    StepDone,
+    StepPlan,
+)
+from shared.types import GroupConfig, unpack_keys
+
+log = logging.getLogger(__name__)
+
+MAX_JOBS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The rank this worker holds, and since when."""
+
+    assign: Assign
+    assigned_at: float
+    weights_s: float
+
+
+class Runner:
+    """One device's model and pool. `submit` and `interrupt` come from the event loop, the rest runs on its own thread.
+
+    Reports are messages for the coordinator; `report` must be safe to call from any thread.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path,
+        config: GroupConfig,
+        device: torch.device,
+        shadow: Shadow,
+        inventory: Inventory,
+        report: Callable[[Message], None],
+        *,
+        hold_weights: bool,
+    ):
+        self.config = config
+        self.address = "127.0.0.1"  # where other ranks reach this one; the worker knows once it has dialled
+        self.shadow = shadow
+        self.step_done = 0
+        self.in_flight = False
+        self.unfit = ""
+        """Why this worker can take no rank: weights can't be loaded. It has to end, and to say so."""
+        self.at_rest = threading.Event()
+        """Set while the compute thread waits for a job."""
+        self._marks = 0  # what it has begun in this epoch, without collectives
+        self._former: Communicator | None = None  # the one of the epoch before, whose collectives count no more
+        self._step_epoch = 0  # of the step in flight, or of the last one
+        self._ended_at = 0.0  # when the epoch before ended; while a step overstays, when the step's own did
+        self._inventory = inventory
+        self._report = report
+        self._epoch = 0
+        self._cancelled = threading.Event()  # set when the epoch that it belongs to ends
+        self._jobs: queue.Queue[tuple[Job, float] | None] = queue.Queue(MAX_JOBS)
+        self._communicator: Communicator | None = None
+        self._place: Place | None = None
+        self._assigned = -1  # the rank that it has or is about to take
+        self._loaded_rank: int | None = None
+        self._hold_weights = hold_weights
+        self._unprepared = list(range(config.size)) if hold_weights else []
+        dtype = cast(torch.dtype, getattr(torch, config.dtype))
+        self.model = RankModel(model_dir, size=config.size, dtype=dtype, device=device)
+        self.pool = self.model.make_pool(config.page_tokens, memory_bytes=config.kv_bytes)
+        self.info = model_info(model_dir, self.model.spec, self.pool.page_bytes)
+        step_bytes = config.max_step_tokens * self.model.spec.hidden * dtype.itemsize
+        self._meeting = Meeting((step_bytes, SLOT_BYTES), config.collective_timeout_s)
+        self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
+        self._thread.start()
+
+    # -- from the event loop -----------------------------------------------------------------------------------------
+
+    def submit(self, job: Job) -> None:
+        """Queue a job. An Assign ends the epoch before: its collectives abort, its jobs are skipped."""
+        if isinstance(job, Assign | StandBy):
+            self.interrupt(job.epoch)
+            self._assigned = job.rank if isinstance(job, Assign) else -1
+        self._jobs.put_nowait((job, time.monotonic()))
+
+    def restore(self, plan: RestorePlan) -> None:
+        """Hand a plan to the shadow; its parity is read at once."""
+        shard_bytes = (self.pool.tokens if plan.tail else self.pool).page_bytes
+        self.shadow.prefetch(plan, self._assigned, shard_bytes)
+        self.shadow.submit(plan)
+
+    @property
+    def pages(self) -> int:
+        """The size of the pool."""
+        return self.pool.pages
+
+    @property
+    def progress(self) -> int:
+        """How much the compute thread has begun in this epoch; see Heartbeat."""
+        communicator = self._communicator
+        if communicator is None or communicator is self._former:
+            return self._marks
+        return self._marks + communicator.entered
+
+    @property
+    def overstay_s(self) -> float:
+        """For how long a step has been computed whose epoch is over, though its collectives were aborted."""
+        return time.monotonic() - self._ended_at if self._overstays else 0.0
+
+    @property
+    def _overstays(self) -> bool:
+        return self.in_flight and self._step_epoch != self._epoch
+
+    def interrupt(self, epoch: int) -> None:
+        """From now on only jobs of `epoch` count; a step that waits for peers ends at once."""
+        if not self._overstays:
+            self._ended_at = time.monotonic()
+        self._epoch = epoch
+        self._marks = 0
+        self._cancelled.set()
+        self._cancelled = threading.Event()
+        self.shadow.interrupt(epoch)
+        communicator = self._former = self._communicator
+        if communicator is not None:
+            communicator.abort()
+
+    def close(self) -> None:
+        """End the thread."""
+        self.interrupt(-1)
+        self._jobs.put(None)
+        self._thread.join(timeout=5.0)
+
+    # -- the compute thread ------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        torch.set_grad_enabled(False)
+        while (entry := self._next_job()) is not None:
+            job, received = entry
+            epoch = self._epoch if isinstance(job, Prepare) else job.epoch
+            if epoch != self._epoch:
+                continue
+            self._marks += 1
+            try:
+                match job:
+                    case StandBy():
+                        self._stand_by(job)
+                    case Prepare():
+                        self._prepare(job)
+                    case Assign():
+                        self._assign(job, received)
+                    case Join():
+                        self._join(job)
+                    case StepPlan():
+                        self._report(self.step(job))
+                    case DigestPlan():
+                        self._report(self._digest(job))
+            except (CommunicatorAborted, DeadlineExceeded) as error:
+                self._failed(epoch, f"{type(job).__name__}: {error}", cut_off=isinstance(error, CutOff))
+            except Exception as error:
+                log.exception("%s failed", type(job).__name__)
+                self._failed(epoch, f"{type(job).__name__}: {type(error).__name__}: {error}", fatal=True)
+            finally:
+                self.in_flight = False
+        self._leave()
+
+    def _next_job(self) -> tuple[Job, float] | None:
+        """The next job. With time on its hands a spare holds every rank's slice ready; a rank needs its own only."""
+        while self._jobs.empty() and self._place is None and self._unprepared:
+            try:
+                self._with_weights(self._unprepared.pop(0), self.model.prepare)
+            except Exception:
+                log.exception("a spare can't hold all slices")
+                self._unprepared = []
+        if self._jobs.empty() and self.step_done:
+            self.model.forget_prepared()
+        self.at_rest.set()
+        entry = self._jobs.get()
+        self.at_rest.clear()
+        return entry
+
+    def _failed(self, epoch: int, reason: str, *, fatal: bool = False, cut_off: bool = False) -> None:
+        if epoch == self._epoch and self._place is not None:
+            self._report(RankFailed(epoch, self._place.assign.rank, reason, fatal, cut_off))
+
+    def _with_weights(self, rank: int, take: Callable[[int], None]) -> None:
+        """Load or prepare a rank's slice; a worker that can't is unfit."""
+        try:
+            take(rank)
+        except Exception as error:
+            self.unfit = f"the weights of rank {rank} can't be loaded: {error}"
+            raise
+
+    def _assign(self, assign: Assign, received: float) -> None:
+        self._leave()
+        began = time.monotonic()
+        if self._loaded_rank != assign.rank:
+            self._with_weights(assign.rank, self.model.load)
+            self._loaded_rank = assign.rank
+        self._place = Place(assign, received, time.monotonic() - began)
+        self.step_done = 0
+        self._inventory.begin(assign.epoch, assign.rank)
+        if assign.rank == 0:
+            self._report(self._meeting.open(assign, self.address))
+
+    def _stand_by(self, job: StandBy) -> None:
+        """No rank any more, or still none; with `hold`, slices that are not at hand are read when there is time."""
+        self._leave()
+        self._unprepared = list(range(self.config.size)) if job.hold and self._hold_weights else []
+        self._place, self.step_done = None, 0
+
+    def _prepare(self, job: Prepare) -> None:
+        if self._place is None:
+            self._with_weights(job.rank, self.model.load)
+            self._loaded_rank = job.rank
+            self._report(Prepared(job.move))
+
+    def _join(self, join: Join) -> None:
+        place, cancelled = self._place, self._cancelled
+        if place is None or join.epoch != self._epoch:  # looked at after `cancelled`, which belongs to the epoch
+            return
+        self._communicator, exchange = self._meeting.connect(place.assign, join, cancelled)
+        self.shadow.enter(join.epoch, exchange, self.pool, self.pool.tokens)
+        self._report(Joined(join.epoch, place.assign.rank, place.weights_s, time.monotonic() - place.assigned_at))
+
+    def _leave(self) -> None:
+        if self._communicator is not None:
+            self._communicator.close()
+            self._communicator = None
+        self._meeting.close()
+
+    def step(self, plan: StepPlan) -> StepDone:
+        """Run the model over a step's chunks and draw the next tokens; KV goes to the pool."""
+        if self._place is None:
+            raise RuntimeError("a step without a rank")
+        began = time.monotonic()
+        waited_before = self._communicator.waited_s if self._communicator is not None else 0.0
+        self._step_epoch, self.in_flight = plan.epoch, True
+        chunks = [_chunk(each) for each in plan.sequences]
+        size = self.config.page_tokens
+        self._inventory.strike(
+            plan.epoch,
+            (int(page) for each in chunks for page in each.pages[each.start // size : -(-each.end // size)]),
+        )
+        with torch.inference_mode():
+            hidden = self.model.forward(chunks, self.pool, self._communicator)
+            pieces = self.model.logits_in_pieces(hidden, self.config.logits_bytes)
+            samples = draw(plan.sequences, chunks, pieces)
+        for part, chunk in zip(plan.sequences, chunks, strict=True):
+            filled = (int(page) for page in chunk.pages[chunk.start // size :])
+            self._inventory.note(plan.epoch, zip(filled, unpack_keys(part.seals), strict=False))
+        self.step_done = plan.step
+        self.shadow.step_done(plan.step)
+        seconds = time.monotonic() - began
+        waited_s = self._communicator.waited_s - waited_before if self._communicator is not None else 0.0
+        return StepDone(plan.epoch, plan.step, self._place.assign.rank, samples, seconds, waited_s)
+
+    def _digest(self, plan: DigestPlan) -> DigestDone:
+        if self._place is None:
+            raise RuntimeError("a digest without a rank")
+        value = self.pool.digest(np.frombuffer(plan.pages, dtype="<i4"), plan.tokens)
+        return DigestDone(plan.epoch, plan.digest, self._place.assign.rank, value)
+
+
+def _chunk(part: SequenceStep) -> Chunk:
+    return Chunk(
+        tokens=np.frombuffer(part.tokens, dtype="<i4"),
+        start=part.start,
+        prompt_tokens=part.prompt_tokens,
+        pages=np.frombuffer(part.pages, dtype="<i4"),
+        logits=part.logits,
+    )

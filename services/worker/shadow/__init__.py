@@ -1,0 +1,1 @@
+"""Protection and restoration of pages of bytes, beside the model and without its knowledge."""

@@ -1,0 +1,178 @@
+"""A hosted engine: one that schedules by itself, and has its pages protected and its ranks replaced by the coordinator.
+
+The engine says EngineHello, and EngineReady once its ranks have their KV caches, with all pages that are sealed. From
+then on PagesSealed and PagesDropped keep the ledger; PinPages asks for pages to be kept while they are encoded.
+
+At a loss: Quiesce -> EngineRuns -> Place, and ranks are assigned and join -> Resume. Page numbers are the engine's own.
+"""
+
+from dataclasses import dataclass
+
+from shared.messages.base import Message
+from shared.types import ModelInfo, PageKey
+
+# -- engine to coordinator -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class EngineHello(Message):
+    """A hosted engine dials. `name` is of one process and never used again; its workers are called `name`.SOMETHING."""
+
+    name: str
+    host: str
+    pid: int
+    kind: str
+    """What it is, in words: vLLM 0.32.0."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReady(Message):
+    """The ranks have their KV caches. Sent again whenever the engine has dialled anew.
+
+    `pages`: the number of pages, of `page_tokens` tokens each. `workers`: who holds which rank, by name; "" for one
+    that is lost. `alike`: all ranks hold equal bytes, so that a lost page is copied from another.
+    """
+
+    model: ModelInfo
+    pages: int
+    page_tokens: int
+    workers: tuple[str, ...]
+    alike: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PagesSealed(Message):
+    """These pages are full, and their KV is whole on every rank. No other page has one of the keys."""
+
+    pages: bytes
+    keys: tuple[PageKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PagesDropped(Message):
+    """These pages were given away, or are about to be written again. Harmless for one that was not sealed."""
+
+    pages: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PagesPinned(Message):
+    """Of the pages in a PinPages, these are kept until UnpinPages; the others had been given away."""
+
+    pages: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRun(Message):
+    """The pages that one running request stands on, of one KV cache group. Not sent alone: part of EngineRuns.
+
+    Sealed pages first, with `keys`, then open ones. `computed`: tokens whose KV is on them.
+    """
+
+    number: int
+    request_id: str
+    pages: bytes
+    keys: tuple[PageKey, ...]
+    computed: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRuns(Message):
+    """The engine stands still, as Quiesce of this epoch asked. `runs` in the order in which they are wanted back.
+
+    Pages that lost steps may have touched have been told as dropped before.
+    """
+
+    epoch: int
+    runs: tuple[EngineRun, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunsRecomputed(Message):
+    """These runs have all the KV again that they had when the engine was quiesced, or have ended."""
+
+    epoch: int
+    runs: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StepFailed(Message):
+    """A step failed. `culprits`: the workers that are to blame, by name: they are lost. None: all may try again."""
+
+    epoch: int
+    reason: str
+    culprits: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad(Message):
+    """How busy the engine is, for the status; about once a second. Counts since its start."""
+
+    running: int
+    waiting: int
+    pages_in_use: int
+    pages_cached: int
+    prompt_tokens: int
+    generated_tokens: int
+    preemptions: int
+
+
+# -- coordinator to engine -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PinPages(Message):
+    """Keep these pages, if they still have these keys: they are about to be encoded. Answered by PagesPinned."""
+
+    pages: bytes
+    keys: tuple[PageKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UnpinPages(Message):
+    """These pages need not be kept any more."""
+
+    pages: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Quiesce(Message):
+    """This epoch is over: begin no step; those in flight end without effect. Answered by EngineRuns."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place(Message):
+    """These workers, by name, are the ranks in a new epoch. The engine connects those that are new with the others."""
+
+    epoch: int
+    workers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Resume(Message):
+    """Step again. `gone`: pages that won't come back: forget their keys. `withheld`: pages that may yet come back.
+
+    Withheld pages belong to nobody and are found by nobody, until PagesWhole or PagesGone names them.
+    """
+
+    epoch: int
+    gone: bytes
+    withheld: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PagesWhole(Message):
+    """These withheld pages are whole on every rank again: they may be found by their keys."""
+
+    epoch: int
+    pages: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PagesGone(Message):
+    """These withheld pages won't come back: they are free."""
+
+    epoch: int
+    pages: bytes
