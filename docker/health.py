@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import time
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPException
 
 ROLES = {"gateway": ("port", 8000), "coordinator": ("port", 8100), "parity-store": ("admin_port", 8201)}
 STALE_S = 15.0
@@ -24,7 +24,7 @@ def main() -> str:
         return check_files(os.environ["GHOST_ALIVE_DIR"])
     for role, (setting, default) in ROLES.items():
         if role in command:
-            return check_port(int(setting_of(command, setting) or default))
+            return check_port(*address_of(command, setting, default), tls=bool(setting_of(command, "tls_cert_file")))
     return f"no service in {command}"
 
 
@@ -39,13 +39,27 @@ def setting_of(command: list[str], name: str) -> str | None:
     return os.environ.get("GHOST_" + name.upper())
 
 
-def check_port(port: int) -> str:
-    connection = HTTPConnection("127.0.0.1", port, timeout=4.0)
+def address_of(command: list[str], setting: str, default: int) -> tuple[str, int]:
+    """Where the service is reached from within. Kubernetes' GHOST_PORT=tcp://... is no setting of the service's."""
+    host = setting_of(command, "host") or "127.0.0.1"
+    port = setting_of(command, setting) or ""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), int(port) if port.isdecimal() else default
+
+
+def check_port(host: str, port: int, *, tls: bool) -> str:
+    """Its own certificate is not verified: it is made out for the names by which others reach it."""
+    if tls:
+        import ssl
+        from http.client import HTTPSConnection
+
+        connection: HTTPConnection = HTTPSConnection(host, port, timeout=4.0, context=ssl._create_unverified_context())
+    else:
+        connection = HTTPConnection(host, port, timeout=4.0)
     try:
         connection.request("GET", "/live")
         status = connection.getresponse().status
-    except OSError as error:
-        return f"port {port}: {error}"
+    except (OSError, HTTPException) as error:
+        return f"port {port}: {error or type(error).__name__}"
     return "" if status == 200 else f"port {port}: status {status}"
 
 

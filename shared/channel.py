@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import socket
 import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -27,6 +28,8 @@ REDIAL_S = 0.2
 """Pause of whoever dials, while the coordinator is away: short, since streams stand still meanwhile."""
 MAX_QUEUED_BYTES = 64 * 1024 * 1024
 """Frames waiting for a peer that does not read; past this the peer is given up."""
+BULK_QUEUED_BYTES = 4 * 1024 * 1024
+"""While so much waits, who sends in bulk waits too: what others send does not stand behind all of it."""
 
 WebSocket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
 
@@ -34,8 +37,8 @@ WebSocket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
 class Channel:
     """Messages to and from one peer, in order. Use as an async context manager and iterate to receive.
 
-    `send` never blocks: frames queue up to MAX_QUEUED_BYTES. Iteration ends when the peer is gone; a frame that is not
-    valid raises ProtocolError.
+    `send` never blocks: frames queue up to MAX_QUEUED_BYTES, past which the connection is broken off. Iteration ends
+    when the peer is gone; a frame that is not valid raises ProtocolError.
     """
 
     def __init__(self, socket: WebSocket, peer: str):
@@ -44,6 +47,7 @@ class Channel:
         self._queue: deque[bytes] = deque()
         self._queued_bytes = 0
         self._wake = asyncio.Event()
+        self._sent = asyncio.Event()
         self._closed = False
         self._writer: asyncio.Task[None] | None = None
 
@@ -62,17 +66,27 @@ class Channel:
         return self._closed or self._socket.closed
 
     def send(self, message: Message) -> None:
-        """Queue one message. Raises PeerLost if the channel is closed or its queue is full."""
+        """Queue one message. Raises PeerLost if the channel is closed or its queue is full.
+
+        Raises ProtocolError for a message that is too large for any peer.
+        """
         self.send_frame(wire.encode(message))
+
+    async def send_bulk(self, message: Message) -> None:
+        """Queue one of many large messages, when little else waits to be sent. Raises as `send` does."""
+        while self._queued_bytes > BULK_QUEUED_BYTES and not self.closed:
+            self._sent.clear()
+            await self._sent.wait()
+        self.send(message)
 
     def send_frame(self, frame: bytes) -> None:
         """Queue a message that is encoded already: one that goes to several peers."""
         if self.closed:
             raise PeerLost(f"channel to {self.peer} is closed")
+        wire.check_size(len(frame))
         if self._queued_bytes + len(frame) > MAX_QUEUED_BYTES:
-            self._closed = True
-            self._wake.set()
-            raise PeerLost(f"{self.peer} does not read: {self._queued_bytes} bytes are waiting for it")
+            self.abort()
+            raise PeerLost(f"{self.peer} does not read: {MAX_QUEUED_BYTES} bytes were waiting for it")
         self._queue.append(frame)
         self._queued_bytes += len(frame)
         self._wake.set()
@@ -107,12 +121,28 @@ class Channel:
         writer, self._writer = self._writer, None
         self._closed = True
         self._wake.set()
+        self._sent.set()
         with contextlib.suppress(TimeoutError, Exception):
             async with asyncio.timeout(CLOSE_DEADLINE_S):
                 await writer
                 await self._socket.close()
         writer.cancel()
         await asyncio.gather(writer, return_exceptions=True)
+
+    def abort(self) -> None:
+        """Break the connection off at once, for both ends: nothing that is queued is sent, and iteration ends."""
+        self._end()
+        connection = self._socket.get_extra_info("socket")
+        if connection is not None:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def _end(self) -> None:
+        self._closed = True
+        self._queue.clear()
+        self._queued_bytes = 0
+        self._wake.set()
+        self._sent.set()
 
     async def _write(self) -> None:
         try:
@@ -121,13 +151,14 @@ class Channel:
                     frame = self._queue.popleft()
                     self._queued_bytes -= len(frame)
                     await self._socket.send_bytes(frame)
+                    self._sent.set()
                 if self._closed:
                     return
                 self._wake.clear()
                 await self._wake.wait()
         except (ConnectionError, aiohttp.ClientError, RuntimeError) as error:
             log.debug("channel to %s: %s", self.peer, error)
-            self._closed = True
+            self._end()
 
 
 async def accept(request: web.Request, token: str | None) -> tuple[web.WebSocketResponse, Message | None]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings import PydanticBaseSettingsSource as Source
@@ -43,6 +43,13 @@ class _Files(Source):
         return {name: value for name, value in found.items() if value is not None}
 
 
+_PORTS = ("port", "admin_port")
+
+
+def _is_link(value: object) -> bool:
+    return isinstance(value, str) and value.startswith(("tcp://", "udp://"))
+
+
 class CommonSettings(BaseSettings):
     """What all services share."""
 
@@ -71,6 +78,12 @@ class CommonSettings(BaseSettings):
     ) -> tuple[Source, ...]:
         """Flags, then the environment, then the files that GHOST_..._FILE name."""
         return init_settings, env_settings, _Files(settings_cls)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_service_links(cls, given: Any) -> Any:
+        """Kubernetes sets GHOST_PORT=tcp://... in each container beside a service called ghost: no setting of ours."""
+        return {name: value for name, value in given.items() if not (name in _PORTS and _is_link(value))}
 
     @property
     def secret(self) -> str | None:
@@ -125,7 +138,7 @@ class CoordinatorSettings(CommonSettings):
 class WorkerSettings(CommonSettings):
     """A host's workers: a supervisor and `count` processes, one a device."""
 
-    name: str = Field("", description="prefix of the workers' names; empty: the host's name")
+    name: str = Field("", description="prefix of the workers' names; empty: the host's name, and a random part")
     count: int = Field(1, ge=1, le=64, description="worker processes on this host")
     device: str = Field(
         "cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda (worker i takes cuda:i), or cuda:N"
@@ -172,11 +185,18 @@ class GatewaySettings(CommonSettings):
     host: str = Field("127.0.0.1", description="address to listen on for the REST API")
     port: Port = Field(8000, description="port to listen on; 0 takes a free one")
     api_keys: SecretStr | None = Field(
-        None, description="API keys that clients may use, comma-separated; none: no check"
+        None, description="API keys that clients may use, comma-separated; needed to bind beyond loopback"
+    )
+    operator_token: SecretStr | None = Field(
+        None, description="token of operators, who see the cluster and move ranks; with API keys, nobody may without it"
+    )
+    cors_origins: str = Field(
+        "",
+        description="origins whose pages may call the API, comma-separated, or *; empty: no other's",
     )
     model: str = Field("", description="directory or hub id of the tokenizer; empty: what the coordinator says")
     max_body_mb: float = Field(8.0, gt=0, description="largest request body, MiB")
-    max_connections: int = Field(2048, ge=1, description="open client connections; more are refused with 503")
+    max_connections: int = Field(2048, ge=1, description="requests in work at a time; more are refused with 503")
     log_prompts: bool = Field(False, description="log what is asked; without it no text of a request is logged")
     reconnect_s: Seconds = Field(30.0, description="time that streams wait for a coordinator that is away")
     drain_s: float = Field(
@@ -226,7 +246,7 @@ def load_settings(settings: type[Settings], arguments: argparse.Namespace) -> Se
         for problem in error.errors(include_url=False):
             name = str(problem["loc"][0])
             flag, variable = "--" + name.replace("_", "-"), f"GHOST_{name.upper()}"
-            shown = "(hidden)" if name in ("token", "api_keys") else repr(problem["input"])
+            shown = "(hidden)" if name in ("token", "api_keys", "operator_token") else repr(problem["input"])
             print(f"ghostserve: {flag} / {variable}: {problem['msg']}; got {shown}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -99,8 +99,8 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def check_bind(host: str, token: str | None) -> None:
-    """Raise ConfigError for a bind address that others can reach, unless a token guards it."""
+def check_bind(host: str, token: str | None, needs: str = "a token (GHOST_TOKEN)") -> None:
+    """Raise ConfigError for a bind address that others can reach, unless a token guards it: what it `needs`."""
     if host == "localhost" or token:
         return
     try:
@@ -108,6 +108,4 @@ def check_bind(host: str, token: str | None) -> None:
     except ValueError:
         loopback = False
     if not loopback:
-        raise ConfigError(
-            f"host {host!r} can be reached from other machines: set a token (GHOST_TOKEN), or bind to 127.0.0.1"
-        )
+        raise ConfigError(f"host {host!r} can be reached from other machines: set {needs}, or bind to 127.0.0.1")

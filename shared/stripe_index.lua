@@ -1,13 +1,27 @@
 -- Fenced writes of the stripe index. The epoch in KEYS[1] only grows; a call of an older epoch changes nothing.
--- KEYS[1]  epoch of the group       ARGV[1]  operation: put, delete, drop, purge or raise
+-- KEYS[1]  epoch of the group       ARGV[1]  operation: put, delete, drop, purge, raise, lease or leave
 -- KEYS[2]  and on: stripes          ARGV[2]  epoch of the caller (drop, purge: unused)
 -- put:     ARGV[3..] pairs (shard number, entry), one for each stripe key; a stripe may be named more than once
 -- delete:  whole stripes
 -- drop:    ARGV[3..] pairs (shard number, owner): deletes the entry only if it still begins with owner
 -- purge:   ARGV[3] what entries of a store begin with, ARGV[4] what those of its present life do: deletes all others of it
 -- raise:   the group's epoch becomes ARGV[2] if it was less; returns {1, what it was}
+-- lease:   KEYS[1] is the lease, ARGV[2] who wants it, for ARGV[3] ms, ARGV[4] whose it may be taken from; who has it now
+-- leave:   KEYS[1] is the lease, ARGV[2] who gives it back
 -- Returns {1, how many entries or stripes it touched}, or {0, the group's epoch} if the caller is fenced off.
 local operation = ARGV[1]
+
+if operation == 'lease' or operation == 'leave' then
+  local holder = redis.call('GET', KEYS[1])
+  if operation == 'leave' then
+    return {1, holder == ARGV[2] and redis.call('DEL', KEYS[1]) or 0}
+  end
+  if holder and holder ~= ARGV[2] and holder ~= ARGV[4] then
+    return {0, holder}
+  end
+  redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
+  return {1, ARGV[2]}
+end
 
 if operation == 'raise' then
   local current = tonumber(redis.call('GET', KEYS[1]) or '0')

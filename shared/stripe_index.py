@@ -3,6 +3,7 @@
 Kept in Redis (or Valkey). Whoever writes an entry has the bytes in place first, and removes the entry before the bytes.
 
     ghost:{<group>}:epoch           the group's epoch, a decimal integer that only grows
+    ghost:{<group>}:lease           who leads the group, as services/coordinator/membership/lease.py packs it; runs out
     ghost:{<group>}:cordons         MessagePack map: worker that is not to be taken -> rank that it was drained of
     ghost:{<group>}:s:<page key>    hash, one stripe: parity shard number -> MessagePack array [store id, incarnation,
                                     epoch, k, m, length, checksum, data checksums]; page key is 16 to 32 raw bytes
@@ -20,6 +21,7 @@ from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
 
 import msgpack
 import redis.asyncio
@@ -27,7 +29,7 @@ import redis.exceptions
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from shared.errors import DeadlineExceeded, Fenced, PeerLost, ProtocolError
+from shared.errors import ConfigError, DeadlineExceeded, Fenced, PeerLost, ProtocolError
 from shared.types import MAX_KEY_BYTES, PAGE_KEY_BYTES, PageKey, is_page_key
 
 _SCRIPT = files("shared").joinpath("stripe_index.lua").read_text()
@@ -69,16 +71,26 @@ class StripeIndex:
     """The index in one Redis. Every call raises PeerLost if Redis is away, DeadlineExceeded if it is too slow."""
 
     def __init__(self, url: str, *, timeout: float = 5.0):
-        """Connects at the first call. url: redis://, rediss:// or unix://; timeout: seconds for each call."""
-        self._redis: Any = redis.asyncio.Redis.from_url(
-            url,
-            socket_timeout=timeout,
-            socket_connect_timeout=timeout,
-            max_connections=16,
-            retry=Retry(
-                NoBackoff(), 1
-            ),  # once more, for a pooled connection that Redis closed; our callers do the rest
-        )
+        """Connects at the first call. url: redis://, rediss:// or unix://; timeout: seconds for each call.
+
+        Raises ConfigError for any other; each call does where it reaches what is no Redis of its own.
+        """
+        scheme = url.partition("://")[0]
+        if scheme not in ("redis", "rediss", "unix") or "," in urlsplit(url).netloc.rpartition("@")[2]:
+            text = "one Redis as redis://, rediss:// or unix://; no Sentinel, and no Cluster"
+            raise ConfigError(f"--redis-url / GHOST_REDIS_URL: {text}; got {scheme[:20]}://")
+        try:
+            self._redis: Any = redis.asyncio.Redis.from_url(
+                url,
+                socket_timeout=timeout,
+                socket_connect_timeout=timeout,
+                max_connections=16,
+                retry=Retry(
+                    NoBackoff(), 1
+                ),  # once more, for a pooled connection that Redis closed; our callers do the rest
+            )
+        except ValueError as error:
+            raise ConfigError(f"--redis-url / GHOST_REDIS_URL: {error}") from error
         self._script = self._redis.register_script(_SCRIPT)
         self._timeout = timeout
 
@@ -109,6 +121,15 @@ class StripeIndex:
         """Let the group's epoch be no less than this, and return what it was. Doing it twice is doing it once."""
         _, before = await self._call(self._script(keys=[_epoch_key(group)], args=["raise", epoch]))
         return int(before)
+
+    async def take_lease(self, group: str, holder: bytes, seconds: float, dead: bytes = b"") -> bytes:
+        """Take the group's lease for so long, or prolong it, unless another than `dead` has it. Returns who has it."""
+        call = self._script(keys=[_lease_key(group)], args=["lease", holder, int(1000 * seconds), dead])
+        return bytes((await self._call(call))[1])
+
+    async def leave_lease(self, group: str, holder: bytes) -> None:
+        """Give the lease back, if this holder has it."""
+        await self._call(self._script(keys=[_lease_key(group)], args=["leave", holder]))
 
     async def cordons(self, group: str) -> dict[str, int | None]:
         """Return the workers that are cordoned, and the rank that each was drained of."""
@@ -207,11 +228,26 @@ class StripeIndex:
         except (TimeoutError, redis.exceptions.TimeoutError) as error:
             raise DeadlineExceeded(f"Redis did not answer within {self._timeout:g} s") from error
         except (redis.exceptions.RedisError, OSError) as error:
+            if (what := _no_redis_of_ours(error)) is not None:
+                raise ConfigError(f"--redis-url / GHOST_REDIS_URL: one Redis is needed; this is {what}") from error
             raise PeerLost(f"Redis: {error}") from error
+
+
+def _no_redis_of_ours(error: Exception) -> str | None:
+    """What was reached, if it is a kind of Redis that will never do; else None."""
+    text = str(error)
+    moved = isinstance(error, redis.exceptions.MovedError | redis.exceptions.AskError)
+    if moved or text.startswith(("MOVED ", "ASK ")):
+        return "a node of a Redis Cluster, of which others have the keys"
+    return f"a Redis Sentinel, or lacks a command: {text}" if text.lower().startswith("unknown command") else None
 
 
 def _epoch_key(group: str) -> bytes:
     return b"ghost:{%s}:epoch" % group.encode()
+
+
+def _lease_key(group: str) -> bytes:
+    return b"ghost:{%s}:lease" % group.encode()
 
 
 def _cordons_key(group: str) -> bytes:

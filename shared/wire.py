@@ -16,6 +16,12 @@ MAX_FRAME_BYTES = 16 * 1024 * 1024
 """The largest control frame: a StepPlan or Submit stays far below; page bytes never travel here."""
 
 
+def check_size(length: int, what: str = "frame", limit: int = MAX_FRAME_BYTES) -> None:
+    """Raise ProtocolError for more bytes than a frame may have."""
+    if length > limit:
+        raise ProtocolError(f"{what} of {length} bytes; at most {limit} are allowed")
+
+
 class Codec:
     """Frames of the messages that these modules define, of so many bytes at most."""
 
@@ -34,15 +40,16 @@ class Codec:
         return sorted(self._adapters)
 
     def encode(self, message: Message) -> bytes:
-        """One message as a frame."""
+        """One message as a frame. Raises ProtocolError for one that no receiver would take."""
         name = type(message).__name__
         body = self._adapters[name].dump_python(message)
-        return msgpack.packb([VERSION, name, body], use_bin_type=True)  # type: ignore[no-any-return]
+        frame: bytes = msgpack.packb([VERSION, name, body], use_bin_type=True)
+        check_size(len(frame), name, self._limit)
+        return frame
 
     def decode(self, frame: bytes) -> Message:
         """The message in a frame, validated. Raises ProtocolError, with what was wrong, for anything else."""
-        if len(frame) > self._limit:
-            raise ProtocolError(f"frame of {len(frame)} bytes; at most {self._limit} are allowed")
+        check_size(len(frame), "frame", self._limit)
         try:
             content: Any = msgpack.unpackb(frame, raw=False, strict_map_key=True)
         except Exception as error:  # msgpack raises many kinds, ValueError and its own among them
@@ -67,7 +74,7 @@ CONTROL = Codec(messages)
 
 
 def encode(message: Message) -> bytes:
-    """One control message as a frame."""
+    """One control message as a frame. Raises ProtocolError, see `Codec.encode`."""
     return CONTROL.encode(message)
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -63,7 +64,12 @@ class ServeSettings(CommonSettings):
     max_waiting: int = Field(256, ge=0, description="requests that may wait; more are refused with 429")
     communicator: Literal["auto", "shm", "gloo", "nccl"] = Field("auto", description="backend between ranks")
     replace_stragglers: bool = Field(False, description="move a rank that is far slower than the others to a spare")
-    api_keys: SecretStr | None = Field(None, description="API keys that clients may use, comma-separated")
+    api_keys: SecretStr | None = Field(
+        None, description="API keys that clients may use, comma-separated; needed to bind beyond loopback"
+    )
+    operator_token: SecretStr | None = Field(
+        None, description="token of operators, who see the cluster and move ranks; with API keys, nobody may without it"
+    )
     redis_url: str = Field("", description="an existing Redis; empty: an embedded server")
     log_dir: str = Field(
         "", description="where the services' logs go; empty: a temporary folder, removed on a clean stop"
@@ -89,9 +95,12 @@ class LocalCluster:
     processes: dict[str, Child] = field(default_factory=dict)
     folder: Path = field(default_factory=Path)
     redis_url: str = ""
+    operator: str = ""
+    """The operators' token: that which is set, or one of our own where keys are."""
     _keeper: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
+        self.operator = _clear(self.settings.operator_token) or (secrets.token_hex() if self.settings.api_keys else "")
         self.folder = Path(tempfile.mkdtemp(prefix="ghostserve-"))
         try:
             await self._start()
@@ -122,7 +131,7 @@ class LocalCluster:
 
     async def _start(self) -> None:
         settings = self.settings
-        check_bind(settings.host, settings.api_keys.get_secret_value() if settings.api_keys else None)
+        check_bind(settings.host, _clear(settings.api_keys), "API keys (GHOST_API_KEYS)")
         redis_url = self.redis_url = settings.redis_url or await self._start_redis()
         coordinator = await self._start_service(
             "coordinator",
@@ -211,7 +220,9 @@ class LocalCluster:
         if self.settings.secret:
             environment["GHOST_TOKEN"] = self.settings.secret
         if self.settings.api_keys:
-            environment["GHOST_API_KEYS"] = self.settings.api_keys.get_secret_value()
+            environment["GHOST_API_KEYS"] = _clear(self.settings.api_keys)
+        if self.operator:
+            environment["GHOST_OPERATOR_TOKEN"] = self.operator
         return environment
 
     # -- while it runs -----------------------------------------------------------------------------------------------
@@ -260,13 +271,13 @@ class LocalCluster:
         return 0, {}
 
     def client(self, deadline_s: float) -> aiohttp.ClientSession:
-        """A client of the REST API: with the first API key, where there are any, and this gateway's certificate.
+        """A client of the REST API: with the operators' token, where one is asked for, and its certificate.
 
         Takes the gateway for what it is by its certificate, whatever names that is made out for.
         """
-        own, keys = self.settings.tls_cert_file, self.settings.api_keys
+        own = self.settings.tls_cert_file
         return aiohttp.ClientSession(
-            headers={"Authorization": f"Bearer {keys.get_secret_value().split(',')[0]}"} if keys else {},
+            headers={"Authorization": f"Bearer {self.operator}"} if self.operator else {},
             connector=aiohttp.TCPConnector(ssl=pinned_context(own) if own else True),
             timeout=aiohttp.ClientTimeout(deadline_s),
         )
@@ -361,6 +372,10 @@ class LocalCluster:
             await asyncio.gather(*(child.end() for child in ordered if _STOP_ORDER.get(child.name, 1) == rank))
         if not self.settings.log_dir:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _clear(secret: SecretStr | None) -> str:
+    return secret.get_secret_value() if secret else ""
 
 
 _PORT_FLAGS = {"coordinator": "--port", "gateway": "--port", "parity-store": "--admin-port"}

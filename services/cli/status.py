@@ -48,7 +48,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 def add_gateway_arguments(parser: argparse.ArgumentParser) -> None:
     """The flag of all that ask a gateway."""
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="the gateway's URL [http://127.0.0.1:8000]")
-    parser.epilog = "An API key, where one is asked for, is read from GHOST_API_KEYS: the first one there."
+    parser.epilog = "The operators' token, where one is asked for, is read from GHOST_OPERATOR_TOKEN."
 
 
 def status(arguments: argparse.Namespace) -> int:
@@ -200,8 +200,8 @@ def call(url: str, path: str, body: bytes | None = None) -> bytes:
     request = urllib.request.Request(url.rstrip("/") + path, data=body)
     if body is not None:
         request.add_header("Content-Type", "application/json")
-    if key := os.environ.get("GHOST_API_KEYS", "").split(",")[0].strip():
-        request.add_header("Authorization", f"Bearer {key}")
+    if token := os.environ.get("GHOST_OPERATOR_TOKEN", "").strip():
+        request.add_header("Authorization", f"Bearer {token}")
     tls = client_context(os.environ.get("GHOST_TLS_CA_FILE", ""))
     try:
         with urllib.request.urlopen(request, timeout=_DEADLINE_S, context=tls) as response:

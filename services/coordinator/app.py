@@ -5,7 +5,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
@@ -14,6 +14,7 @@ from aiohttp import web
 from services.coordinator.events import Hello
 from services.coordinator.group import Group
 from services.coordinator.membership.journal import Journal
+from services.coordinator.membership.lease import Lease
 from services.coordinator.recording.recorder import Recorder
 from services.coordinator.shell import Shell
 from services.coordinator.views.metrics import CONTENT_TYPE
@@ -21,6 +22,7 @@ from shared.channel import CHANNEL_PATH, Channel, accept
 from shared.config import CoordinatorSettings
 from shared.errors import ConfigError, GhostError, PeerLost
 from shared.messages import Goodbye
+from shared.port import serving
 from shared.service import check_bind
 from shared.stripe_index import StripeIndex
 from shared.tls import server_context
@@ -61,28 +63,55 @@ async def run(
         index = await stack.enter_async_context(StripeIndex(settings.redis_url, timeout=REDIS_CALL_S))
         traces = stack.enter_context(tracing("coordinator"))
         journal = Journal(index, config.group)
-        runner = web.AppRunner(
-            application(front, settings.secret), handle_signals=False, shutdown_timeout=CLOSE_DEADLINE_S
-        )
-        await runner.setup()
-        try:
-            site = web.TCPSite(runner, settings.host, settings.port, ssl_context=tls)
-            try:
-                await site.start()
-            except OSError as error:
-                raise ConfigError(f"can't listen on {settings.host}:{settings.port}: {error.strerror}") from error
-            url = f"{'ws' if tls is None else 'wss'}://{settings.host}:{runner.addresses[0][1]}"
-            log.info("coordinator of group %s listens on %s", config.group, url)
+        async with serving(
+            application(front, settings.secret),
+            settings.host,
+            settings.port,
+            tls=tls,
+            scheme="ws",
+            shutdown_s=CLOSE_DEADLINE_S,
+        ) as port:
+            log.info("coordinator of group %s listens on %s", config.group, port.url)
             if on_listening:
-                on_listening(url)
-            if (last := await _last(journal, front, stop)) is not None:
-                epoch, cordons = last
-                group = Group(config, settings, epoch, time.monotonic(), traces, cordons)
-                shell = Shell(group, index, journal, Recorder(group, settings) if settings.record_dir else None)
-                front.shell.set_result(shell)
-                await shell.run(stop)
+                on_listening(port.url)
+            lease = Lease(index, config.group, port.url)
+            async with _leading(lease, front, stop) as leads:
+                if leads and (last := await _last(journal, front, stop)) is not None:
+                    epoch, cordons = last
+                    group = Group(config, settings, epoch, time.monotonic(), traces, cordons)
+                    shell = Shell(group, index, journal, Recorder(group, settings) if settings.record_dir else None)
+                    front.shell.set_result(shell)
+                    await shell.run(stop)
+
+
+@contextlib.asynccontextmanager
+async def _leading(lease: Lease, front: Front, stop: asyncio.Event) -> AsyncIterator[bool]:
+    """Lead the group as long as this is entered. False: told to stop before the lease was had.
+
+    Raises ConfigError where another coordinator leads it, and GhostError when another one has come to.
+    """
+
+    def tell(what: str) -> None:
+        if front.waits != what:
+            log.warning("%s", what)
+        front.waits = what
+
+    taking, stopped = asyncio.create_task(lease.take(tell)), asyncio.create_task(stop.wait())
+    await asyncio.wait({taking, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not taking.done():
+        taking.cancel()
+        await asyncio.gather(taking, return_exceptions=True)
+        yield False
+        return
+    await taking
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(lease.keep(), name="lease")
+        try:
+            yield True
         finally:
-            await runner.cleanup()
+            lease.end()
+    await lease.leave()
 
 
 async def _last(journal: Journal, front: Front, stop: asyncio.Event) -> tuple[int, dict[str, int | None]] | None:

@@ -71,6 +71,8 @@ from shared.types import ClusterStatus, GroupConfig, StoreInfo
 log = logging.getLogger(__name__)
 
 STATUS_S = 0.5
+NAME_HELD_BEATS = 5
+"""A worker that has missed so many heartbeats may be replaced by another process of its name."""
 
 
 class Group:
@@ -179,6 +181,9 @@ class Group:
     # -- peers -------------------------------------------------------------------------------------------------------
 
     def _came(self, peer: Peer, hello: Hello) -> None:
+        if isinstance(hello, WorkerHello) and (refusal := self._name_taken(hello)):
+            self.outbox.send(peer, Goodbye(refusal))
+            return
         self.outbox.send(peer, Welcome(self.config, self.membership.epoch))
         match hello:
             case WorkerHello(name=name):
@@ -197,6 +202,16 @@ class Group:
                 self.outbox.changed = True
             case EngineHello():
                 self._engine_came(peer, hello)
+
+    def _name_taken(self, hello: WorkerHello) -> str:
+        """Why a worker can't have its name: another process has it, and beats. Empty if it can."""
+        holder = self.membership.members.get(hello.name)
+        if holder is None or (holder.pid, holder.host_id) == (hello.pid, hello.host_id):
+            return ""
+        silent_s = self.outbox.now - holder.seen
+        if holder.ready and silent_s > NAME_HELD_BEATS * self.config.heartbeat_s:
+            return ""
+        return f"another process is called {hello.name}: pid {holder.pid} on {holder.host} (GHOST_NAME)"
 
     def _said(self, peer: Peer, message: Message) -> None:
         if (name := self.workers.name(peer)) is not None:

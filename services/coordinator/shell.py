@@ -31,7 +31,7 @@ from services.coordinator.recording.recorder import Recorder
 from services.coordinator.recording.segments import encode
 from shared import wire
 from shared.channel import Channel
-from shared.errors import GhostError, PeerLost
+from shared.errors import GhostError, PeerLost, ProtocolError
 from shared.messages import ShardsFound, StoreHello
 from shared.stripe_index import StripeIndex
 
@@ -134,6 +134,9 @@ class Shell:
             channel.send_frame(frame)
         except PeerLost as error:  # its reader will end, and tell the core
             log.warning("%s", error)
+        except ProtocolError as error:
+            log.error("can't be sent, so its peer is given up: %s", error)
+            channel.abort()
 
     # -- Redis -------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Answers one generation request over HTTP, as a stream of server-sent events or as one JSON body."""
 
-import json
+import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
@@ -32,9 +32,16 @@ class Answer:
         self._metrics = metrics
         self._started = started
         self._reply = reply_to(job)
-        decode = job.serving.tokenizer.decode
+        asked, tokenizer = job.request, job.serving.tokenizer
         self._choices = [
-            Choice(decode, job.prompt_of(index).ids, job.request.stops) for index in range(len(job.sequences))
+            Choice(
+                tokenizer,
+                job.prompt_of(index).ids,
+                asked.stops,
+                keep_stop=asked.include_stop_str_in_output,
+                special=not asked.skip_special_tokens,
+            )
+            for index in range(len(job.sequences))
         ]
 
     @property
@@ -43,14 +50,15 @@ class Answer:
         reasons = [choice.finish_reason for choice in self._choices]
         return "error" if None in reasons else "length" if "length" in reasons else "stop"
 
-    async def collect(self) -> Json:
-        """The whole answer as one body. Raises StreamLost."""
+    async def collect(self) -> bytes:
+        """The whole answer as one JSON body. Raises StreamLost."""
         deltas: dict[int, list[Delta]] = {index: [] for index in range(len(self._choices))}
         async with aclosing(self._deltas()) as events:
             async for event in events:
                 if event is not None:
                     deltas[event[0]].append(event[1])
-        return self._reply.response([merged(parts) for parts in deltas.values()], self._usage())
+        counts = self._usage()
+        return await asyncio.to_thread(lambda: self._reply.response([merged(each) for each in deltas.values()], counts))
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         """Send the answer as it comes. A stream that can't be finished ends with an error event and no [DONE].
@@ -61,22 +69,23 @@ class Answer:
         await response.prepare(request)
         try:
             for chunk in self._reply.opening():
-                await sse.write(request, response, _event(chunk))
+                await sse.write(request, response, sse.event(chunk))
             async with aclosing(self._deltas()) as events:
                 async for event in events:
                     if event is None:
                         await sse.write(request, response, b": still working\n\n")
-                    elif (body := self._reply.chunk(*event)) is not None:
-                        await sse.write(request, response, _event(body))
+                    else:
+                        for body in self._reply.chunks(*event):
+                            await sse.write(request, response, sse.event(body))
             counts = self._usage()
             if self._job.request.include_usage:
-                await sse.write(request, response, _event(self._reply.usage_chunk(counts)))
+                await sse.write(request, response, sse.event(self._reply.usage_chunk(counts)))
             await sse.write(request, response, b"data: [DONE]\n\n")
         except StreamLost as error:
             log.warning("the stream ended unfinished: %s", error)
             self._metrics.errors.labels("stream_lost").inc()
             body = error_body(str(error), kind="server_error", code="stream_lost")
-            await sse.write(request, response, _event(body))
+            await sse.write(request, response, sse.event(body))
         await response.write_eof()
         return response
 
@@ -110,7 +119,3 @@ class Answer:
         counts = usage(self._job, self._choices)
         self._metrics.cached_tokens.inc(counts["prompt_tokens_details"]["cached_tokens"])
         return counts
-
-
-def _event(body: Json) -> bytes:
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

@@ -1,10 +1,12 @@
 """The gateway service: HTTP on one side, the coordinator on the other."""
 
 import asyncio
+import contextlib
 import functools
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,20 @@ from aiohttp import web
 from services.gateway import page
 from services.gateway.account import Account
 from services.gateway.answer import Answer
+from services.gateway.bodies import SMALL_BYTES, Bodies, parse
 from services.gateway.cluster import Cluster
-from services.gateway.guard import Guard, client_keys, http_log, read_body
-from services.gateway.intake import Job, Serving, prepare
+from services.gateway.cors import Cors
+from services.gateway.guard import Guard, client_keys, http_log
+from services.gateway.intake import Job, prepare
 from services.gateway.metrics import CONTENT_TYPE, Metrics
 from services.gateway.openapi import describe
 from services.gateway.operate import Operate
-from services.gateway.schemas import ChatRequest, CompletionRequest, parse
+from services.gateway.prompts import Serving
+from services.gateway.schemas import ChatRequest, CompletionRequest
 from services.gateway.tokenizer import Tokenizer
 from shared.config import GatewaySettings
-from shared.errors import ConfigError, ModelError, RequestRejected
+from shared.errors import ModelError, RequestRejected
+from shared.port import serving
 from shared.tls import server_context
 from shared.tracing import Tracing, tracing
 from shared.types import ClusterStatus
@@ -34,7 +40,6 @@ ACCEPT_DEADLINE_S = 15.0
 RELOAD_S = 10.0
 SHUTDOWN_S = 3.0
 LOGGED_PROMPT_BYTES = 4096
-KEEP_ALIVE_S = 75.0
 
 Json = dict[str, Any]
 
@@ -46,46 +51,39 @@ async def run(
 
     `on_listening` is told the base URL once the port is open.
     """
-    with tracing("gateway") as traces:
-        await _run(Gateway(settings, traces), settings, stop, on_listening)
+    with tracing("gateway") as traces, contextlib.closing(Gateway(settings, traces)) as gateway:
+        await _run(gateway, settings, stop, on_listening)
 
 
 async def _run(
     gateway: "Gateway", settings: GatewaySettings, stop: asyncio.Event, on_listening: Callable[[str], None] | None
 ) -> None:
-    runner = web.AppRunner(
+    async with serving(
         gateway.application(),
-        handler_cancellation=True,
-        shutdown_timeout=SHUTDOWN_S,
-        keepalive_timeout=KEEP_ALIVE_S,
-        access_log=None,
+        settings.host,
+        settings.port,
+        tls=server_context(settings),
+        most=settings.max_connections,
+        refuse=gateway.guard.refuse,
+        shutdown_s=SHUTDOWN_S,
+        cancels=True,
         logger=http_log(),
-    )
-    await runner.setup()
-    gateway.connections = lambda: len(runner.server.connections) if runner.server is not None else 0
-    try:
-        tls = server_context(settings)
-        site = web.TCPSite(runner, settings.host, settings.port, ssl_context=tls)
-        try:
-            await site.start()
-        except OSError as error:
-            raise ConfigError(f"can't listen on {settings.host}:{settings.port}: {error.strerror}") from error
-        host, port = runner.addresses[0][:2]
-        url = f"{'http' if tls is None else 'https'}://{f'[{host}]' if ':' in host else host}:{port}"
-        log.info("gateway listening on %s", url)
+    ) as port:
+        gateway.guard.is_full = lambda: port.is_full
+        log.info("gateway listening on %s", port.url)
         if on_listening is not None:
-            on_listening(url)
-        async with asyncio.TaskGroup() as tasks:
-            background = [tasks.create_task(gateway.cluster.run()), tasks.create_task(gateway.keep_tokenizer())]
-            await stop.wait()
-            await site.stop()
-            await gateway.cluster.drain(settings.drain_s)
+            on_listening(port.url)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                background = [tasks.create_task(gateway.cluster.run()), tasks.create_task(gateway.keep_tokenizer())]
+                await stop.wait()
+                port.stop_listening()
+                await gateway.cluster.drain(settings.drain_s)
+                gateway.cluster.stop()
+                for task in background:
+                    task.cancel()
+        finally:
             gateway.cluster.stop()
-            for task in background:
-                task.cancel()
-    finally:
-        gateway.cluster.stop()
-        await runner.cleanup()
 
 
 class Gateway:
@@ -102,14 +100,21 @@ class Gateway:
         self.cluster = Cluster(settings)
         self._operate = Operate(self.cluster, self._version, allow_faults=settings.allow_faults)
         self.metrics = Metrics(lambda: self.cluster.in_flight, lambda: self._trouble() is None)
-        self.connections: Callable[[], int] = lambda: 0
+        operator = settings.operator_token.get_secret_value() if settings.operator_token else ""
+        self.guard = Guard(self._keys, operator, self.metrics)
+        self._bodies = Bodies(int(settings.max_body_mb * 2**20))
+        self._small = ThreadPoolExecutor(2, "small bodies")
+        self._large = ThreadPoolExecutor(1, "large bodies")
+
+    def close(self) -> None:
+        """End the threads; what they have not begun is dropped."""
+        for lane in (self._small, self._large):
+            lane.shutdown(wait=False, cancel_futures=True)
 
     def application(self) -> web.Application:
         """The aiohttp application with all routes."""
-        guard = Guard(self._keys, self._settings.max_connections, lambda: self.connections(), self.metrics)
-        application = web.Application(
-            middlewares=[guard.__call__], client_max_size=int(self._settings.max_body_mb * 2**20)
-        )
+        application = web.Application(middlewares=[self.guard.__call__])
+        Cors(self._settings.cors_origins).join(application)
         application.add_routes(
             [
                 web.post("/v1/completions", functools.partial(self._generate, CompletionRequest)),
@@ -153,23 +158,33 @@ class Gateway:
     ) -> web.StreamResponse:
         try:
             with Account(request, self.metrics, self.tracing) as account:
-                serving = self._serving()
-                body = await read_body(request)
-                if self._settings.log_prompts:
-                    log.info("asked", extra={"body": body[:LOGGED_PROMPT_BYTES].decode(errors="replace")})
-                job = account.begins(await asyncio.to_thread(lambda: _prepare(kind, body, serving)))
-                with self.cluster.open(job.sequences) as call:
+                job = account.begins(await self._job(kind, request, self._serving()))
+                async with self.cluster.open(job.sequences) as call:
                     await call.accepted(ACCEPT_DEADLINE_S)
                     answer = Answer(job, call, self.metrics, account.started)
                     if job.request.stream:
                         response = await answer.stream(request)
                     else:
-                        content = await answer.collect()
-                        response = web.json_response(content, headers={"X-Request-Id": job.reply_id})
+                        headers = {"X-Request-Id": job.reply_id}
+                        body = await answer.collect()
+                        response = web.Response(body=body, content_type="application/json", headers=headers)
                     account.outcome = answer.outcome
                     return response
         except ConnectionError:
             return web.Response(status=499)  # the client is away: nobody reads it
+
+    async def _job(
+        self, kind: type[CompletionRequest] | type[ChatRequest], request: web.Request, serving: Serving
+    ) -> Job:
+        """The request made ready, in a thread: one for large bodies, so that they wait for each other only."""
+        async with self._bodies.read(request) as body:
+            if self._settings.log_prompts:
+                log.info("asked", extra={"body": body[:LOGGED_PROMPT_BYTES].decode(errors="replace")})
+            lane = self._small if len(body) <= SMALL_BYTES else self._large
+            job = await asyncio.get_running_loop().run_in_executor(lane, _prepare, kind, body, serving)
+        if job.request.return_kv_digest:
+            self.guard.check_operator(request)
+        return job
 
     def _serving(self) -> Serving:
         """What is needed to take a request. Raises RequestRejected (503) if it is not known.
@@ -220,7 +235,9 @@ class Gateway:
         return web.Response(body=self.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
     async def _openapi(self, request: web.Request) -> web.Response:
-        return web.json_response(describe(self._version, keys=bool(self._keys)))
+        return web.json_response(
+            describe(self._version, keys=bool(self._keys), allow_faults=self._settings.allow_faults)
+        )
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [self._model_card()]})

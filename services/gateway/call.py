@@ -15,8 +15,8 @@ from shared.types import GenerationRequest
 class Submitter(Protocol):
     """Takes sequences to the coordinator: the gateway's Cluster."""
 
-    def submit(self, call: "Call", sequences: Sequence[GenerationRequest]) -> None:
-        """Send a call's sequences. Raises StreamLost if the coordinator is away."""
+    async def submit(self, call: "Call", sequences: Sequence[GenerationRequest]) -> None:
+        """Send a call's sequences. Raises StreamLost if the coordinator is away, RequestRejected for too much."""
 
     def forget(self, request_id: str, *, abort: bool) -> None:
         """Nobody waits for this sequence any more."""
@@ -31,7 +31,7 @@ class StreamLost(GhostError):
 
 
 class Call:
-    """The sequences of one HTTP request, and their events in order of arrival. Use as a context manager.
+    """The sequences of one HTTP request, and their events in order of arrival. Use as an async context manager.
 
     On leaving it, whatever is not finished is aborted. Never holds more than `buffer_tokens` tokens: past that, the
     client reads too slowly, and everything is aborted.
@@ -50,13 +50,20 @@ class Call:
         self._error: GhostError | None = None
         self._wake = asyncio.Event()
 
-    def __enter__(self) -> Self:
-        self._cluster.submit(self, self._sequences)
+    async def __aenter__(self) -> Self:
+        try:
+            await self._cluster.submit(self, self._sequences)
+        except BaseException:
+            self._abandon()
+            raise
         return self
 
-    def __exit__(
+    async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._abandon()
+
+    def _abandon(self) -> None:
         for request_id in list(self._open):
             self._close(request_id, abort=True)
 

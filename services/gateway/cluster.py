@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from services.gateway.call import Call, StreamLost
 from shared.channel import REDIAL_S, Channel, dial
 from shared.config import GatewaySettings, default_name
-from shared.errors import GhostError, PeerLost, RequestRejected
+from shared.errors import GhostError, PeerLost, ProtocolError, RequestRejected
 from shared.logs import epoch_is
 from shared.messages import (
     Abort,
@@ -91,20 +91,24 @@ class Cluster:
         """A call for these sequences; they are submitted when it is entered."""
         return Call(self, sequences, self._settings.stream_buffer_tokens)
 
-    def submit(self, call: Call, sequences: Sequence[GenerationRequest]) -> None:
-        """Send a call's sequences to the coordinator. Raises StreamLost if it is away."""
-        if self._channel is None or self.absence is not None:
+    async def submit(self, call: Call, sequences: Sequence[GenerationRequest]) -> None:
+        """Send a call's sequences to the coordinator, as fast as it reads.
+
+        Raises StreamLost if it is away, RequestRejected for what it would not take.
+        """
+        channel = self._channel
+        if channel is None or self.absence is not None:
             raise StreamLost(self.absence or self._reason)
         model = self._status.model if self._status is not None else None
         works = {each.request_id: Work(call, Submit(each, model.fingerprint if model else "")) for each in sequences}
         self._works.update(works)
         try:
             for work in works.values():
-                self._channel.send(work.submit)
+                await channel.send_bulk(work.submit)
         except PeerLost as error:
-            for request_id in works:
-                self._works.pop(request_id, None)
             raise StreamLost("the coordinator is away") from error
+        except ProtocolError as error:
+            raise RequestRejected(str(error), status=413, code="request_too_large") from error
 
     def send(self, message: Message) -> None:
         """Send an operator's message to the coordinator. Raises StreamLost if it is away."""
@@ -160,9 +164,13 @@ class Cluster:
                 ) as (channel, _):
                     log.info("connected to the coordinator at %s", settings.coordinator_url)
                     self._channel = channel
-                    self._submit_again(channel)
-                    async for message in channel:
-                        self._take(message)
+                    again = asyncio.create_task(self._submit_again(channel), name="submit again")
+                    try:
+                        async for message in channel:
+                            self._take(message)
+                    finally:
+                        again.cancel()
+                        await asyncio.gather(again, return_exceptions=True)
                 raise PeerLost("the coordinator closed the channel")
             except GhostError as error:
                 reason = str(error)
@@ -207,15 +215,22 @@ class Cluster:
             case _:
                 log.debug("ignored %s", type(message).__name__)
 
-    def _submit_again(self, channel: Channel) -> None:
+    async def _submit_again(self, channel: Channel) -> None:
         """Have the coordinator, another one perhaps, go on with what waits, after the tokens that have come."""
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
-        if self._works:
-            log.info("%d sequences go on", len(self._works))
-        for work in self._works.values():
-            channel.send(replace(work.submit, generated=bytes(work.generated)))
+        waiting = list(self._works)
+        if waiting:
+            log.info("%d sequences go on", len(waiting))
+        for request_id in waiting:
+            if (work := self._works.get(request_id)) is not None:
+                try:
+                    await channel.send_bulk(replace(work.submit, generated=bytes(work.generated)))
+                except PeerLost:
+                    return
+                except ProtocolError as error:
+                    work.call.fail(StreamLost(str(error)))
 
     def _lose(self, reason: str) -> None:
         """The coordinator is away. Who waits for tokens goes on waiting, for a time."""

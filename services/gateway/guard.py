@@ -1,6 +1,5 @@
 """What every HTTP request passes: limits, API keys, and the translation of every error into OpenAI's shape."""
 
-import asyncio
 import hmac
 import logging
 from collections.abc import Awaitable, Callable, Sequence
@@ -12,14 +11,22 @@ from services.gateway.call import StreamLost
 from services.gateway.metrics import Metrics
 from services.gateway.responses import error_body, error_type
 from shared.config import GatewaySettings
-from shared.errors import ConfigError, RequestRejected
+from shared.errors import RequestRejected
 from shared.service import check_bind
 
 log = logging.getLogger(__name__)
 
-BODY_DEADLINE_S = 60.0
 RETRY_AFTER_S = 1
-_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+OPERATORS = "/v1/fault_tolerance/"
+PROBES = ("/live", "/health", "/metrics")
+"""Always answered."""
+_CODES = {
+    400: "invalid_http",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "request_too_large",
+    417: "expectation_failed",
+}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -27,14 +34,16 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Guard:
     """The application's one middleware.
 
-    `keys`: those of which a client must have one for paths under /v1; empty: no check.
+    `keys`: those of which a client must have one for paths under /v1; empty: no check. `operator`: what opens the paths
+    for operators, and all others too. Without one, these are open where no keys are, and closed to all where some are.
     """
 
-    def __init__(self, keys: Sequence[str], max_connections: int, connections: Callable[[], int], metrics: Metrics):
+    def __init__(self, keys: Sequence[str], operator: str, metrics: Metrics):
         self._keys = [key.encode() for key in keys]
-        self._max_connections = max_connections
-        self._connections = connections
+        self._operator = operator.encode()
         self._metrics = metrics
+        self.is_full: Callable[[], bool] = lambda: False
+        """Whether more requests are in work than may be."""
 
     @web.middleware
     async def __call__(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -45,30 +54,30 @@ class Guard:
 
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
-            if self._connections() > self._max_connections:
-                response = self._refuse(503, "too many open connections", code="overloaded")
+            if self.is_full() and request.path not in PROBES:
+                response = self.refuse(503, "too many requests in work", code="overloaded")
                 response.force_close()
                 return response
-            if request.path.startswith("/v1/") and not self._has_key(request):
-                return self._refuse(
-                    401, "Incorrect API key provided", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
-                )
+            if request.path.startswith(OPERATORS):
+                self.check_operator(request)
+            elif request.path.startswith("/v1/") and self._keys and not self._has(request, *self._keys):
+                raise _unauthorised("Incorrect API key provided")
             return await handler(request)
         except RequestRejected as error:
-            return self._refuse(error.status, str(error), code=error.code, param=error.param)
+            return self.refuse(error.status, str(error), code=error.code, param=error.param)
         except StreamLost as error:
-            return self._refuse(error.status, str(error), code="stream_lost")
+            return self.refuse(error.status, str(error), code="stream_lost")
         except web.HTTPException as error:
             headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
             message = f"{request.method} {request.path}: {error.reason}"[:300]
-            return self._refuse(error.status, message, code=_CODES.get(error.status), headers=headers)
+            return self.refuse(error.status, message, headers=headers)
         except ConnectionError:
             raise
         except Exception as error:
             log.exception("error in %s %s", request.method, request.path)
-            return self._refuse(500, f"internal error: {type(error).__name__}", code="internal_error")
+            return self.refuse(500, f"internal error: {type(error).__name__}", code="internal_error")
 
-    def _refuse(
+    def refuse(
         self,
         status: int,
         message: str,
@@ -78,47 +87,45 @@ class Guard:
         headers: dict[str, str] | None = None,
     ) -> web.Response:
         """An error in OpenAI's shape; those that pass say when to try again."""
+        code = code or _CODES.get(status)
         self._metrics.errors.labels(code or str(status)).inc()
         headers = dict(headers or {})
         if status in (429, 503):
             headers.setdefault("Retry-After", str(RETRY_AFTER_S))
+        if status == 401:
+            headers.setdefault("WWW-Authenticate", "Bearer")
         body = error_body(message, kind=error_type(status), code=code, param=param)
         return web.json_response(body, status=status, headers=headers)
 
-    def _has_key(self, request: web.Request) -> bool:
-        if not self._keys:
-            return True
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        matches = [hmac.compare_digest(given.encode(errors="replace"), key) for key in self._keys]  # all: same time
+    def check_operator(self, request: web.Request) -> None:
+        """Raise RequestRejected unless the request comes from an operator."""
+        if self._operator and not self._has(request):
+            raise _unauthorised("this is for operators: their token is needed")
+        if self._keys and not self._operator:
+            raise RequestRejected(
+                "this is for operators, of whom this gateway has none: GHOST_OPERATOR_TOKEN is not set",
+                status=403,
+                code="operators_only",
+            )
+
+    def _has(self, request: web.Request, *keys: bytes) -> bool:
+        """Whether a request has one of these keys, or the operators' token."""
+        scheme, _, text = request.headers.get("Authorization", "").partition(" ")
+        given = text.encode(errors="replace")
+        known = (*keys, self._operator) if self._operator else keys
+        matches = [hmac.compare_digest(given, key) for key in known]  # all: the same time, whichever it is
         return scheme.lower() == "bearer" and any(matches)
 
 
-async def read_body(request: web.Request) -> bytes:
-    """The body of a JSON request. Raises RequestRejected or HTTPRequestEntityTooLarge."""
-    if request.content_type != "application/json":
-        raise RequestRejected(
-            "the body must be JSON, with Content-Type: application/json", status=415, code="unsupported_media_type"
-        )
-    try:
-        async with asyncio.timeout(BODY_DEADLINE_S):
-            return await request.read()
-    except TimeoutError:
-        raise RequestRejected("the body did not arrive in time", status=408, code="request_timeout") from None
-    except web.RequestPayloadError as error:
-        raise RequestRejected("the body is broken", code="invalid_body") from error
+def _unauthorised(message: str) -> RequestRejected:
+    return RequestRejected(message, status=401, code="invalid_api_key")
 
 
 def client_keys(settings: GatewaySettings) -> list[str]:
-    """The keys of which clients need one; the cluster's token where others can reach us and no key is set."""
+    """The keys of which clients need one. Raises ConfigError where others can reach us and none is set."""
     given = settings.api_keys.get_secret_value() if settings.api_keys else ""
-    if keys := [key.strip() for key in given.split(",") if key.strip()]:
-        return keys
-    try:
-        check_bind(settings.host, None)
-    except ConfigError:
-        check_bind(settings.host, settings.secret)
-        return [settings.secret] if settings.secret else []
-    return []
+    check_bind(settings.host, given.strip(" ,"), "API keys (GHOST_API_KEYS)")
+    return [key.strip() for key in given.split(",") if key.strip()]
 
 
 def http_log() -> logging.Logger:

@@ -1,38 +1,20 @@
-"""From a parsed request to the sequences to generate: tokenising, limits, sampling parameters. Pure, but slow enough
-for long prompts that the gateway calls it in a thread."""
+"""From a parsed request to the sequences to generate: prompts, limits, sampling parameters. Pure, but slow enough for
+long prompts that the gateway calls it in a thread."""
 
 import secrets
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from services.gateway.prompts import Prompt, Serving, chat_prompt, check_ids, text_prompts
 from services.gateway.schemas import ChatRequest, CompletionRequest
-from services.gateway.tokenizer import Tokenizer
 from shared.errors import RequestRejected
 from shared.types import GenerationRequest, SamplingParams, pack_ids
 
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_SEQUENCES = 256
+COLDEST = 1e-5
+"""A temperature below it is 0: logits divided by it are no numbers any more."""
 _SEEDS = 2**63
-
-
-@dataclass(frozen=True, slots=True)
-class Serving:
-    """What the gateway knows of the model while it can serve."""
-
-    tokenizer: Tokenizer
-    model: str
-    max_model_len: int
-    vocab_size: int
-    fingerprint: str
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One prompt of a request. `text` is filled only for echo."""
-
-    ids: tuple[int, ...]
-    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,23 +42,22 @@ def prepare(request: CompletionRequest | ChatRequest, serving: Serving) -> Job:
             param="model",
         )
     chat = isinstance(request, ChatRequest)
-    prompts = _chat_prompts(request, serving) if isinstance(request, ChatRequest) else _prompts(request, serving)
     choices = request.n or 1
+    prompts = [chat_prompt(request, serving)] if isinstance(request, ChatRequest) else text_prompts(request, serving)
     if len(prompts) * choices > MAX_SEQUENCES:
         raise RequestRejected(f"prompts times 'n' is {len(prompts) * choices}; at most {MAX_SEQUENCES}", param="n")
-    field = "messages" if chat else "prompt"
-    limits = [_max_tokens(request, len(prompt.ids), serving.max_model_len, field) for prompt in prompts]
     sampling = _sampling(request, serving.vocab_size)
-    stop_tokens = tuple(request.stop_token_ids or ())
-    _check_ids(stop_tokens, serving.vocab_size, "stop_token_ids")
+    stop_tokens = _stop_tokens(request, serving)
     wants_prompt_logprobs = isinstance(request, CompletionRequest) and request.echo and request.logprobs is not None
     first_seed = request.seed if request.seed is not None else secrets.randbelow(_SEEDS)
     reply_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+    packed = [pack_ids(prompt.ids) for prompt in prompts]  # once for all choices
+    limits = [_max_tokens(request, len(prompt.ids), serving.max_model_len) for prompt in prompts]
     sequences = tuple(
         GenerationRequest(
             request_id=f"{reply_id}-{place * choices + choice}",
-            prompt=pack_ids(prompt.ids),
-            max_tokens=limit,
+            prompt=packed[place],
+            max_tokens=limits[place],
             sampling=replace(sampling, seed=(first_seed + choice) % _SEEDS),
             stop_token_ids=stop_tokens,
             ignore_eos=request.ignore_eos,
@@ -84,73 +65,22 @@ def prepare(request: CompletionRequest | ChatRequest, serving: Serving) -> Job:
             prompt_logprobs=request.logprobs if wants_prompt_logprobs else None,
             kv_digest=request.return_kv_digest,
         )
-        for place, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
+        for place in range(len(prompts))
         for choice in range(choices)
     )
     return Job(reply_id, request, serving, tuple(prompts), sequences)
 
 
-def _chat_prompts(request: ChatRequest, serving: Serving) -> list[Prompt]:
-    messages = [
-        {"role": "system" if message.role == "developer" else message.role, "content": message.text}
-        | ({"name": message.name} if message.name is not None else {})
-        for message in request.messages
-    ]
-    text = serving.tokenizer.render_chat(messages)
-    return [Prompt(tuple(serving.tokenizer.encode(text, special=False)))]
-
-
-def _prompts(request: CompletionRequest, serving: Serving) -> list[Prompt]:
-    given = request.prompt
-    entries: Sequence[str | Sequence[int]]
-    if isinstance(given, str):
-        entries = [given]
-    elif isinstance(given[0], int):
-        entries = [[token for token in given if isinstance(token, int)]]
-    else:
-        entries = [entry for entry in given if not isinstance(entry, int)]
-    return [_prompt(entry, bool(request.echo), serving) for entry in entries]
-
-
-def _prompt(entry: str | Sequence[int], echo: bool, serving: Serving) -> Prompt:
-    tokenizer = serving.tokenizer
-    if isinstance(entry, str):
-        ids = tokenizer.encode(entry, special=True)
-        if not ids and tokenizer.bos_token_id is not None:
-            ids = [tokenizer.bos_token_id]
-        text = entry
-    else:
-        ids = list(entry)
-        _check_ids(ids, serving.vocab_size, "prompt")
-        text = tokenizer.decode(ids) if echo else ""
-    if not ids:
-        raise RequestRejected("'prompt' is empty", param="prompt")
-    return Prompt(tuple(ids), text if echo else "")
-
-
-def _check_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
-    if ids and max(ids) >= vocab_size:
-        raise RequestRejected(
-            f"{param!r}: token id {max(ids)} is not in the model's vocabulary of {vocab_size}", param=param
-        )
-
-
-def _max_tokens(request: CompletionRequest | ChatRequest, prompt: int, limit: int, field: str) -> int:
+def _max_tokens(request: CompletionRequest | ChatRequest, prompt: int, limit: int) -> int:
     """How many tokens to generate. Raises RequestRejected where prompt and tokens exceed the context."""
     name, asked = "max_tokens", request.max_tokens
     if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
         name, asked = "max_completion_tokens", request.max_completion_tokens
     room = limit - prompt
-    if room < 1:
-        raise RequestRejected(
-            f"This model's maximum context length is {limit} tokens, but the {field} have {prompt} tokens and leave "
-            "no room for an answer. Shorten them.",
-            code="context_length_exceeded",
-            param=field,
-        )
     if asked is None:
         return room if isinstance(request, ChatRequest) else min(room, DEFAULT_COMPLETION_TOKENS)
     if asked > room:
+        field = "messages" if isinstance(request, ChatRequest) else "prompt"
         raise RequestRejected(
             f"This model's maximum context length is {limit} tokens, but {prompt + asked} were requested "
             f"({prompt} in the {field}, {asked} in {name}). Shorten one of them.",
@@ -158,6 +88,19 @@ def _max_tokens(request: CompletionRequest | ChatRequest, prompt: int, limit: in
             param=name,
         )
     return asked
+
+
+def _stop_tokens(request: CompletionRequest | ChatRequest, serving: Serving) -> tuple[int, ...]:
+    """The tokens that end the answer, besides those that the model's configuration names.
+
+    Special tokens have no text: a stop string that is one stops by its id. And the tokenizer may know an end.
+    """
+    tokenizer, given = serving.tokenizer, tuple(request.stop_token_ids or ())
+    check_ids(given, serving.vocab_size, "stop_token_ids")
+    ids = [*given, *(tokenizer.special_ids[stop] for stop in request.stops if stop in tokenizer.special_ids)]
+    if tokenizer.eos_token_id is not None and not request.ignore_eos:
+        ids.append(tokenizer.eos_token_id)
+    return tuple(dict.fromkeys(ids))
 
 
 def _sampling(request: CompletionRequest | ChatRequest, vocab_size: int) -> SamplingParams:
@@ -172,7 +115,7 @@ def _sampling(request: CompletionRequest | ChatRequest, vocab_size: int) -> Samp
     else:
         logprobs = request.logprobs
     return SamplingParams(
-        temperature=given(request.temperature, 1.0),
+        temperature=temperature if (temperature := given(request.temperature, 1.0)) >= COLDEST else 0.0,
         top_p=given(request.top_p, 1.0),
         top_k=max(request.top_k or 0, 0),
         min_p=given(request.min_p, 0.0),

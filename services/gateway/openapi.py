@@ -36,8 +36,14 @@ _ERROR = {
 }
 
 
-def describe(version: str, *, keys: bool) -> Json:
-    """The OpenAPI document. `keys`: whether clients need an API key."""
+_REFUSED = {
+    "description": "An error in OpenAI's shape",
+    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+}
+
+
+def describe(version: str, *, keys: bool, allow_faults: bool = True) -> Json:
+    """The OpenAPI document. `keys`: whether clients need an API key. `allow_faults`: whether that path is there."""
     _, schemas = models_json_schema(
         [(kind, "validation") for kind in (CompletionRequest, ChatRequest, ApplyRequest, FaultRequest)],
         ref_template="#/components/schemas/{model}",
@@ -53,10 +59,14 @@ def describe(version: str, *, keys: bool) -> Json:
         },
     }
     for path, summary in _GETS.items():
-        paths[path] = {"get": {"summary": summary, "responses": {"200": {"description": summary}}}}
+        codes = ("401", "403", "404", "503") if path.startswith("/v1/") else ("503",)
+        responses = {"200": {"description": summary}, **dict.fromkeys(codes, _REFUSED)}
+        paths[path] = {"get": {"summary": summary, "responses": responses}}
     paths["/v1/models/{model}"]["get"]["parameters"] = [
         {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
     ]
+    if not allow_faults:
+        del paths["/v1/fault_tolerance/faults"]
     document: Json = {
         "openapi": "3.1.0",
         "info": {"title": "GhostServe", "version": version},
@@ -76,10 +86,6 @@ def _begun(summary: str, schema: str) -> Json:
 
 
 def _post(summary: str, schema: str) -> Json:
-    error = {
-        "description": "An error in OpenAI's shape",
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
-    }
     return {
         "summary": summary,
         "requestBody": {
@@ -91,6 +97,6 @@ def _post(summary: str, schema: str) -> Json:
                 "description": "The answer; with stream: true as server-sent events",
                 "content": {"application/json": {}, "text/event-stream": {}},
             },
-            **dict.fromkeys(("400", "401", "404", "413", "415", "429", "500", "503"), error),
+            **dict.fromkeys(("400", "401", "403", "404", "408", "413", "415", "417", "429", "500", "503"), _REFUSED),
         },
     }

@@ -2,15 +2,14 @@
 
 import asyncio
 import dataclasses
-import json
 from typing import Any, TypeVar
 
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from services.gateway import sse
+from services.gateway.bodies import SMALL_BYTES, Bodies
 from services.gateway.cluster import Cluster
-from services.gateway.guard import read_body
 from shared.errors import RequestRejected
 from shared.messages import InjectFault
 from shared.types import ClusterStatus, Fault, OperatorAction
@@ -49,6 +48,7 @@ class Operate:
         self._cluster = cluster
         self._version = version
         self._allow_faults = allow_faults
+        self._bodies = Bodies(SMALL_BYTES)
 
     def routes(self) -> list[web.RouteDef]:
         """The routes; that for faults is there only where they are allowed."""
@@ -70,16 +70,16 @@ class Operate:
             changed = self._cluster.changed
             status = self._cluster.status
             if status is not None:
-                event = _event("status", self._view(status))
+                event = sse.event(self._view(status), "status")
             else:
-                event = _event("absent", {"detail": self._cluster.absence or "no status"})
+                event = sse.event({"detail": self._cluster.absence or "no status"}, "absent")
             await sse.write(request, response, event)
             await asyncio.sleep(LEAST_PAUSE_S)
             await changed.wait()
         return response
 
     async def _fault(self, request: web.Request) -> web.Response:
-        asked = await _parsed(FaultRequest, request)
+        asked = await self._parsed(FaultRequest, request)
         if asked.worker not in [worker.name for worker in self._known().workers]:
             raise RequestRejected(f"no worker {asked.worker[:100]!r} is here", status=404, code="not_found")
         self._cluster.send(InjectFault(asked.worker, asked.fault))
@@ -87,9 +87,19 @@ class Operate:
 
     async def _apply(self, request: web.Request) -> web.Response:
         """Have the coordinator move a rank, or take a worker back. 202: what will happen; the status tells the rest."""
-        asked = await _parsed(ApplyRequest, request)
+        asked = await self._parsed(ApplyRequest, request)
         told = await self._cluster.apply(asked.action, asked.target)
         return web.json_response({"action": asked.action, "target": asked.target, "message": told}, status=202)
+
+    async def _parsed(self, kind: type[Body], request: web.Request) -> Body:
+        """The request's body. Raises RequestRejected."""
+        async with self._bodies.read(request) as body:
+            try:
+                return kind.model_validate_json(body)
+            except ValidationError as error:
+                problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+                param = ".".join(str(part) for part in problem["loc"])
+                raise RequestRejected(problem["msg"], param=param) from error
 
     def _known(self) -> ClusterStatus:
         status = self._cluster.status
@@ -104,16 +114,3 @@ class Operate:
             "allow_faults": self._allow_faults,
         }
         return dataclasses.asdict(status) | {"gateway": gateway}
-
-
-async def _parsed(kind: type[Body], request: web.Request) -> Body:
-    """The request's body. Raises RequestRejected."""
-    try:
-        return kind.model_validate_json(await read_body(request))
-    except ValidationError as error:
-        problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        raise RequestRejected(problem["msg"], param=".".join(str(part) for part in problem["loc"])) from error
-
-
-def _event(name: str, content: Json) -> bytes:
-    return f"event: {name}\ndata: {json.dumps(content, ensure_ascii=False)}\n\n".encode()

@@ -3,9 +3,11 @@
 import codecs
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from pydantic_core import to_json
 
 from services.gateway.intake import Job
 from services.gateway.schemas import ChatRequest
@@ -16,6 +18,8 @@ from shared.types import TokenLogprob
 Json = dict[str, Any]
 
 _LEAST_LOGPROB = -9999.0  # JSON has no -inf
+PROMPT_LOGPROBS = 256
+"""Prompt tokens whose logprobs one chunk of a stream carries: a long prompt's are more than is made in one go."""
 
 
 def error_body(message: str, *, kind: str, code: str | None = None, param: str | None = None) -> Json:
@@ -47,14 +51,14 @@ class Reply(Protocol):
     def opening(self) -> list[Json]:
         """The chunks that a stream begins with."""
 
-    def chunk(self, index: int, delta: Delta) -> Json | None:
-        """The chunk for a delta of choice `index`; None if it has nothing to tell."""
+    def chunks(self, index: int, delta: Delta) -> Iterator[Json]:
+        """The chunks for a delta of choice `index`; none if it has nothing to tell."""
 
     def usage_chunk(self, usage: Json) -> Json:
         """The last chunk of a stream that was asked for its usage."""
 
-    def response(self, deltas: Sequence[Delta], usage: Json) -> Json:
-        """The answer that is not streamed, from one merged delta for each choice."""
+    def response(self, deltas: Sequence[Delta], usage: Json) -> bytes:
+        """The answer that is not streamed, as JSON, from one merged delta for each choice. Takes long for logprobs."""
 
 
 def reply_to(job: Job) -> Reply:
@@ -79,6 +83,11 @@ class _Envelope:
             "choices": choices,
         }
         return body if usage is None else body | {"usage": usage}
+
+    def whole(self, kind: str, choices: Iterator[Json], usage: Json) -> bytes:
+        """The body of an answer that is not streamed; written choice by choice, so that none is long in one go."""
+        body = to_json(self.body(kind, [], usage))
+        return body.replace(b'"choices":[]', b'"choices":[' + b",".join(map(to_json, choices)) + b"]", 1)
 
     def chunk(self, kind: str, choices: list[Json]) -> Json:
         """A chunk; where usage is asked for, OpenAI sends it as null in every chunk but the last."""
@@ -110,41 +119,54 @@ class CompletionReply:
         """Nothing: an echo comes with the first tokens, as the prompt's logprobs do."""
         return []
 
-    def chunk(self, index: int, delta: Delta) -> Json | None:
+    def chunks(self, index: int, delta: Delta) -> Iterator[Json]:
         """See Reply."""
         if not self._envelope.is_telling(delta) and not (delta.first and self._job.prompt_of(index).text):
-            return None
-        return self._envelope.chunk("text_completion", [self._choice(index, delta)])
+            return
+        asked = self._job.sequences[index]
+        parts = self._prompt_logprobs(index, delta) if delta.first and asked.prompt_logprobs is not None else []
+        text = self._job.prompt_of(index).text if delta.first else ""
+        for part in parts[:-1]:
+            choice = {"index": index, "text": text, "logprobs": self._logprobs[index].add(part), "finish_reason": None}
+            yield self._envelope.chunk("text_completion", [choice])
+            text = ""
+        yield self._envelope.chunk("text_completion", [self._choice(index, delta, text, parts[-1] if parts else [])])
 
     def usage_chunk(self, usage: Json) -> Json:
         """See Reply."""
         return self._envelope.body("text_completion", [], usage)
 
-    def response(self, deltas: Sequence[Delta], usage: Json) -> Json:
+    def response(self, deltas: Sequence[Delta], usage: Json) -> bytes:
         """See Reply."""
-        choices = [self._choice(index, delta) for index, delta in enumerate(deltas)]
-        return self._envelope.body("text_completion", choices, usage)
+        return self._envelope.whole("text_completion", map(self._whole, range(len(deltas)), deltas), usage)
 
-    def _choice(self, index: int, delta: Delta) -> Json:
-        prompt = self._job.prompt_of(index)
+    def _whole(self, index: int, delta: Delta) -> Json:
+        asked = self._job.sequences[index].prompt_logprobs is not None
+        entries = [entry for part in self._prompt_logprobs(index, delta) for entry in part] if asked else []
+        return self._choice(index, delta, self._job.prompt_of(index).text, entries)
+
+    def _choice(self, index: int, delta: Delta, prompt: str, entries: list["Entry"]) -> Json:
+        """`prompt`: what of the prompt is echoed, and its tokens."""
+        logprobs = None
+        if self._job.sequences[index].sampling.logprobs is not None:
+            logprobs = self._logprobs[index].add([*entries, *zip(delta.tokens, delta.logprobs, strict=False)])
         return {
             "index": index,
-            "text": (prompt.text if delta.first else "") + delta.text,
-            "logprobs": self._logprobs_of(index, delta),
+            "text": prompt + delta.text,
+            "logprobs": logprobs,
             "finish_reason": delta.finish_reason,
         } | self._envelope.extensions(delta)
 
-    def _logprobs_of(self, index: int, delta: Delta) -> Json | None:
-        sampling = self._job.sequences[index]
-        if sampling.sampling.logprobs is None:
-            return None
-        entries: list[tuple[int, TokenLogprob | None]] = []
-        if delta.first and sampling.prompt_logprobs is not None:
-            ids = self._job.prompt_of(index).ids
-            known = list(delta.prompt_logprobs)[-(len(ids) - 1) :] if len(ids) > 1 else []
-            entries += zip(ids, [*[None] * (len(ids) - len(known)), *known], strict=True)
-        entries += zip(delta.tokens, delta.logprobs, strict=False)
-        return self._logprobs[index].add(entries)
+    def _prompt_logprobs(self, index: int, delta: Delta) -> list[list["Entry"]]:
+        """The prompt's tokens, PROMPT_LOGPROBS at a time."""
+        ids = self._job.prompt_of(index).ids
+        known = list(delta.prompt_logprobs)[-(len(ids) - 1) :] if len(ids) > 1 else []
+        entries = list(zip(ids, [*[None] * (len(ids) - len(known)), *known], strict=True))
+        return [entries[start : start + PROMPT_LOGPROBS] for start in range(0, len(entries), PROMPT_LOGPROBS)]
+
+
+Entry = tuple[int, TokenLogprob | None]
+"""A token and its logprob; the first token of a prompt has none."""
 
 
 class CompletionLogprobs:
@@ -155,8 +177,8 @@ class CompletionLogprobs:
         self._offset = 0
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def add(self, entries: Sequence[tuple[int, TokenLogprob | None]]) -> Json:
-        """The next tokens' part; the first token of a prompt has no logprob."""
+    def add(self, entries: Sequence[Entry]) -> Json:
+        """The next tokens' part."""
         body: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token, logprob in entries:
             data = self._tokenizer.token_bytes(token)
@@ -191,24 +213,23 @@ class ChatReply:
             for index in range(len(self._job.sequences))
         ]
 
-    def chunk(self, index: int, delta: Delta) -> Json | None:
+    def chunks(self, index: int, delta: Delta) -> Iterator[Json]:
         """See Reply."""
-        if not self._envelope.is_telling(delta):
-            return None
-        content = {"content": delta.text} if delta.text or not delta.finish_reason else {}
-        return self._envelope.chunk("chat.completion.chunk", [self._choice(index, delta, "delta", content)])
+        if self._envelope.is_telling(delta):
+            content = {"content": delta.text} if delta.text or not delta.finish_reason else {}
+            yield self._envelope.chunk("chat.completion.chunk", [self._choice(index, delta, "delta", content)])
 
     def usage_chunk(self, usage: Json) -> Json:
         """See Reply."""
         return self._envelope.body("chat.completion.chunk", [], usage)
 
-    def response(self, deltas: Sequence[Delta], usage: Json) -> Json:
+    def response(self, deltas: Sequence[Delta], usage: Json) -> bytes:
         """See Reply."""
-        choices = [
+        choices = (
             self._choice(index, delta, "message", {"role": "assistant", "content": delta.text, "refusal": None})
             for index, delta in enumerate(deltas)
-        ]
-        return self._envelope.body("chat.completion", choices, usage)
+        )
+        return self._envelope.whole("chat.completion", choices, usage)
 
     def _choice(self, index: int, delta: Delta, part: str, content: Json) -> Json:
         return {

@@ -3,26 +3,31 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from services.gateway.tokenizer import Decode, Detokenizer
+from services.gateway.tokenizer import Decoder, Detokenizer
 from shared.messages import Tokens
 from shared.types import FinishReason, TokenLogprob, unpack_ids
 
 
 class StopMatcher:
-    """Finds the first stop string in text that comes in pieces, and holds back what may be the beginning of one."""
+    """Finds the first stop string in text that comes in pieces, and holds back what may be the beginning of one.
 
-    def __init__(self, stops: Sequence[str]):
+    `keep`: the stop string itself is part of the text.
+    """
+
+    def __init__(self, stops: Sequence[str], *, keep: bool = False):
         self._stops = tuple(stops)
+        self._keep = keep
         self._longest = max((len(stop) for stop in stops), default=0)
         self._held = ""
 
     def feed(self, text: str) -> tuple[str, bool]:
         """The text that may be sent, and whether a stop string was found (then nothing follows)."""
         text = self._held + text
-        found = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        found = [(place, len(stop)) for stop in self._stops if (place := text.find(stop)) >= 0]
         if found:
             self._held = ""
-            return text[: min(found)], True
+            place, length = min(found)
+            return text[: place + length if self._keep else place], True
         keep = self._possible_stop(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
@@ -60,9 +65,17 @@ class Delta:
 class Choice:
     """One sequence's way from token events to deltas. Token ids that end a sequence are not among its tokens."""
 
-    def __init__(self, decode: Decode, prompt: Sequence[int], stops: Sequence[str]):
-        self._detokenizer = Detokenizer(decode, prompt)
-        self._matcher = StopMatcher(stops)
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompt: Sequence[int],
+        stops: Sequence[str],
+        *,
+        keep_stop: bool = False,
+        special: bool = False,
+    ):
+        self._detokenizer = Detokenizer(decoder, prompt, special=special)
+        self._matcher = StopMatcher(stops, keep=keep_stop)
         self._prompt_logprobs: tuple[TokenLogprob, ...] = ()
         self._begun = False
         self.finish_reason: FinishReason | None = None

@@ -1,27 +1,28 @@
 """Text to token ids and back: a thin face over a Hugging Face tokenizer, and incremental detokenising.
 
 Only the tokenizer's Rust core is used after loading, never its Python `__call__`: that one changes truncation state on
-each call and so can't be shared between threads.
+each call and so can't be shared between threads. Of the core, only calls that let other threads run meanwhile.
 """
 
+import inspect
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from shared.errors import ModelError, RequestRejected
 
 log = logging.getLogger(__name__)
 
-Decode = Callable[[Sequence[int]], str]
-
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _CONTEXT_TOKENS = 6
-_HOLD_TOKENS = 8
 _RESET_TOKENS = 64
+_SLICE_CHARACTERS = 16 * 1024
+_LONG_TOKEN = 8
+"""Characters a token, beyond which a text is counted in slices first: no usual text has tokens that long."""
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -37,7 +38,12 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._core = core
         self.bos_token_id: int | None = tokenizer.bos_token_id
-        self._added = {int(token): str(added) for token, added in tokenizer.added_tokens_decoder.items()}
+        self.eos_token_id: int | None = tokenizer.eos_token_id
+        added = tokenizer.added_tokens_decoder.items()
+        self._added = {int(token): str(each) for token, each in added}
+        self.special_ids: dict[str, int] = {str(each): int(token) for token, each in added if each.special}
+        """The tokens that have no text, by their names."""
+        self._bytes: dict[int, bytes] = {}
 
     @classmethod
     def load(cls, source: str) -> "Tokenizer":
@@ -54,23 +60,73 @@ class Tokenizer:
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Token ids of a text. `special`: add what the tokenizer puts around a text (BOS); a rendered chat has it."""
-        ids: list[int] = self._core.encode(text, add_special_tokens=special).ids
+        ids: list[int] = self._core.encode_batch_fast([text], add_special_tokens=special)[0].ids
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out."""
-        text: str = self._core.decode(list(ids), skip_special_tokens=True)
+    def exceeds(self, text: str, most: int) -> bool:
+        """Whether a text is certain to have more than `most` tokens. Costs no more than that many tokens twice.
+
+        Counted in slices up to twice as many: a cut within a word makes a few tokens more, never double. What is not
+        certain is for `encode` to tell, of a text that is not much longer.
+        """
+        if len(text) <= max(_SLICE_CHARACTERS, _LONG_TOKEN * most):
+            return False
+        counted = 0
+        for start in range(0, len(text), _SLICE_CHARACTERS):
+            counted += len(self.encode(text[start : start + _SLICE_CHARACTERS], special=False))
+            if counted > 2 * most:
+                return True
+        return False
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of token ids. `special`: with special tokens, which are left out otherwise."""
+        text: str = self._core.decode(list(ids), skip_special_tokens=not special)
         return text
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt of a conversation, ready for the assistant's turn. Raises RequestRejected."""
+    def certain(self, ids: Sequence[int], *, special: bool = False) -> tuple[str, bool]:
+        """Text of token ids but for the beginning of a character at their end, and whether there is one."""
+        text = self.decode(ids, special=special)
+        if not text.endswith(REPLACEMENT):
+            return text, False
+        begun = _begun(b"".join(self.token_bytes(token) for token in ids[-4:]))
+        if not begun:
+            return text, False
+        # bytes that are no character are one U+FFFD to a byte-level decoder; to the other kind a token each, and spoil
+        # the characters before them
+        return (text[:-1] if self._is_byte_level else self.decode(ids[:-begun], special=special)), True
+
+    @cached_property
+    def template_arguments(self) -> frozenset[str]:
+        """Names that a template's own arguments can't have."""
+        return frozenset(inspect.signature(self._tokenizer.apply_chat_template).parameters) | {"messages"}
+
+    def template_knows(self, word: str) -> bool:
+        """Whether the chat template, if there is one, has this word in it."""
+        return bool(self._tokenizer.chat_template) and word in self._tokenizer.get_chat_template()
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        continued: bool = False,
+        open_turn: bool = True,
+    ) -> str:
+        """The prompt of a conversation. Raises RequestRejected.
+
+        `open_turn`: ready for the assistant's turn. `continued`: the last message goes on. `arguments`: the template's.
+        """
         if not self._tokenizer.chat_template:
             raise RequestRejected(
                 "the model has no chat template; use /v1/completions instead", code="no_chat_template", param="messages"
             )
         try:
             text: str = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=open_turn,
+                continue_final_message=continued,
+                **(arguments or {}),
             )
         except Exception as error:  # whatever a template raises, it is about these messages
             raise RequestRejected(
@@ -80,6 +136,12 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for; they may be part of a character."""
+        found = self._bytes.get(token)
+        if found is None:
+            found = self._bytes[token] = self._find_bytes(token)
+        return found
+
+    def _find_bytes(self, token: int) -> bytes:
         if token in self._added:
             return self._added[token].encode()
         piece: str | None = self._core.id_to_token(token)
@@ -111,39 +173,66 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_OF = _byte_alphabet()
 
 
+def _begun(data: bytes) -> int:
+    """How many bytes at the end are the beginning of a character that is not complete."""
+    for back, byte in enumerate(reversed(data[-3:]), start=1):
+        if byte & 0xC0 != 0x80:
+            length = 4 if 0xF0 <= byte < 0xF8 else 3 if 0xE0 <= byte < 0xF0 else 2 if 0xC0 <= byte < 0xE0 else 1
+            return back if back < length else 0
+    return 0
+
+
+class Decoder(Protocol):
+    """What a Detokenizer needs of a Tokenizer."""
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """See Tokenizer."""
+
+    def certain(self, ids: Sequence[int], *, special: bool = False) -> tuple[str, bool]:
+        """See Tokenizer."""
+
+    def token_bytes(self, token: int) -> bytes:
+        """See Tokenizer."""
+
+
 class Detokenizer:
     """Text of a growing list of tokens, piece by piece; never half a character.
 
     Pieces joined equal the text of all tokens decoded at once. Tokens are decoded in a short window that begins where
     the text was last known to be whole (as text-generation-inference and vLLM do), so each costs the same however
-    long the answer is. `prompt`: what comes before, for tokenizers that treat a text's beginning specially.
+    long the answer is. `prompt`: what comes before, for tokenizers that treat a text's beginning specially; a character
+    that begins in it is told with the token that completes it. `special`: special tokens have a text.
     """
 
-    def __init__(self, decode: Decode, prompt: Sequence[int] = ()):
-        self._decode = decode
-        self._window = list(prompt[-_CONTEXT_TOKENS:])
-        self._whole = len(self._window)  # tokens at the window's start whose text is sent
-        before = decode(self._window) if self._window else ""
-        self._sent = len(before.removesuffix(REPLACEMENT))  # characters of the window's text that are sent
+    def __init__(self, decoder: Decoder, prompt: Sequence[int] = (), *, special: bool = False):
+        self._decoder = decoder
+        self._special = special
+        start = max(0, len(prompt) - _CONTEXT_TOKENS)
+        while start and decoder.token_bytes(prompt[start])[:1] and decoder.token_bytes(prompt[start])[0] & 0xC0 == 0x80:
+            start -= 1  # not within a character
+        self._restart(list(prompt[start:]))
+
+    def _restart(self, window: list[int]) -> None:
+        self._window = window
+        self._whole = len(window)  # tokens at the window's start whose text is sent
+        self._sent = len(self._certain()[0])  # characters of the window's text that are sent
+
+    def _certain(self) -> tuple[str, bool]:
+        return self._decoder.certain(self._window, special=self._special) if self._window else ("", False)
 
     def push(self, token: int) -> str:
         """The text that is certain after one more token; empty while a character is incomplete."""
         self._window.append(token)
-        text = self._decode(self._window)
-        held = len(self._window) - self._whole
-        if held >= _RESET_TOKENS or (len(text) > self._sent and not text.endswith(REPLACEMENT)):
-            new, self._window = text[self._sent :], self._window[self._whole :]
-            self._whole = len(self._window)
-            self._sent = len(self._decode(self._window))
-            return new
-        if held >= _HOLD_TOKENS and text.endswith(REPLACEMENT):
-            # Broken bytes, or tokens that always end within a character: only the very end can still change.
-            new, self._sent = text[self._sent : -1], max(self._sent, len(text) - 1)
-            return new
-        return ""
+        text, begun = self._certain()
+        new = text[self._sent :]
+        if len(self._window) - self._whole >= _RESET_TOKENS or (new and not begun):
+            self._restart(self._window[self._whole :])
+        else:
+            self._sent = max(self._sent, len(text))
+        return new
 
     def flush(self) -> str:
         """What is left at the end: an incomplete character as U+FFFD."""
-        text = self._decode(self._window)
+        text = self._decoder.decode(self._window, special=self._special)
         new, self._sent = text[self._sent :], len(text)
         return new

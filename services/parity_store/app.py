@@ -3,12 +3,9 @@
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from urllib.parse import urlsplit
-
-from aiohttp import web
 
 from services.parity_store import faults
 from services.parity_store.admin import Admin
@@ -20,7 +17,7 @@ from services.parity_store.store import Store
 from services.parity_store.upkeep import Upkeep
 from shared import channel
 from shared.config import ParityStoreSettings, default_name
-from shared.errors import ConfigError, GhostError, PeerLost, ProtocolError
+from shared.errors import GhostError, PeerLost, ProtocolError
 from shared.messages import (
     EpochNow,
     FindShards,
@@ -32,7 +29,9 @@ from shared.messages import (
     StoreHello,
     Welcome,
 )
+from shared.port import serving
 from shared.service import check_bind
+from shared.sockets import bracketed
 from shared.stripe_index import StripeIndex
 from shared.tls import client_context, server_context
 from shared.transport.backends import choose
@@ -62,12 +61,19 @@ async def run(
         if settings.fault_dir:
             faults.arm(store, settings.fault_dir)
         async with serve(
-            f"{scheme}://{_bracketed(settings.host)}:{settings.port}", store, token=settings.secret or ""
+            f"{scheme}://{bracketed(settings.host)}:{settings.port}", store, token=settings.secret or ""
         ) as bulk:
             info = StoreInfo(store_id, incarnation, bulk.address, "", arena.capacity_bytes)
             upkeep = Upkeep(store, index, store_id, incarnation)
             admin = Admin(store, arena, bulk, info, upkeep)
-            async with _listening(admin.application(settings.secret), settings) as admin_url:
+            async with serving(
+                admin.application(settings.secret),
+                settings.host,
+                settings.admin_port,
+                tls=server_context(settings),
+                shutdown_s=1.0,
+            ) as port:
+                admin_url = port.url
                 admin.info = info = replace(info, admin_url=admin_url)
                 log.info("transport %s: %s", scheme, why)
                 log.info("store %s: bulk %s, admin %s, %d MiB", store_id, bulk.address, admin_url, settings.capacity_mb)
@@ -167,26 +173,6 @@ def _reached_by(info: StoreInfo, host: str) -> StoreInfo:
     bulk, admin = urlsplit(info.bulk_address), urlsplit(info.admin_url)
     return replace(
         info,
-        bulk_address=f"{bulk.scheme}://{_bracketed(host)}:{bulk.port}",
-        admin_url=f"{admin.scheme}://{_bracketed(host)}:{admin.port}",
+        bulk_address=f"{bulk.scheme}://{bracketed(host)}:{bulk.port}",
+        admin_url=f"{admin.scheme}://{bracketed(host)}:{admin.port}",
     )
-
-
-@asynccontextmanager
-async def _listening(application: web.Application, settings: ParityStoreSettings) -> AsyncIterator[str]:
-    """Serve the admin endpoint; yield its URL."""
-    tls = server_context(settings)
-    runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0)
-    await runner.setup()
-    try:
-        try:
-            await web.TCPSite(runner, settings.host, settings.admin_port, ssl_context=tls).start()
-        except OSError as error:
-            raise ConfigError(f"can't listen on {settings.host}:{settings.admin_port}: {error}") from error
-        yield f"{'http' if tls is None else 'https'}://{_bracketed(settings.host)}:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

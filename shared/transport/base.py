@@ -78,7 +78,8 @@ class BulkLimits:
     shard_bytes: int = 256 << 20  # one shard
     requests: int = 64  # that one connection may have unanswered
     in_flight_bytes: int = 256 << 20  # payload that a client has unanswered; a single larger request goes alone
-    connections: int = 256  # that a server holds; further ones are closed at once
+    connections: int = 256  # of peers that have shown the token; further ones are closed
+    strangers: int = 64  # that have not yet: of more, those who have taken longest are closed
     handshake_s: float = 5.0  # from connect to a valid hello
     stall_s: float = 20.0  # without progress in the middle of a frame: the connection is closed
 

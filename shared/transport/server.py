@@ -55,22 +55,26 @@ class BulkServer:
         self._token = token.encode()
         self._limits = limits
         self._streams: set[Stream] = set()
+        self._strangers: dict[Stream, None] = {}  # that have not shown the token, in the order in which they came
         self.refused: Counter[Refused] = Counter()  # connections that were closed for what they sent, or did not
 
     async def accept_forever(self, tasks: asyncio.TaskGroup) -> None:
-        """Give each peer a task of its own, up to the limit of connections."""
+        """Give each peer a task of its own. Those that have not shown the token take no place from those that have."""
         while True:
             stream = await self._listener.accept()
-            if len(self._streams) >= self._limits.connections:
+            while len(self._strangers) >= self._limits.strangers:
                 self.refused["too many"] += 1
-                stream.close()
-                continue
-            self._streams.add(stream)
+                self._forget(next(iter(self._strangers)))
+            self._strangers[stream] = None
             tasks.create_task(self._serve(stream))
 
     def close_streams(self) -> None:
-        for stream in self._streams:
+        for stream in (*self._strangers, *self._streams):
             stream.close()
+
+    def _forget(self, stream: Stream) -> None:
+        self._strangers.pop(stream, None)
+        stream.close()
 
     async def _serve(self, stream: Stream) -> None:
         connection = _Connection(stream, self._handler, self._limits)
@@ -85,7 +89,7 @@ class BulkServer:
         except Exception:
             log.exception("bulk connection failed")
         finally:
-            stream.close()
+            self._forget(stream)
             connection.undo()
             self._streams.discard(stream)
 
@@ -101,6 +105,11 @@ class BulkServer:
                     refusal = ProtocolError(f"bulk protocol version {hello.version}; this side speaks {frames.VERSION}")
                 elif not hmac.compare_digest(hello.token.encode(), self._token):
                     refusal, kind = ConfigError("the cluster token is wrong"), "token"
+                elif len(self._streams) >= self._limits.connections:
+                    refusal, kind = PeerLost(f"there are {self._limits.connections} connections already"), "too many"
+                else:
+                    del self._strangers[stream]
+                    self._streams.add(stream)
                 welcome = frames.pieces(Welcome(frames.VERSION, refusal))
                 await stream.send(welcome, self._limits.stall_s)
                 if refusal is not None:

@@ -199,22 +199,27 @@ async def listen(address: str) -> TcpListener:
 
 
 async def connect(address: str) -> TcpStream:
-    """Connect to tcp://host:port; the caller bounds the wait. Raises PeerLost."""
+    """Connect to tcp://host:port, at the first address that answers; the caller bounds the wait. Raises PeerLost."""
     host, port = parse(address)
     loop = asyncio.get_running_loop()
-    sock: socket.socket | None = None
+    trouble: OSError | None = None
     try:
-        family, kind, protocol, _, where = (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[0]
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        found, trouble = [], error
+    for family, kind, protocol, _, where in found:
         sock = socket.socket(family, kind, protocol)
         sock.setblocking(False)
-        await loop.sock_connect(sock, where)
-    except BaseException as error:
-        if sock is not None:
+        try:
+            await loop.sock_connect(sock, where)
+        except BaseException as error:
             sock.close()
-        if isinstance(error, OSError):
-            raise PeerLost(f"can't connect to {address}: {error}") from error
-        raise
-    return TcpStream(sock)
+            if not isinstance(error, OSError):
+                raise
+            trouble = error
+        else:
+            return TcpStream(sock)
+    raise PeerLost(f"can't connect to {address}: {trouble}") from trouble
 
 
 def _flat(buffers: Iterable[memoryview]) -> deque[memoryview]:

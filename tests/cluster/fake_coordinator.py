@@ -40,7 +40,7 @@ class Script:
     """What a request gets: `tokens`, `per_event` at a time, as far as its max_tokens go.
 
     refuse: instead of all that. fail_after: Failed after that many tokens. gate: waits for this event before the token
-    of index `gate_at`.
+    of index `gate_at`. pause_s: between two events.
     """
 
     tokens: tuple[int, ...] = ()
@@ -50,6 +50,7 @@ class Script:
     fail_after: int | None = None
     gate: asyncio.Event | None = None
     gate_at: int = 0
+    pause_s: float = 0.0
     cached_tokens: int = 0
     digests: tuple[str, ...] = ()
 
@@ -234,7 +235,7 @@ class FakeCoordinator:
                     kv_digests=script.digests if last and request.kv_digest else (),
                 )
             )
-            await asyncio.sleep(0)
+            await asyncio.sleep(script.pause_s)
 
     @staticmethod
     def _prompt_logprobs(request: GenerationRequest) -> tuple[TokenLogprob, ...]:

@@ -156,16 +156,16 @@ async def test_the_page_says_in_words_how_things_are(status: ClusterStatus, brow
 async def test_a_key_is_asked_for_and_kept_in_this_tab_only(status: ClusterStatus, browser: Browser) -> None:
     async with (
         FakeCoordinator(status) as coordinator,
-        a_gateway(coordinator, api_keys=SecretStr("secret-1")) as gateway,
+        a_gateway(coordinator, api_keys=SecretStr("k"), operator_token=SecretStr("secret-1")) as gateway,
         a_page(browser) as page,
     ):
         await page.goto(gateway.url)
-        for key in ("wrong", "secret-1"):
-            await expect(page.get_by_label("API key")).to_be_focused()
+        for key in ("k", "secret-1"):
+            await expect(page.get_by_label("Operators' token")).to_be_focused()
             await page.keyboard.type(key)
             await page.keyboard.press("Enter")
-            if key == "wrong":
-                await expect(page.locator("#key-problem")).to_have_text("This key is not accepted.")
+            if key == "k":
+                await expect(page.locator("#key-problem")).to_have_text("This token is not accepted.")
                 await accessible(page)
         await expect(page.locator("#state-text")).to_have_text("Serving")
         await page.reload()

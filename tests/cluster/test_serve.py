@@ -150,7 +150,7 @@ async def test_nothing_outlives_a_killed_serve(small_model_dir: Path) -> None:
         (["serve", "--tp", "x"], "--tp / GHOST_TP"),
         (["serve", "--model", "/no/such/place"], "no such directory"),
         (["serve", "--tp", "4", "--port", "0", "--model", "MODEL"], "can't be split into 4 ranks; allowed: 1, 2, 3, 6"),
-        (["serve", "--host", "0.0.0.0", "--model", "MODEL"], "GHOST_TOKEN"),
+        (["serve", "--host", "0.0.0.0", "--model", "MODEL"], "GHOST_API_KEYS"),
         (["coordinator", "--port", "99999"], "--port / GHOST_PORT"),
         (["coordinator", "--host", "0.0.0.0", "--port", "0"], "GHOST_TOKEN"),
         (["worker", "--device", "tpu"], "--device / GHOST_DEVICE"),

@@ -526,6 +526,23 @@ async def test_connections_beyond_the_limit_are_closed(listen_at: str, shelf: Sh
         await second.close()
 
 
+async def test_strangers_take_no_place_from_those_who_know_the_token(listen_at: str, shelf: Shelf) -> None:
+    limits = replace(DEFAULT_LIMITS, connections=2, strangers=3, handshake_s=60.0)
+    async with serve(listen_at, shelf, token="secret", limits=limits) as server:
+        strangers = [await backends.connect(server.address) for _ in range(10)]
+        first = await BulkClient.connect(server.address, token="secret")
+        strangers += [await backends.connect(server.address) for _ in range(10)]
+        second = await BulkClient.connect(server.address, token="secret")
+        for client in (first, second):
+            assert await client.put(*batch([10]), timeout=TIMEOUT) == (None,)
+            await client.close()
+        with pytest.raises(PeerLost):  # it made room
+            await strangers[0].receive([memoryview(bytearray(1))], TIMEOUT)
+        assert server.refused["too many"] >= 10
+        for stream in strangers:
+            stream.close()
+
+
 async def test_refusals_are_counted_by_their_reason(server: BulkServer) -> None:
     for sent, reason in (
         (frames.encode(frames.Hello(99, "secret")), "version"),

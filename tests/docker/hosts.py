@@ -101,6 +101,8 @@ class Hosts:
             settings = {
                 "GHOST_COORDINATOR": self.hosts["control"].address,
                 "GHOST_TOKEN": TOKEN,
+                "GHOST_API_KEYS": TOKEN,
+                "GHOST_OPERATOR_TOKEN": TOKEN,
                 "GHOST_IMAGE": self._image,
                 "GHOST_NETWORK": f"container:{name}",
                 "GHOST_MODELS": str(self._models),
@@ -242,7 +244,7 @@ class Hosts:
 
 async def _ghostserve(*arguments: str) -> None:
     """Run the command line, with the keys that it needs."""
-    environment = {**os.environ, "GHOST_API_KEYS": TOKEN, "GHOST_TOKEN": TOKEN}
+    environment = {**os.environ, "GHOST_OPERATOR_TOKEN": TOKEN, "GHOST_TOKEN": TOKEN}
     await asyncio.to_thread(run, [sys.executable, "-m", "services.cli", *arguments], environment=environment)
 
 

@@ -27,7 +27,8 @@ Compose = Callable[..., str]
 def one(models: Path, tmp_path: Path) -> Iterator[Compose]:
     """All that docker/compose.yml starts, as a function that runs docker compose on it."""
     file = Path(shutil.copy(DOCKER / "compose.yml", tmp_path))
-    settings = SETTINGS | {"GHOST_TOKEN": TOKEN, "GHOST_IMAGE": IMAGE, "GHOST_MODELS": str(models)}
+    secrets = {"GHOST_TOKEN": TOKEN, "GHOST_API_KEYS": TOKEN, "GHOST_OPERATOR_TOKEN": TOKEN}
+    settings = SETTINGS | secrets | {"GHOST_IMAGE": IMAGE, "GHOST_MODELS": str(models)}
     settings["GHOST_PUBLISH"] = "127.0.0.1:"  # a free port
     write_env(tmp_path, settings)
     run = functools.partial(compose, ENGINE, file, "one")

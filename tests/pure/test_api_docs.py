@@ -14,7 +14,10 @@ HEAD = """# API
 
 Written from the services' own OpenAPI documents (`/openapi.json` of a running gateway or parity store) by
 `python -m tests.pure.test_api_docs`. Errors have OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
-With `GHOST_API_KEYS`, paths under `/v1` need one as a bearer token; a parity store wants the cluster's token.
+With `GHOST_API_KEYS`, paths under `/v1` need one as a bearer token; those under `/v1/fault_tolerance` need the
+operators' token (`GHOST_OPERATOR_TOKEN`), which opens the others too; a parity store wants the cluster's token. A field
+that is `null` is left out. Fields that would change the answer and are not listed here are refused by name, others are
+ignored.
 """
 
 
@@ -42,7 +45,7 @@ def _service(name: str, document: Json) -> Iterator[str]:
         if schema and "properties" in schema:
             yield f"### {method.upper()} {path}: the answer\n"
             yield from _fields(schema, schemas)
-    for title in ("ChatMessage", "StreamOptions", "ShardView", "Scrub"):
+    for title in ("ChatMessage", "ToolCall", "FunctionCall", "StreamOptions", "ShardView", "Scrub"):
         if title in schemas:
             yield f"### {title}\n"
             yield from _fields(schemas[title], schemas)
@@ -63,8 +66,8 @@ def _type(schema: Json) -> str:
     """A schema in words."""
     if "$ref" in schema:
         return str(schema["$ref"].rsplit("/", 1)[1])
-    if "anyOf" in schema:
-        return " or ".join(_type(each) for each in schema["anyOf"] if each.get("type") != "null")
+    if choices := schema.get("anyOf") or schema.get("oneOf"):
+        return " or ".join(_type(each) for each in choices if each.get("type") != "null")
     if "const" in schema:
         return f"`{schema['const']}`"
     if "enum" in schema:

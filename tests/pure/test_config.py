@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.config import GatewaySettings, add_flags, load_settings
+from shared.config import GatewaySettings, ParityStoreSettings, add_flags, load_settings
 from shared.errors import ConfigError
 
 
@@ -31,3 +31,18 @@ def test_a_file_that_is_not_there_is_an_error_that_names_it(monkeypatch: pytest.
     monkeypatch.setenv("GHOST_TOKEN_FILE", str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="GHOST_TOKEN_FILE: can't read"):
         loaded()
+
+
+def test_a_service_link_of_kubernetes_is_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GHOST_PORT", "tcp://10.96.0.12:8000")
+    assert loaded().port == 8000
+    assert loaded("--port", "9000").port == 9000
+    monkeypatch.setenv("GHOST_ADMIN_PORT", "tcp://10.96.0.12:8201")
+    assert ParityStoreSettings().admin_port == 0
+
+
+def test_a_port_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("GHOST_PORT", "http://x")
+    with pytest.raises(SystemExit):
+        loaded()
+    assert "--port / GHOST_PORT" in capsys.readouterr().err

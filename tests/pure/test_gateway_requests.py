@@ -1,15 +1,22 @@
 """What requests are taken, how they are refused, and what sequences they become."""
 
 import json
+import time
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from services.gateway.intake import Job, Serving, prepare
+from services.gateway import sse
+from services.gateway.bodies import check_values, parse
+from services.gateway.intake import Job, prepare
 from services.gateway.openapi import describe
-from services.gateway.responses import CompletionLogprobs, reply_to, usage
-from services.gateway.schemas import ChatRequest, CompletionRequest, parse
+from services.gateway.prompts import Serving
+from services.gateway.responses import PROMPT_LOGPROBS, CompletionLogprobs, reply_to, usage
+from services.gateway.schemas import ChatRequest, CompletionRequest
 from services.gateway.stream import Choice, Delta
 from services.gateway.tokenizer import Tokenizer
 from shared.errors import RequestRejected
@@ -81,6 +88,20 @@ def chat(serving: Serving, **fields: Any) -> Job:
         ({"echo": 1}, "echo"),
         ({"user": 1}, "user"),
         ({"cache_salt": "x" * 257}, "cache_salt"),
+        ({"repetition_penalty": 1e-38}, "repetition_penalty"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+        ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
+        ({"min_tokens": 1}, "min_tokens"),
+        ({"allowed_token_ids": [1]}, "allowed_token_ids"),
+        ({"bad_words": ["x"]}, "bad_words"),
+        ({"use_beam_search": True}, "use_beam_search"),
+        ({"guided_json": {}}, "guided_json"),
+        ({"guided_regex": "a"}, "guided_regex"),
+        ({"guided_choice": ["a"]}, "guided_choice"),
+        ({"guided_grammar": "a"}, "guided_grammar"),
+        ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs"),
     ],
 )
 def test_a_bad_completion_is_refused_by_the_parameters_name(
@@ -111,6 +132,15 @@ def test_a_bad_completion_is_refused_by_the_parameters_name(
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"max_completion_tokens": 100}, "max_completion_tokens"),
         ({"max_tokens": 100}, "max_tokens"),
+        ({"min_tokens": 1}, "min_tokens"),
+        ({"guided_choice": ["a"]}, "guided_choice"),
+        ({"chat_template": "x"}, "chat_template"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"add_generation_prompt": False}}, "chat_template_kwargs"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}] * 50_000}]}, "messages[0].content"),
     ],
 )
 def test_a_bad_chat_is_refused_by_the_parameters_name(serving: Serving, fields: dict[str, Any], param: str) -> None:
@@ -231,6 +261,181 @@ def test_bos_is_added_to_a_text_but_not_to_a_chat(tmp_path_factory: pytest.TempP
     assert 0 not in chat(with_bos).prompts[0].ids
 
 
+# -- nothing takes long, or much memory -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": [0.5] * 300_000},
+        {"prompt": [0.5] * 100_000},
+        {"prompt": [[0.5]] * 50_000},
+        {"prompt": ["x"] * 100_000 + [1]},
+        {"prompt": "x", "stop": ["a"] * 100_000},
+        {"prompt": "x", "logit_bias": {str(token): "a" for token in range(50_000)}},
+        {"prompt": "x", "unknown": [[]] * 2_000_000},
+        {"prompt": "x", "unknown": [{}] * 1_000_000},
+        {"prompt": "x", "unknown": {str(name): 0 for name in range(500_000)}},
+        {"prompt": 'the "end", ' * 600_000},
+        {"prompt": "x" * 7_000_000},
+        {"prompt": " " * 7_000_000},
+        {"prompt": "\0" * 1_000_000},
+        {"prompt": "the quick brown fox; " * 350_000, "truncate_prompt_tokens": 5},
+        {"prompt": ["the quick brown fox; " * 20_000] * 18},
+    ],
+    ids=lambda body: str(body)[:40],
+)
+def test_a_large_body_that_is_wrong_is_refused_at_once_and_in_little_memory(
+    serving: Serving, body: dict[str, Any]
+) -> None:
+    data = json.dumps(body).encode()
+    tracemalloc.start()
+    try:
+        began = time.process_time()
+        with pytest.raises(RequestRejected) as refused:
+            prepare(parse(CompletionRequest, data), serving)
+        took, (_, peak) = time.process_time() - began, tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert refused.value.status == 400
+    assert took < 2.0  # seconds under tracemalloc, which makes it several times slower; it was 5 to 10 without
+    assert peak < 64 << 20
+
+
+def test_a_long_text_of_many_commas_is_taken(serving: Serving) -> None:
+    wide = replace(serving, max_model_len=1 << 20)
+    text = '[{"a": "\\", "b": 1}],\\"' * 40_000
+    assert completion(wide, prompt=text).prompts[0].ids == tuple(serving.tokenizer.encode(text, special=False))
+
+
+@given(
+    st.recursive(
+        st.none() | st.text(max_size=3) | st.integers(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=2), inner),
+    )
+)
+@settings(deadline=None)
+def test_values_are_counted_no_lower_than_they_are(value: Any) -> None:
+    def count(each: Any) -> int:
+        inner = each if isinstance(each, list) else [*each, *each.values()] if isinstance(each, dict) else []
+        return 1 + sum(map(count, inner))
+
+    body = json.dumps(value, ensure_ascii=False).encode()
+    if count(value) > 1:
+        with pytest.raises(RequestRejected):
+            check_values(body, count(value) - 1)
+
+
+def test_a_text_is_long_only_if_it_is(serving: Serving) -> None:
+    words = "the end of the story " * 5000
+    tokens = len(serving.tokenizer.encode(words, special=False))
+    assert serving.tokenizer.exceeds(words, tokens // 10)
+    assert not serving.tokenizer.exceeds(words, tokens)
+
+
+# -- fields ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])
+def test_null_is_a_field_left_out(kind: type[CompletionRequest] | type[ChatRequest]) -> None:
+    needed = {"prompt": "x"} if kind is CompletionRequest else {"messages": HELLO}
+    nulls = dict.fromkeys([*kind.model_fields, *kind.unsupported]) | {
+        "stream": True,
+        "stream_options": {"include_usage": None},
+    }
+    left_out = {"stream": True, "stream_options": {}}
+    assert parse(kind, json.dumps(nulls | needed).encode()) == parse(kind, json.dumps(left_out | needed).encode())
+    for name in needed:
+        with pytest.raises(RequestRejected, match="is missing"):
+            parse(kind, json.dumps({name: None}).encode())
+
+
+def test_a_temperature_of_almost_nothing_is_greedy(serving: Serving) -> None:
+    assert completion(serving, temperature=1e-308).sequences[0].sampling.temperature == 0.0
+    assert completion(serving, temperature=0.01).sequences[0].sampling.temperature == 0.01
+
+
+def test_a_prompt_is_scored_up_to_the_last_place_of_the_context(serving: Serving) -> None:
+    scored = completion(serving, prompt=[5] * 100, echo=True, logprobs=0, max_tokens=0)
+    assert scored.sequences[0].max_tokens == 0
+    with pytest.raises(RequestRejected):
+        completion(serving, prompt=[5] * 101, echo=True, logprobs=0, max_tokens=0)
+    with pytest.raises(RequestRejected):
+        completion(serving, prompt=[5] * 100, echo=True, logprobs=0)
+
+
+def test_a_prompt_is_truncated_from_its_beginning(serving: Serving) -> None:
+    assert completion(serving, prompt=[1, 2, 3], truncate_prompt_tokens=2).prompts[0].ids == (2, 3)
+    assert len(completion(serving, prompt=[5] * 120, truncate_prompt_tokens=-1).prompts[0].ids) == 99
+    echoed = completion(serving, prompt="the end", truncate_prompt_tokens=1, echo=True)
+    assert echoed.prompts[0].text == " end"
+
+
+def test_the_tokenizers_own_end_stops_and_so_does_a_stop_string_that_is_a_special_token(serving: Serving) -> None:
+    assert completion(serving).sequences[0].stop_token_ids == (2,)
+    assert completion(serving, ignore_eos=True).sequences[0].stop_token_ids == ()
+    stops = completion(serving, stop=["<|im_start|>", "x"], stop_token_ids=[9], ignore_eos=True)
+    assert stops.sequences[0].stop_token_ids == (9, 1)
+
+
+def test_the_packed_prompt_is_shared_by_all_choices(serving: Serving) -> None:
+    job = completion(serving, prompt=[[5] * 50, [6] * 50], n=16)
+    assert len({id(sequence.prompt) for sequence in job.sequences}) == 2
+
+
+# -- conversations ---------------------------------------------------------------------------------------------------
+
+TOOL_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% for c in m.get('tool_calls', []) %}<call>{{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if thinks %}<think>{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOOL_TURNS = [
+    {"role": "user", "content": "weather?"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"at": "Rome"}'}}],
+    },
+    {"role": "tool", "tool_call_id": "1", "content": "sun"},
+]
+
+
+@pytest.fixture(scope="module")
+def with_tools(tmp_path_factory: pytest.TempPathFactory, serving: Serving) -> Serving:
+    folder = make_tokenizer_dir(tmp_path_factory.mktemp("tools"), chat_template=TOOL_TEMPLATE)
+    return replace(serving, tokenizer=Tokenizer.load(str(folder)), max_model_len=1000)
+
+
+def prompt_text(job: Job) -> str:
+    return job.serving.tokenizer.decode(job.prompts[0].ids, special=True)
+
+
+def test_a_history_with_tools_goes_through_a_template_that_knows_them(with_tools: Serving) -> None:
+    text = prompt_text(chat(with_tools, messages=TOOL_TURNS))
+    assert '<|im_start|>assistant\n<call>look {"at": "Rome"}<|im_end|>\n<|im_start|>tool\nsun<|im_end|>' in text
+
+
+def test_a_history_with_tools_is_refused_where_the_template_knows_none(serving: Serving) -> None:
+    for turns, place in ((TOOL_TURNS, 1), ([TOOL_TURNS[0], TOOL_TURNS[2]], 1)):
+        with pytest.raises(RequestRejected, match="tools") as refused:
+            chat(serving, messages=turns)
+        assert refused.value.param == f"messages[{place}]"
+
+
+def test_the_templates_own_arguments_reach_it(with_tools: Serving) -> None:
+    assert "<think>" not in prompt_text(chat(with_tools))
+    assert "<think>" in prompt_text(chat(with_tools, chat_template_kwargs={"thinks": True}))
+
+
+def test_a_turn_is_opened_left_closed_or_continued(serving: Serving) -> None:
+    assert prompt_text(chat(serving)).endswith("the end<|im_end|>\n<|im_start|>assistant\n")
+    assert prompt_text(chat(serving, add_generation_prompt=False)).endswith("the end<|im_end|>\n")
+    turns = [*HELLO, {"role": "assistant", "content": "of the"}]
+    assert prompt_text(chat(serving, messages=turns, continue_final_message=True)).endswith("assistant\nof the")
+
+
 # -- answers ---------------------------------------------------------------------------------------------------------
 
 
@@ -252,7 +457,7 @@ def test_an_echo_has_the_prompts_logprobs_with_none_for_its_first_token(serving:
     job = completion(serving, prompt=[5, 6, 7], echo=True, logprobs=1, max_tokens=1)
     chosen = TokenLogprob(9, -1.0, ((9, -1.0),))
     delta = Delta("x", (9,), (chosen,), "length", True, (TokenLogprob(6, -2.0), TokenLogprob(7, -3.0)))
-    choice = reply_to(job).response([delta], {})["choices"][0]
+    choice = json.loads(reply_to(job).response([delta], {}))["choices"][0]
     assert choice["text"] == serving.tokenizer.decode([5, 6, 7]) + "x"
     assert choice["logprobs"]["token_logprobs"] == [None, -2.0, -3.0, -1.0]
     assert choice["logprobs"]["top_logprobs"][0] is None
@@ -260,7 +465,7 @@ def test_an_echo_has_the_prompts_logprobs_with_none_for_its_first_token(serving:
 
 def test_usage_counts_a_prompt_once_however_many_choices_it_has(serving: Serving) -> None:
     job = completion(serving, prompt=[[1, 2, 3], [4]], n=2)
-    choices = [Choice(serving.tokenizer.decode, [], []) for _ in job.sequences]
+    choices = [Choice(serving.tokenizer, [], []) for _ in job.sequences]
     for choice in choices:
         choice.feed(Tokens("r", pack_ids([5, 6]), (), (), "length", 2))
     assert usage(job, choices) == {
@@ -273,10 +478,9 @@ def test_usage_counts_a_prompt_once_however_many_choices_it_has(serving: Serving
 
 def test_a_delta_without_news_makes_no_chunk(serving: Serving) -> None:
     held = Delta("", (5,), (), None, True)
-    assert reply_to(completion(serving)).chunk(0, held) is None
-    assert reply_to(chat(serving)).chunk(0, held) is None
-    told = reply_to(completion(serving, return_token_ids=True)).chunk(0, held)
-    assert told is not None
+    assert list(reply_to(completion(serving)).chunks(0, held)) == []
+    assert list(reply_to(chat(serving)).chunks(0, held)) == []
+    (told,) = reply_to(completion(serving, return_token_ids=True)).chunks(0, held)
     assert told["choices"][0]["token_ids"] == [5]
 
 
@@ -286,3 +490,27 @@ def test_the_openapi_document_refers_only_to_what_it_defines() -> None:
     names = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
     assert names <= set(document["components"]["schemas"])
     assert {"CompletionRequest", "ChatRequest"} <= names
+
+
+def test_an_echo_of_a_long_prompt_comes_in_chunks(serving: Serving) -> None:
+    wide = replace(serving, max_model_len=2000)
+    job = completion(wide, prompt=[5] * 1000, echo=True, logprobs=1, max_tokens=1, stream=True)
+    scored = tuple(TokenLogprob(5, -2.0) for _ in range(999))
+    delta = Delta("x", (9,), (TokenLogprob(9, -1.0),), "length", True, scored)
+    chunks = [chunk["choices"][0] for chunk in reply_to(job).chunks(0, delta)]
+    whole = json.loads(reply_to(job).response([delta], {}))["choices"][0]
+    assert len(chunks) == 4
+    assert max(len(chunk["logprobs"]["tokens"]) for chunk in chunks) <= PROMPT_LOGPROBS
+    assert "".join(chunk["text"] for chunk in chunks) == whole["text"]
+    for part in whole["logprobs"]:
+        assert [each for chunk in chunks for each in chunk["logprobs"][part]] == whole["logprobs"][part]
+    assert [chunk["finish_reason"] for chunk in chunks] == [None, None, None, "length"]
+
+
+def test_what_ends_a_line_anywhere_is_escaped_in_an_event() -> None:
+    text = "a\u2028b\u2029c\x85d\ne é"
+    event = sse.event({"text": text}, "status").decode()
+    assert event.splitlines()[0] == "event: status"
+    assert len(event.splitlines()) == 3
+    assert json.loads(event.splitlines()[1].removeprefix("data: ")) == {"text": text}
+    assert "é" in event

@@ -43,7 +43,7 @@ def byte_fallback_tokenizer() -> Tokenizer:
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int], prompt: list[int] | None = None) -> list[str]:
-    detokenizer = Detokenizer(tokenizer.decode, prompt or [])
+    detokenizer = Detokenizer(tokenizer, prompt or [])
     return [*[detokenizer.push(token) for token in ids], detokenizer.flush()]
 
 
@@ -105,6 +105,49 @@ def test_a_missing_tokenizer_is_a_model_error(tmp_path: Path) -> None:
         Tokenizer.load("/nowhere/at/all")
 
 
+# -- where a prompt ends within a character ---------------------------------------------------------------------------
+
+
+def test_a_character_that_begins_in_the_prompt_is_told_once_it_is_complete(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("hi \0🙃", special=False)  # not among the words that the tokenizer has learnt
+    assert len(ids) >= 4
+    for cut in (1, 2, 3):
+        told = pieces(tokenizer, ids[-cut:], prompt=ids[:-cut])
+        whole = tokenizer.decode(ids[:-cut]).removesuffix(REPLACEMENT)
+        assert whole + "".join(told) == tokenizer.decode(ids)
+        assert REPLACEMENT not in "".join(told)
+
+
+def test_a_replacement_character_in_the_prompt_is_not_told_again(tokenizer: Tokenizer) -> None:
+    prompt = tokenizer.encode(f"hi {REPLACEMENT}", special=False)
+    assert pieces(tokenizer, tokenizer.encode(" end", special=False), prompt=prompt)[0] != ""
+    assert "".join(pieces(tokenizer, tokenizer.encode(" end", special=False), prompt=prompt)) == " end"
+
+
+@pytest.mark.parametrize("told_before", [1, 2, 3])
+def test_bytes_of_a_character_in_the_prompt_are_completed_by_the_answer(told_before: int) -> None:
+    tokenizer = byte_fallback_tokenizer()
+    the, end, emoji = 2, 3, [6 + byte for byte in "🙂".encode()]
+    for before in ([1, the], [1, *emoji, *emoji, *emoji]):
+        prompt, ids = [*before, *emoji[:told_before]], [*emoji[told_before:], end]
+        assert "".join(pieces(tokenizer, ids, prompt=prompt)) == "🙂 end"
+
+
+def test_characters_of_bytes_come_whole_one_after_the_other() -> None:
+    tokenizer = byte_fallback_tokenizer()
+    text = "🙂é日本語🙃" * 20
+    ids = [6 + byte for byte in text.encode()]
+    seen = pieces(tokenizer, ids, prompt=[1, 2])
+    assert "".join(seen) == text
+    assert not any(REPLACEMENT in piece for piece in seen)
+
+
+def test_special_tokens_have_a_text_where_it_is_asked_for(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("<|im_start|>the<|im_end|>", special=False)
+    choice = Choice(tokenizer, [], ["<|im_end|>"], special=True)
+    assert merged([delta for token in ids if (delta := choice.feed(event([token])))]).text == "<|im_start|>the"
+
+
 # -- stop strings ----------------------------------------------------------------------------------------------------
 
 
@@ -160,7 +203,7 @@ def event(tokens: list[int], finish: FinishReason | None = None, logprobs: bool 
 
 def test_tokens_after_a_stop_string_are_dropped_with_their_logprobs(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("the end of the story", special=False)
-    choice = Choice(tokenizer.decode, [], ["end"])
+    choice = Choice(tokenizer, [], ["end"])
     delta = choice.feed(event(ids, logprobs=True))
     assert delta is not None
     assert (delta.text, delta.finish_reason) == ("the ", "stop")
@@ -168,9 +211,16 @@ def test_tokens_after_a_stop_string_are_dropped_with_their_logprobs(tokenizer: T
     assert choice.feed(event(ids)) is None
 
 
+def test_a_stop_string_is_part_of_the_text_where_it_is_asked_for(tokenizer: Tokenizer) -> None:
+    choice = Choice(tokenizer, [], ["e", "end"], keep_stop=True)
+    delta = choice.feed(event(tokenizer.encode("of an end!", special=False)))
+    assert delta is not None
+    assert (delta.text, delta.finish_reason) == ("of an e", "stop")
+
+
 def test_a_stop_string_in_the_last_tokens_wins_over_length(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("the end", special=False)
-    choice = Choice(tokenizer.decode, [], ["end"])
+    choice = Choice(tokenizer, [], ["end"])
     delta = choice.feed(event(ids, "length"))
     assert delta is not None
     assert (delta.text, delta.finish_reason) == ("the ", "stop")
@@ -178,7 +228,7 @@ def test_a_stop_string_in_the_last_tokens_wins_over_length(tokenizer: Tokenizer)
 
 def test_what_was_held_back_comes_with_the_end(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("the end", special=False)
-    choice = Choice(tokenizer.decode, [], ["end!"])
+    choice = Choice(tokenizer, [], ["end!"])
     deltas = [choice.feed(event([token])) for token in ids] + [choice.feed(event([], "stop", cached=4))]
     last = deltas[-1]
     assert last is not None
@@ -188,7 +238,7 @@ def test_what_was_held_back_comes_with_the_end(tokenizer: Tokenizer) -> None:
 
 
 def test_prompt_logprobs_in_parts_come_with_the_first_delta(tokenizer: Tokenizer) -> None:
-    choice = Choice(tokenizer.decode, [5, 6, 7], [])
+    choice = Choice(tokenizer, [5, 6, 7], [])
     assert choice.feed(Tokens("r", b"", (), (TokenLogprob(6, -1.0),), None, 0)) is None
     first = choice.feed(Tokens("r", pack_ids([9]), (), (TokenLogprob(7, -2.0),), None, 0))
     second = choice.feed(event([10], "length"))

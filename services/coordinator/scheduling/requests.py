@@ -90,7 +90,7 @@ class Requests:
         if not prompt or not all(0 <= token < vocabulary for token in (*prompt, *generated)):
             text = f"a prompt has 1 or more token ids from 0 to {vocabulary - 1}"
             return Refused(name, 400, "invalid_prompt", text, "prompt")
-        if len(prompt) + max(1, request.max_tokens) > limit:
+        if len(prompt) + request.max_tokens > limit:
             text = (
                 f"{len(prompt)} prompt tokens and {request.max_tokens} to generate are more than the context of {limit}"
             )

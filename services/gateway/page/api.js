@@ -1,4 +1,4 @@
-// Calls of the REST API. An API key, where one is asked for, lives in this tab's session storage.
+// Calls of the REST API. The operators' token, where it is asked for, lives in this tab's session storage.
 
 const KEY = "ghostserve-key";
 
@@ -18,7 +18,7 @@ export async function call(path, { body, signal } = {}) {
     method: body === undefined ? "GET" : "POST", headers, signal, cache: "no-store",
     body: body === undefined ? undefined : JSON.stringify(body),
   });
-  if (response.status === 401) throw new NeedsKey("this needs an API key");
+  if (response.status === 401) throw new NeedsKey("this needs the operators' token");
   if (!response.ok) {
     const answer = await response.json().catch(() => null);
     throw new Error(answer?.error?.message ?? `${response.status} ${response.statusText}`);

@@ -55,8 +55,8 @@ async function follow() {
 
 function askForKey() {
   const form = byId("key-form");
-  say("warn", "An API key is needed");
-  setText(byId("key-problem"), hasKey() ? "This key is not accepted." : "");
+  say("warn", "The operators' token is needed");
+  setText(byId("key-problem"), hasKey() ? "This token is not accepted." : "");
   forgetKey();
   form.hidden = false;
   byId("key").focus();

@@ -19,7 +19,7 @@ from services.worker.shadow.copies import PageServer, copy_pages
 from services.worker.shadow.stores import StoreClients
 from shared.channel import REDIAL_S, Channel, dial
 from shared.config import WorkerSettings
-from shared.errors import ConfigError, GhostError, PeerLost
+from shared.errors import ConfigError, GhostError, PeerLost, ProtocolError
 from shared.logs import epoch_is
 from shared.messages import (
     TOLD_TO_STOP,
@@ -40,6 +40,7 @@ from shared.messages import (
     WorkerHello,
     WorkerReady,
 )
+from shared.sockets import bracketed
 from shared.tls import client_context
 from shared.transport.server import serve
 from shared.types import GroupConfig, unpack_ids
@@ -145,8 +146,8 @@ class Worker:
         runner.address = self._address
         pages = PageServer(runner.pool, runner.pages)
         broken: GhostError | None = None
-        async with serve(f"tcp://{_bracketed(self._own_address)}:0", pages, token=self._settings.secret or "") as bulk:
-            where = f"tcp://{_bracketed(self._address)}:{bulk.address.rpartition(':')[2]}"
+        async with serve(f"tcp://{bracketed(self._own_address)}:0", pages, token=self._settings.secret or "") as bulk:
+            where = f"tcp://{bracketed(self._address)}:{bulk.address.rpartition(':')[2]}"
             channel.send(WorkerReady(runner.info, runner.pages, where, self._inventory.claim()))
             beating = asyncio.create_task(self._beat(channel, runner, welcome.config.heartbeat_s))
             try:
@@ -236,7 +237,11 @@ class Worker:
 
         def send() -> None:
             if self._channel is not None and not self._channel.closed:
-                self._channel.send(message)
+                try:
+                    self._channel.send(message)
+                except ProtocolError as error:
+                    log.error("can't be sent: %s", error)
+                    self._channel.abort()
 
         self._loop.call_soon_threadsafe(send)
 
@@ -250,7 +255,7 @@ class Worker:
 
 async def _show_life(folder: str, name: str) -> None:
     """Touch a file as long as the event loop turns, for a container's health check. The next life has the same file."""
-    file = Path(folder, name.rsplit(".", 1)[0])
+    file = Path(folder, f"worker-{name.rsplit('.', 1)[0].rpartition('-')[2]}")
     while True:
         try:
             if folder:
@@ -258,10 +263,6 @@ async def _show_life(folder: str, name: str) -> None:
         except OSError as error:
             raise ConfigError(f"alive_dir {folder}: {error.strerror}") from error
         await asyncio.sleep(ALIVE_S)
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 def _host_id() -> str:

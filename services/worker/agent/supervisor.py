@@ -47,7 +47,7 @@ class _Host:
 
     def __init__(self, settings: WorkerSettings):
         self._settings = settings
-        self._prefix = settings.name or default_name("worker")
+        self._prefix = settings.name or f"{default_name('worker')}-{os.urandom(2).hex()}"  # others may be on this host
         self._pids: dict[int, int] = {}
         self._started: dict[int, float] = {}
         self._backoff: dict[int, float] = {}

@@ -27,7 +27,7 @@ from services.worker.engine.checkpoint import (
     read_json,
     shards,
 )
-from shared.errors import ModelError
+from shared.errors import ConfigError, ModelError
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 _CONVERTED = "smollm2-135m-instruct-bf16-1"  # the number grows when the conversion changes
@@ -36,8 +36,13 @@ Progress = Callable[[str, float], None]
 
 
 def default_cache_dir() -> Path:
-    """The folder for converted models: GHOST_CACHE_DIR, or ~/.cache/ghostserve."""
-    return Path(os.environ.get("GHOST_CACHE_DIR") or Path.home() / ".cache" / "ghostserve")
+    """The folder for converted models: GHOST_CACHE_DIR, or ~/.cache/ghostserve. Raises ConfigError without a home."""
+    if folder := os.environ.get("GHOST_CACHE_DIR"):
+        return Path(folder)
+    try:
+        return Path.home() / ".cache" / "ghostserve"
+    except RuntimeError:
+        raise ConfigError("this user has no home directory: set GHOST_CACHE_DIR, where models are kept") from None
 
 
 def resolve_model(
