@@ -96,6 +96,24 @@ def test_idle_pages_that_were_lost_come_back_while_the_engine_steps() -> None:
     world.check_slices()
 
 
+def test_a_page_that_is_restored_is_given_to_nobody_meanwhile() -> None:
+    world, engine = started(pages=12)
+    decoding(world, engine, 8, new=8)
+    until(world, lambda: not engine.requests and not engine.pins and not engine.out)
+    world.kill(world.workers[rank(world, 2)])
+    until(world, lambda: bool(engine.withheld))
+    until(world, lambda: bool(engine.withheld.keys() & engine.pins))
+    pinned = engine.withheld.keys() & engine.pins
+    taken = set(iter(engine.allocate, None))
+    assert taken
+    assert not taken & pinned
+    for block in taken:
+        engine.release(block)
+    until(world, lambda: not engine.withheld)
+    assert pinned <= engine.keys.keys()
+    world.check_slices()
+
+
 def test_a_step_that_failed_is_taken_back_and_nothing_is_restored() -> None:
     world, engine = started(pages=64)
     decoding(world, engine, 10)
