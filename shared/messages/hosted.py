@@ -4,6 +4,19 @@ The engine says EngineHello, and EngineReady once its ranks have their KV caches
 then on PagesSealed and PagesDropped keep the ledger; PinPages asks for pages to be kept while they are encoded.
 
 At a loss: Quiesce -> EngineRuns -> Place, and ranks are assigned and join -> Resume. Page numbers are the engine's own.
+
+Who may touch a page. Ranks read or write a page for protection only while the engine keeps it: because it pinned it,
+or because it stands still, from its EngineRuns to Resume. So the engine may give away at any time, without asking, any
+page that is not pinned, a withheld one too: it says PagesDropped first, in order with all else, and only then lets
+somebody write. PinPages names sealed or withheld pages; the engine pins those that still have the key named, and
+answers with exactly these. A pin ends with UnpinPages or Resume, with nothing else: neither with PagesWhole or
+PagesGone, which only say what becomes of a withheld page, nor with the connection, because ranks that have not joined a
+new epoch may still be at work. An engine without a connection goes on stepping, but gives no pinned page away, and
+seals and drops as it likes: what it had to say then is not kept, for when it dials again it tells all that it has, and
+what it does not tell is dropped. It is quiesced then, like after a loss, whatever the connection before had left open:
+the answers, pins and epochs of that one mean nothing any more. An engine that stands still stays so until Resume, on
+this connection or a later one. Where a Place has changed a worker, no page counts as whole until Resume, and an engine
+that dials anew before it tells no page as sealed.
 """
 
 from dataclasses import dataclass
@@ -53,7 +66,7 @@ class PagesSealed(Message):
 
 @dataclass(frozen=True, slots=True)
 class PagesDropped(Message):
-    """These pages were given away, or are about to be written again. Harmless for one that was not sealed."""
+    """These pages are about to be given away, or written again; none is pinned. Harmless for one that is not sealed."""
 
     pages: bytes
 
@@ -125,7 +138,10 @@ class EngineLoad(Message):
 
 @dataclass(frozen=True, slots=True)
 class PinPages(Message):
-    """Keep these pages, if they still have these keys: they are about to be encoded. Answered by PagesPinned."""
+    """Keep these pages, if they still have these keys: they are to be encoded, or, withheld ones, restored.
+
+    Answered by PagesPinned.
+    """
 
     pages: bytes
     keys: tuple[PageKey, ...]
@@ -133,7 +149,7 @@ class PinPages(Message):
 
 @dataclass(frozen=True, slots=True)
 class UnpinPages(Message):
-    """These pages need not be kept any more."""
+    """These pages need not be kept any more. Harmless for one that is not pinned."""
 
     pages: bytes
 
@@ -157,9 +173,9 @@ class Place(Message):
 class Resume(Message):
     """Step again. `gone`: pages that won't come back: forget their keys. `withheld`: pages that may yet come back.
 
-    Withheld pages belong to nobody and are found by nobody, until PagesWhole or PagesGone names them. Pages that were
-    pinned, or withheld before and not again, may be given away only now, also after a connection was lost: until all
-    ranks had joined the new epoch, a transfer of the one before could still write to them.
+    Withheld pages belong to nobody and are found by nobody, until PagesWhole or PagesGone names them, or the engine
+    needs their room and drops them. `withheld` is all of them; those withheld before and not again are free. All pins
+    end: the ranks have joined the new epoch, so no transfer of the one before reads or writes any more.
     """
 
     epoch: int

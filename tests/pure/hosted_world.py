@@ -102,7 +102,8 @@ class SimEngine:
             case Resume(epoch, gone, withheld):
                 self._resume(unpack_ids(gone), unpack_ids(withheld))
             case PinPages(pages, keys):
-                here = [page for page, key in zip(unpack_ids(pages), keys, strict=True) if self.keys.get(page) == key]
+                named = zip(unpack_ids(pages), keys, strict=True)
+                here = [page for page, key in named if key in (self.keys.get(page), self.withheld.get(page))]
                 for page in here:
                     self.pins[page] = self.pins.get(page, 0) + 1
                     self.hold(page)
@@ -186,8 +187,8 @@ class SimEngine:
             block = next(iter(self.idle))
             self.forget(block)
             self.out.append(PagesDropped(pack_ids([block])))
-        if not self.free and self.withheld:
-            block = next(iter(self.withheld))
+        if not self.free and (unpinned := self.withheld.keys() - self.pins):
+            block = self.world.dice.choice(sorted(unpinned))
             del self.withheld[block]
             self.out.append(PagesDropped(pack_ids([block])))
             self.release(block)

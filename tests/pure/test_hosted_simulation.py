@@ -3,7 +3,7 @@
 import pytest
 
 from services.coordinator.protection.ledger import Parity
-from shared.messages import Refused, StepFailed, Submit
+from shared.messages import PagesPinned, Refused, StepFailed, Submit
 from shared.types import GenerationRequest, SamplingParams, pack_ids
 from tests.pure.hosted_world import HostedWorld, SimEngine
 from tests.pure.test_group_simulation import until
@@ -96,6 +96,24 @@ def test_idle_pages_that_were_lost_come_back_while_the_engine_steps() -> None:
     world.check_slices()
 
 
+def test_a_page_that_is_restored_is_given_to_nobody_meanwhile() -> None:
+    world, engine = started(pages=12)
+    decoding(world, engine, 8, new=8)
+    until(world, lambda: not engine.requests and not engine.pins and not engine.out)
+    world.kill(world.workers[rank(world, 2)])
+    until(world, lambda: bool(engine.withheld))
+    until(world, lambda: bool(engine.withheld.keys() & engine.pins))
+    pinned = engine.withheld.keys() & engine.pins
+    taken = set(iter(engine.allocate, None))
+    assert taken
+    assert not taken & pinned
+    for block in taken:
+        engine.release(block)
+    until(world, lambda: not engine.withheld)
+    assert pinned <= engine.keys.keys()
+    world.check_slices()
+
+
 def test_a_step_that_failed_is_taken_back_and_nothing_is_restored() -> None:
     world, engine = started(pages=64)
     decoding(world, engine, 10)
@@ -129,6 +147,17 @@ def test_a_coordinator_that_is_back_learns_all_from_the_engine_and_nothing_is_re
     assert world.restored == 0
 
 
+def test_pages_that_were_pinned_when_the_last_store_left_are_protected_by_the_next_one() -> None:
+    world, engine = started(pages=64)
+    engine.submit([world.dice.randrange(8, VOCABULARY) for _ in range(23)], 2)
+    until(world, lambda: any(isinstance(message, PagesPinned) for message in engine.out))
+    world.lose_store()
+    until(world, lambda: not engine.out)
+    world.add_store()
+    until(world, lambda: not (engine.requests or engine.pins or engine.out or world.group.status().stripes_pending))
+    assert world.ledger.count(Parity.PROTECTED) == len(engine.keys) > 0
+
+
 def test_another_engine_takes_the_place_of_one_that_is_gone() -> None:
     world, engine = started(pages=64)
     decoding(world, engine, 10)
@@ -154,7 +183,7 @@ def test_requests_of_gateways_are_sent_to_the_engines_own_api() -> None:
 
 
 @pytest.mark.parametrize("parity", [1, 2])
-@pytest.mark.parametrize("seed", range(400))
+@pytest.mark.parametrize("seed", range(40))
 def test_a_hosted_engine_survives_whatever_dies_when(seed: int, parity: int) -> None:
     world, engine = started(seed, parity=parity, pages=24)
     dice = world.dice

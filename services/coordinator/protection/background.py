@@ -1,14 +1,19 @@
-"""How lost pages that are in no use come back: while the group serves, a few at a time, or they are given up."""
+"""How lost pages that are in no use come back: while the group serves, a few at a time, or they are given up.
+
+Each few are looked up, pinned, and restored when the host keeps them: it steps meanwhile, and may want their room.
+"""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from services.coordinator.events import FindStripes, StripesFound
 from services.coordinator.membership.members import Membership
 from services.coordinator.outbox import Outbox
 from services.coordinator.protection.costs import restorable
+from services.coordinator.protection.host import Host
 from services.coordinator.protection.ledger import Ledger
-from services.coordinator.protection.restoration import Restoration
+from services.coordinator.protection.restoration import PLAN_STRIPES, Restoration
 from services.coordinator.protection.stores import Stores
 from shared.messages import StripeRestore
 
@@ -27,6 +32,8 @@ class Pass:
     began: int
     pages: tuple[int, ...] = ()
     asked: bool = False
+    ways: dict[int, StripeRestore] = field(default_factory=dict)
+    """Page -> how to restore it, of those that are pinned, until the host keeps them."""
     not_before: float = 0.0
 
 
@@ -37,13 +44,15 @@ class Background:
         self,
         page_bytes: int,
         membership: Membership,
+        host: Host,
         ledger: Ledger,
         stores: Stores,
         restoration: Restoration,
         outbox: Outbox,
     ):
-        self._batch = max(1, BATCH_BYTES // page_bytes)
+        self._batch = min(PLAN_STRIPES, max(1, BATCH_BYTES // page_bytes))
         self._membership = membership
+        self._host = host
         self._ledger = ledger
         self._stores = stores
         self._restoration = restoration
@@ -52,16 +61,21 @@ class Background:
 
     def begin(self) -> None:
         """From now on, while the epoch serves, they come back."""
+        self.interrupted()
         self._pass = Pass(self._ledger.lost) if self._membership.state == "serving" else None
 
     def interrupted(self) -> None:
         """The epoch is over."""
-        self._pass = None
+        under_way, self._pass = self._pass, None
+        for number in under_way.ways if under_way is not None else ():
+            self._host.unpin(number)
 
     def tick(self) -> None:
         """Ask for the next ones, if it is time and those before are done with."""
         under_way, now = self._pass, self._outbox.now
-        if under_way is None or under_way.asked or now < under_way.not_before or not self._restoration.idle:
+        if under_way is None or under_way.asked or under_way.ways:
+            return
+        if now < under_way.not_before or not self._restoration.idle:
             return
         under_way.pages = tuple(page.number for page in self._ledger.lost_idle(self._batch))
         if not under_way.pages:
@@ -86,7 +100,6 @@ class Background:
             log.warning("the stripe index can't be read: %s", found.trouble)
             under_way.not_before = self._outbox.now + INDEX_RETRY_S
             return
-        ways: list[StripeRestore] = []
         for number in under_way.pages:
             key, missing = self._ledger.key(number), self._ledger.missing(number)
             if key is None or not missing:
@@ -95,5 +108,20 @@ class Background:
             if stripe is None:
                 self._ledger.forget((number,))
             else:
-                ways.append(stripe)
-        self._restoration.add(ways)
+                under_way.ways[number] = stripe
+                self._host.pin(number)
+        if under_way.ways and self._host.confirm(list(under_way.ways)):
+            self.pinned(list(under_way.ways))
+
+    def pinned(self, numbers: Iterable[int]) -> None:
+        """These pages are kept by now, as `Host.confirm` asked: those that wait for it are restored."""
+        ways = self._pass.ways if self._pass is not None else {}
+        kept = [number for number in numbers if number in ways]
+        self._restoration.add([ways.pop(number) for number in kept])
+        for number in kept:
+            self._host.unpin(number)
+
+    def dropped(self, number: int) -> None:
+        """This page is given away: it is not waited for."""
+        if self._pass is not None and self._pass.ways.pop(number, None) is not None:
+            self._host.unpin(number)

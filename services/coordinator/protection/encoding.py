@@ -103,12 +103,15 @@ class Encoding:
             for number in numbers
             if self._ledger.parity(number) is Parity.PENDING and (key := self._ledger.key(number)) is not None
         }
-        stores = self._stores.open()
-        if pages and stores and self._membership.state == "serving":
+        if not pages or self._membership.state != "serving":
+            return  # what is pending then is queued again by `resumed`
+        if stores := self._stores.open():
             plan = ProtectPlan(
                 self._membership.epoch, self._step, pack_ids(pages), tuple(pages.values()), stores, self._serial
             )
             self._outbox.to_ranks(plan)
+        else:  # the last one left meanwhile
+            self._ledger.end_protection(pages.values(), 0, protected=False, reason="no parity store is connected")
 
     def _release(self, keys: tuple[PageKey, ...]) -> None:
         self._outdated(keys)

@@ -61,7 +61,7 @@ class Protection:
             config, page_bytes, page_tokens, membership, host, self.ledger, self._tails, stores, self.timeline,
             self.rates, outbox, always=settings.restore == "always", alike=alike,
         )  # fmt: skip
-        self.background = Background(page_bytes, membership, self.ledger, stores, self.restoration, outbox)
+        self.background = Background(page_bytes, membership, host, self.ledger, stores, self.restoration, outbox)
         self.moves = Moves(membership, host, self.ledger, page_bytes, outbox)
         self._size = config.size
         self._host = host
@@ -90,12 +90,15 @@ class Protection:
         """These pages are given away, or about to be written again."""
         for page in pages:
             self.ledger.dropped(page)
+            self.background.dropped(page)
             if self._tails is not None:
                 self._tails.page_dropped(page)
 
     def pinned(self, pages: Iterable[int]) -> None:
         """These pages are kept, as `Host.confirm` asked."""
+        pages = list(pages)
         self.encoding.pinned(pages)
+        self.background.pinned(pages)
 
     def unused(self, page: int) -> None:
         """No request stands on a sealed page any more: of its single tokens none is wanted back."""
