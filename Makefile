@@ -39,8 +39,9 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 serve: $(STAMP) ## serve the default model on http://127.0.0.1:8000 until Ctrl-C
 	@$(BIN)/ghostserve serve
 
-test: $(STAMP) ## run all tests: those of clusters one after the other, the others in the time that these leave
+test: $(STAMP) $(VLLM_STAMP) ## run all tests: of clusters one after the other, others in the time that these leave; of vLLM
 	@$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target test-clusters test-others
+	@$(MAKE) --no-print-directory test-vllm
 
 test-vllm: $(VLLM_STAMP) ## run the tests of vLLM, with real processes and signals
 	$(VLLM)/bin/pytest tests/vllm
