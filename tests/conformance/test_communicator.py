@@ -13,6 +13,7 @@ import torch
 
 from services.worker.communicator import Communicator, Kind, create, open_rendezvous
 from services.worker.communicator.base import cut
+from services.worker.communicator.shm import ShmRendezvous
 from shared.errors import CommunicatorAborted, CutOff
 from tests.conformance.rank_processes import Outcome, RankProcesses
 
@@ -262,4 +263,21 @@ def test_connecting_ends_when_the_epoch_does() -> None:
         cancelled.set()
         with pytest.raises(CommunicatorAborted, match="before all ranks were connected"):
             connecting.result(timeout=5.0)
+    rendezvous.close()
+
+
+def test_who_holds_the_meeting_place_can_end_the_epoch_for_ranks_that_compute_and_for_those_to_come() -> None:
+    rendezvous = ShmRendezvous(2, 1 << 16)
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(lambda rank: create("shm", rendezvous.address, rank, 2, timeout=60.0), range(2))
+        waiting = threads.submit(first.all_reduce, torch.ones(1))
+        rendezvous.abort()
+        with pytest.raises(CommunicatorAborted):
+            waiting.result(timeout=5.0)
+        with pytest.raises(CommunicatorAborted):
+            second.all_reduce(torch.ones(1))
+        with pytest.raises(CommunicatorAborted):
+            create("shm", rendezvous.address, 1, 2, timeout=60.0)
+    first.close()
+    second.close()
     rendezvous.close()

@@ -205,6 +205,7 @@ class Worker:
                 if message.final:
                     raise ConfigError(f"the coordinator does not want this worker: {message.reason}")
                 self._inventory.forget()
+                runner.given_up()
                 raise PeerLost(f"the coordinator gave this worker up: {message.reason}")
             case _:
                 log.warning("the coordinator sent %s", type(message).__name__)

@@ -24,12 +24,18 @@ class RankEngine(Protocol):
     shadow: Shadow
     at_rest: threading.Event
     """Set while nothing is computed."""
-    step_done: int
-    """The last step that is done in this epoch."""
-    in_flight: bool
-    """Whether one is being computed."""
     unfit: str
     """Why it can take no rank, in words; empty while it can."""
+
+    @property
+    def step_done(self) -> int:
+        """The last step that is done in this epoch."""
+        ...
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether one is being computed."""
+        ...
 
     @property
     def pages(self) -> int:
@@ -61,6 +67,10 @@ class RankEngine(Protocol):
 
     def interrupt(self, epoch: int) -> None:
         """From now on only what is of `epoch` counts; 0: the coordinator is lost."""
+        ...
+
+    def given_up(self) -> None:
+        """The coordinator has given this worker up: what it holds of a rank is out of date."""
         ...
 
     def close(self) -> None:

@@ -64,6 +64,14 @@ class ShmRendezvous:
         self._fd = os.memfd_create("ghostserve", os.MFD_CLOEXEC)
         os.ftruncate(self._fd, _header_bytes(size) + size * 2 * slot_bytes)
         self.address = f"/proc/{os.getpid()}/fd/{self._fd}"
+        self._size = size
+
+    def abort(self) -> None:
+        """End the epoch for all ranks, connected or not, from a process that need not be one of them."""
+        if self._fd >= 0:
+            memory = mmap.mmap(self._fd, _header_bytes(self._size))
+            words = [ctypes.c_uint32.from_buffer(memory, line * _LINE) for line in range(1 + self._size)]
+            _abort(words[0], words[1:])
 
     def close(self) -> None:
         """Forget the memory. Ranks that are connected keep it."""
@@ -183,12 +191,8 @@ class ShmCommunicator(Communicator):
             start, end = start + part, int(totals.max())
 
     def abort(self) -> None:
-        if self._closed:
-            return
-        self._abort_word.value = 1
-        for word, address in zip(self._words, self._addresses, strict=True):
-            word.value |= _ABORTED  # a word that changed ends a futex wait, also one that is only about to begin
-            _syscall(_SYS_FUTEX, address, _FUTEX_WAKE, _EVERYONE, None, 0, 0)
+        if not self._closed:
+            _abort(self._abort_word, self._words)
 
     def close(self) -> None:
         if not self._closed:
@@ -254,6 +258,13 @@ class ShmCommunicator(Communicator):
         if time.monotonic() > deadline:
             self.abort()
             raise DeadlineExceeded(f"rank {peer} did not take part within {self.timeout} s")
+
+
+def _abort(abort_word: ctypes.c_uint32, words: Sequence[ctypes.c_uint32]) -> None:
+    abort_word.value = 1
+    for word in words:
+        word.value |= _ABORTED  # a word that changed ends a futex wait, also one that is only about to begin
+        _syscall(_SYS_FUTEX, ctypes.addressof(word), _FUTEX_WAKE, _EVERYONE, None, 0, 0)
 
 
 def _laid_out(buffers: Sequence[Bytes], start: int, length: int) -> Iterator[tuple[Bytes, int, int]]:

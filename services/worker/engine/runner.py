@@ -154,6 +154,9 @@ class Runner:
         if communicator is not None:
             communicator.abort()
 
+    def given_up(self) -> None:
+        """Nothing to do: as a spare it loads its slice anew."""
+
     def close(self) -> None:
         """End the thread."""
         self.interrupt(-1)

@@ -1,0 +1,1 @@
+"""vLLM as a host of protection: the only place that imports vllm."""

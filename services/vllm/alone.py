@@ -1,0 +1,190 @@
+"""Decides about an engine's ranks in the engine core itself: nothing is protected, what is lost is recomputed."""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+from services.vllm.link import Loss
+from services.vllm.messages import Placed
+
+log = logging.getLogger("vllm.ghostserve")
+
+SETTLE_S = 0.05
+"""A step that failed at one rank is often a peer's death, which is heard a moment later."""
+MAX_ATTEMPTS = 8
+TICK_S = 0.05
+
+
+class Member(Protocol):
+    """One worker process."""
+
+    name: str
+
+    @property
+    def pid(self) -> int: ...
+
+
+class Engine(Protocol):
+    """What can be done to the engine's ranks."""
+
+    @property
+    def size(self) -> int: ...
+
+    def start(self, rank: int | None) -> Member: ...
+
+    def quiesce(self, epoch: int) -> None: ...
+
+    def place(self, epoch: int, ranks: list[Any], hosted_epoch: int = 0) -> None: ...
+
+    def resume(self, loss: Loss) -> None: ...
+
+    def fail(self, reason: str) -> None: ...
+
+
+class Alone:
+    """Hears of workers on any thread, decides on its own.
+
+    gathering: ranks are missing, or may not step; placing: all are told who they are; stepping.
+    """
+
+    def __init__(self, engine: Engine, spares: int):
+        self._engine = engine
+        self._spares = spares
+        self._may_spare = False
+        self._epoch = 1
+        self._phase: Literal["gathering", "placing", "stepping"] = "gathering"
+        self._ranks: list[Member | None] = [None] * engine.size
+        self._ready: list[Member] = []
+        self._starting: dict[Member, int | None] = {}
+        self._placed: dict[int, Placed] = {}
+        self._attempts = 0
+        self._since = time.monotonic()
+        self._events: queue.Queue[Callable[[], None]] = queue.Queue()
+        self._due: list[tuple[float, Callable[[], None]]] = []
+        threading.Thread(target=self._run, name="alone", daemon=True).start()
+
+    def built(self, member: Member) -> None:
+        """A process is ready to take a rank."""
+        self._events.put(lambda: self._built(member))
+
+    def gone(self, member: Member) -> None:
+        """A process has ended."""
+        self._events.put(lambda: self._gone(member))
+
+    def placed(self, placed: Placed) -> None:
+        """A process has taken its rank, or failed to."""
+        self._events.put(lambda: self._took(placed))
+
+    def failed(self, member: Member, epoch: int, reason: str) -> None:
+        """A rank could not do what was asked in `epoch`."""
+        self._events.put(lambda: self._failed(member, epoch, reason))
+
+    def may_spare(self) -> None:
+        """From now on a process can be made ready for any rank."""
+        self._events.put(self._allow_spares)
+
+    # -- the deciding thread -----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        for rank in range(self._engine.size):
+            self._starting[self._engine.start(rank)] = rank
+        while True:
+            try:
+                self._events.get(timeout=TICK_S)()
+            except queue.Empty:
+                now = time.monotonic()
+                due, self._due = (
+                    [each for each in self._due if each[0] <= now],
+                    [each for each in self._due if each[0] > now],
+                )
+                for _, event in due:
+                    event()
+            self._go_on()
+
+    def _run_due(self, now: float) -> None:
+        due = [event for at, event in self._due if at <= now]
+        self._due = [each for each in self._due if each[0] > now]
+        for event in due:
+            event()
+
+    def _later(self, seconds: float, event: Callable[[], None]) -> None:
+        self._due.append((time.monotonic() + seconds, event))
+
+    def _allow_spares(self) -> None:
+        self._may_spare = True
+
+    def _built(self, member: Member) -> None:
+        rank = self._starting.pop(member)
+        if rank is not None and self._ranks[rank] is None:
+            self._ranks[rank] = member
+        else:
+            self._ready.append(member)
+
+    def _gone(self, member: Member) -> None:
+        log.warning("%s (pid %d) is gone", member.name, member.pid)
+        self._starting.pop(member, None)
+        if member in self._ready:
+            self._ready.remove(member)
+        if member in self._ranks:
+            self._ranks[self._ranks.index(member)] = None
+            self._quiesce()
+        if not self._may_spare:
+            self._engine.fail(f"{member.name} ended while the engine was starting")
+
+    def _took(self, placed: Placed) -> None:
+        if placed.epoch != self._epoch:
+            return
+        if placed.error:
+            log.warning("rank %d: %s", placed.rank, placed.error)
+            self._quiesce()
+        else:
+            self._placed[placed.rank] = placed
+
+    def _failed(self, member: Member, epoch: int, reason: str) -> None:
+        if epoch == self._epoch:
+            log.warning("%s: %s", member.name, reason)
+            self._quiesce()
+            time.sleep(SETTLE_S)
+
+    def _quiesce(self) -> None:
+        if self._phase == "stepping":
+            self._since = time.monotonic()
+        self._phase = "gathering"
+        self._epoch += 1
+        self._engine.quiesce(self._epoch)
+
+    def _go_on(self) -> None:
+        self._fill()
+        if not self._events.empty():
+            return
+        members = [member for member in self._ranks if member is not None]
+        if self._phase == "gathering" and len(members) == self._engine.size:
+            self._attempts += 1
+            if self._attempts > MAX_ATTEMPTS:
+                self._engine.fail(f"the ranks did not come together in {MAX_ATTEMPTS} attempts")
+            self._phase, self._placed = "placing", {}
+            self._engine.place(self._epoch, members)
+        elif self._phase == "placing" and len(self._placed) == self._engine.size:
+            self._phase, self._attempts = "stepping", 0
+            draws = next((each.draws for each in self._placed.values() if len(each.draws) > 1), {})
+            log.warning("epoch %d: stepping after %.3f s", self._epoch, time.monotonic() - self._since)
+            self._engine.resume(Loss(self._epoch, False, (), (), draws))
+
+    def _fill(self) -> None:
+        """Give missing ranks to those who are ready; start others for what is missing, and as spares."""
+        for rank, member in enumerate(self._ranks):
+            if member is None and self._ready:
+                self._ranks[rank] = self._ready.pop(0)
+        self._start_missing()
+
+    def _start_missing(self) -> None:
+        if not self._may_spare:
+            return
+        missing = [rank for rank, member in enumerate(self._ranks) if member is None]
+        for rank in missing[len(self._starting) :]:
+            self._starting[self._engine.start(None if self._spares else rank)] = None
+        while self._spares and len(self._starting) + len(self._ready) < len(missing) + self._spares:
+            self._starting[self._engine.start(None)] = None

@@ -1,0 +1,127 @@
+"""The worker processes of an engine core: started, told, listened to, and ended."""
+
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+from vllm.config import VllmConfig
+from vllm.utils.ompmultiprocessing import OMPProcessManager
+
+from services.vllm import messages, process
+
+log = logging.getLogger("vllm.ghostserve")
+
+
+class Member:
+    """One worker process, as the engine core sees it."""
+
+    def __init__(self, name: str, running: BaseProcess, connection: Connection):
+        self.name = name
+        self.process = running
+        self.connection = connection
+        self._sending = threading.Lock()
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self.process.pid or 0
+
+    def tell(self, message: messages.Message) -> None:
+        """Send. If it is gone nothing happens: its end is heard by whoever listens."""
+        with self._sending:
+            try:
+                messages.send(self.connection, message)
+            except OSError:
+                log.debug("%s is gone", self.name)
+
+    def kill(self) -> None:
+        """End it at once. That it is gone is told as if it had died by itself."""
+        if self.process.is_alive():
+            os.kill(self.pid, signal.SIGKILL)
+
+
+class Crew:
+    """All worker processes. What they say, and that they are gone, is told on a thread of the crew's."""
+
+    def __init__(
+        self,
+        config: VllmConfig,
+        heard: Callable[[Member, messages.Message], None],
+        gone: Callable[[Member], None],
+    ):
+        self._config = config
+        self._heard = heard
+        self._gone = gone
+        # Forked from a process that has imported everything: 2 s instead of 10, and that memory is shared.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["services.vllm.imports"])
+        self._lock = self._context.Lock()
+        self._omp = OMPProcessManager(config)
+        self._members: dict[Connection, Member] = {}
+        self._count = 0
+        self._changed, self._change = multiprocessing.Pipe(duplex=False)
+        self._guard = threading.Lock()
+        self._closed = False
+        threading.Thread(target=self._listen, name="crew", daemon=True).start()
+
+    def start(self, rank: int | None = None) -> Member:
+        """Start a process, bound to the cores of `rank` if it is known which it will be."""
+        with self._guard:
+            name = f"Worker_{self._count}"
+            self._count += 1
+        ours, theirs = self._context.Pipe()
+        arguments = (pickle.dumps(self._config), self._lock, theirs, name)
+        running = self._context.Process(target=process.main, args=arguments, name=name, daemon=True)
+        with self._omp.configure_omp_envs(rank=rank or 0, local_rank=rank or 0):
+            running.start()
+        theirs.close()
+        member = Member(name, running, ours)
+        with self._guard:
+            self._members[ours] = member
+        self._change.send_bytes(b"\0")
+        return member
+
+    def close(self) -> list[BaseProcess]:
+        """Let go of all processes, which end when they notice. Returns them."""
+        with self._guard:
+            self._closed = True
+            members = list(self._members.values())
+            self._members.clear()
+        self._change.send_bytes(b"\0")
+        for member in members:
+            member.connection.close()
+        return [member.process for member in members]
+
+    def _listen(self) -> None:
+        while True:
+            with self._guard:
+                if self._closed:
+                    return
+                connections = list(self._members)
+            for ready in multiprocessing.connection.wait([self._changed, *connections]):
+                if ready is self._changed:
+                    self._changed.recv_bytes()
+                elif isinstance(ready, Connection):
+                    self._hear(ready)
+
+    def _hear(self, connection: Connection) -> None:
+        member = self._members.get(connection)
+        if member is None:
+            return
+        try:
+            message = messages.receive(connection)
+        except (EOFError, OSError):
+            with self._guard:
+                closed = self._members.pop(connection, None) is None
+            if not closed:
+                connection.close()
+                member.process.join(timeout=1.0)
+                self._gone(member)
+            return
+        self._heard(member, message)

@@ -1,0 +1,89 @@
+"""vLLM's groups of ranks, made by each process for itself: no collective is needed to make, change or end them."""
+
+from collections import deque
+from dataclasses import dataclass, fields
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed import parallel_state
+from vllm.distributed.parallel_state import GroupCoordinator
+from vllm.platforms import current_platform
+
+from services.vllm.communicator import RankCommunicator
+from services.worker.communicator.base import Communicator
+
+
+class RankGroup(GroupCoordinator):
+    """A GroupCoordinator over our communicator; its __init__ sets what GroupCoordinator's sets, less torch's groups.
+
+    cpu_group and device_group don't exist: what would go past the communicator fails at once.
+    """
+
+    def __init__(self, name: str, ranks: list[int], rank: int):
+        self.unique_name = f"{name}:0"
+        self.rank = rank
+        self.local_rank = self.device_index = rank
+        self.ranks = ranks
+        self.group_ranks = [ranks]
+        self.world_size = len(ranks)
+        self.rank_in_group = ranks.index(rank)
+        self.backend = self.torch_distributed_backend = "ghostserve"
+        self.device = torch.device("cpu")
+        self.use_device_communicator = len(ranks) > 1
+        self.device_communicator = RankCommunicator(self.unique_name, ranks, rank) if len(ranks) > 1 else None
+        self.mq_broadcaster = None
+        self.use_custom_op_call = current_platform.use_custom_op_collectives()
+        self.use_cpu_custom_send_recv = False
+        self._pending_isends: deque[object] = deque()
+
+    def broadcast(self, input_: torch.Tensor, src: int = 0) -> torch.Tensor:
+        """Fill `input_` with rank `src`'s."""
+        return input_ if self.device_communicator is None else self.device_communicator.broadcast(input_, src)
+
+    def barrier(self) -> None:
+        """Wait until all ranks of the group have come."""
+        if self.device_communicator is not None:
+            self.device_communicator.all_reduce(torch.zeros(1))
+
+    def destroy(self) -> None:
+        """Nothing is held here: the channel belongs to the process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """What vllm.distributed.parallel_state holds for one rank of a tensor-parallel engine."""
+
+    world: RankGroup
+    tp: RankGroup
+    dcp: RankGroup
+    pcp: RankGroup
+    pp: RankGroup
+    dp: RankGroup
+    ep: RankGroup | None
+
+    @classmethod
+    def of(cls, config: VllmConfig, rank: int) -> "Groups":
+        """Those that vLLM's own initialize_model_parallel makes, for this rank."""
+        ranks = list(range(config.parallel_config.tensor_parallel_size))
+        alone = {name: RankGroup(name, [rank], rank) for name in ("dcp", "pcp", "pp", "dp")}
+        experts = RankGroup("ep", ranks, rank) if config.model_config.is_moe else None
+        return cls(RankGroup("world", ranks, rank), RankGroup("tp", ranks, rank), **alone, ep=experts)
+
+    def install(self) -> None:
+        """Make these the groups that vLLM's code finds in this process."""
+        state = parallel_state
+        state._WORLD, state._NODE_COUNT = self.world, 1
+        state._TP = state._ETP = self.tp
+        state._DCP, state._PCP, state._PP, state._DP, state._EP = self.dcp, self.pcp, self.pp, self.dp, self.ep
+        for each in self._all():
+            parallel_state._register_group(each)
+
+    def connect(self, channel: Communicator | None) -> None:
+        """From now on the groups' collectives go over `channel`."""
+        for each in self._all():
+            if each.device_communicator is not None:
+                each.device_communicator.channel = channel
+
+    def _all(self) -> list[RankGroup]:
+        groups = (getattr(self, field.name) for field in fields(self))
+        return [group for group in groups if group is not None]

@@ -1,0 +1,184 @@
+"""vLLM's scheduler, which goes back to before a lost step. Named to vLLM by --scheduler-cls."""
+
+import threading
+import time
+from collections.abc import Collection
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+from vllm.v1.request import RequestStatus
+
+from services.vllm.batch import Known
+from services.vllm.books import Books
+from services.vllm.executor import LostStep
+from services.vllm.link import Loss, link_of
+from shared.messages import EngineLoad, EngineRun
+from shared.types import PageKey
+
+
+class _Resuming(Scheduler):
+    """What both of vLLM's schedulers get: after a loss all requests wait again, and come back by prefix hits."""
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any):
+        super().__init__(vllm_config, *args, **kwargs)
+        self._link = link_of(vllm_config.instance_id)
+        self._epoch = self._link.wait_open()
+        self._step = 0
+        self._processed = 0
+        self._unknown: set[str] = set()
+        """Requests that no worker knows any more, though it was told of them once."""
+        self._draws: dict[str, bytes] = {}
+        self._guard = threading.RLock()
+        """Held while requests or blocks change hands: the coordinator's word comes on another thread."""
+        self._books = Books(self, self._link.tell)
+        self._link.attach(self)
+
+    # -- what vLLM's engine core calls -------------------------------------------------------------------------------
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """As vLLM's; what the workers must be told of an earlier loss travels with the step."""
+        while True:
+            self._catch_up()
+            with self._guard:
+                if self._link.epoch == self._epoch:  # or it ended just now
+                    return self._schedule(throttle_prefills)
+
+    def _schedule(self, throttle_prefills: bool) -> SchedulerOutput:
+        self._books.blocks.make_room()
+        output = super().schedule(throttle_prefills)
+        self._step += 1
+        output.ghost_epoch, output.ghost_step = self._epoch, self._step
+        output.ghost_known = self._make_known(output)
+        output.ghost_ends = self._books.scheduled(self._step, output)
+        return output
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
+        """As vLLM's; the output of a lost step gives back what its scheduling took."""
+        lost = isinstance(model_runner_output, LostStep)
+        if lost:
+            self._catch_up()
+            model_runner_output = EMPTY_MODEL_RUNNER_OUTPUT
+        ends = {} if lost else scheduler_output.ghost_ends
+        with self._guard:
+            if not lost and scheduler_output.ghost_epoch == self._epoch:
+                self._processed = scheduler_output.ghost_step
+                self._books.came_back(scheduler_output.ghost_step, ends)
+            outputs = super().update_from_output(scheduler_output, model_runner_output)
+            self._books.processed(ends)
+            return outputs
+
+    def add_request(self, request: Any) -> None:
+        """As vLLM's."""
+        with self._guard:
+            super().add_request(request)
+
+    def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> Any:
+        """As vLLM's."""
+        with self._guard:
+            ended = super().finish_requests(request_ids, finished_status)
+            gone = [request_ids] if isinstance(request_ids, str) else list(request_ids or ())
+            for request_id in gone:
+                self._books.forget(request_id, ended=True)
+            return ended
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """As vLLM's."""
+        with self._guard:
+            done = super().reset_prefix_cache(*args, **kwargs)
+            self._books.blocks.reset()
+            return bool(done)
+
+    # -- what the decider asks, on its own thread --------------------------------------------------------------------
+
+    def stand_still(self) -> tuple[EngineRun, ...]:
+        """See HostedScheduler."""
+        with self._guard:
+            return self._books.stand_still()
+
+    def tell_all(self, *, whole: bool) -> None:
+        """See HostedScheduler."""
+        with self._guard:
+            if not whole:
+                self._books.blocks.forget_all()
+            self._books.blocks.tell_all()
+
+    def pin(self, blocks: Collection[int], keys: Collection[PageKey]) -> None:
+        """See HostedScheduler."""
+        with self._guard:
+            self._books.blocks.pin(blocks, keys)
+
+    def unpin(self, blocks: Collection[int]) -> None:
+        """See HostedScheduler."""
+        with self._guard:
+            self._books.blocks.unpin(blocks)
+
+    def back(self, blocks: Collection[int], *, whole: bool) -> None:
+        """See HostedScheduler."""
+        with self._guard:
+            if whole:
+                self._books.blocks.whole(blocks)
+            else:
+                self._books.blocks.gone(blocks)
+
+    def load(self) -> EngineLoad:
+        """See HostedScheduler."""
+        with self._guard:
+            in_use, cached = self._books.blocks.in_use()
+            return EngineLoad(len(self.running), len(self.waiting), in_use, cached, 0, 0, 0)
+
+    # -- a loss ------------------------------------------------------------------------------------------------------
+
+    def _catch_up(self) -> None:
+        loss = self._link.loss_since(self._epoch)
+        if loss is not None:
+            self._epoch = loss.epoch
+            with self._guard:
+                self._roll_back(loss)
+
+    def _roll_back(self, loss: Loss) -> None:
+        """All that runs waits again, with what is known of its tokens; only blocks that are whole can be hit."""
+        blocks = self._books.blocks
+        if not loss.kept:
+            blocks.forget_all()
+        blocks.resume(loss.gone, loss.withheld)
+        named = {block.block_id for block in self.kv_cache_manager.block_pool.blocks if block.block_hash is not None}
+        self.kv_cache_manager.evict_blocks(named - blocks.sealed.keys())
+        for request in self.requests.values():
+            if request.status == RequestStatus.PREEMPTED and request.num_stale_output_tokens > 0:
+                request.drop_stale_output = True
+        now = time.monotonic()
+        while self.running:
+            self._preempt_request(self.running.pop(), now, drop_stale_output=True)
+        self.prev_step_scheduled_req_ids.clear()
+        self._books.resumed(loss.hosted_epoch)
+        self._unknown = {
+            request.request_id for request in self.requests.values() if request.status == RequestStatus.PREEMPTED
+        }
+        first_lost = min((step for step in loss.draws if step > self._processed), default=-1)
+        self._draws = {**self._draws, **loss.draws.get(first_lost, {})}
+
+    def _make_known(self, output: SchedulerOutput) -> list[Known]:
+        """What workers need of requests that this step resumes and that they have forgotten."""
+        if not self._unknown or self.use_v2_model_runner:  # V2 is sent resumed requests whole
+            return []
+        known = []
+        resumed = output.scheduled_cached_reqs
+        for request_id, blocks in zip(resumed.req_ids, resumed.new_block_ids, strict=True):
+            if request_id in self._unknown:
+                self._unknown.discard(request_id)
+                request = self.requests[request_id]
+                data = NewRequestData.from_request(request, blocks, uses_mrope=self.model_uses_mrope)
+                known.append(Known(data, list(request.output_token_ids), self._draws.pop(request_id, b"")))
+        self._unknown &= self.requests.keys()
+        return known
+
+
+class GhostScheduler(_Resuming):
+    """For engines that schedule a step after the other."""
+
+
+class GhostAsyncScheduler(_Resuming, AsyncScheduler):
+    """For engines that schedule the next step while one is in flight."""

@@ -1,0 +1,61 @@
+"""vLLM's CPU worker as a rank whose peers come and go. Named to vLLM by --worker-cls."""
+
+from typing import Any
+
+import torch
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import set_random_seed
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.worker_base import CompilationTimes
+
+from services.vllm import batch, warm
+from services.vllm.groups import Groups
+from services.vllm.messages import Draws
+from services.vllm.pages import BlockPages, pages_of
+from services.worker.communicator.base import Communicator
+
+
+class GhostCpuWorker(CPUWorker):
+    """One rank. It can lose its peers in a step and be given others, without losing weights or KV."""
+
+    groups: Groups
+
+    def init_device(self) -> None:
+        """As CPUWorker's, but the groups are made here alone: nobody else needs to be there."""
+        self.device = torch.device("cpu")
+        self.groups = Groups.of(self.vllm_config, self.rank)
+        self.groups.install()
+        set_random_seed(self.model_config.seed)
+        assert current_platform.is_cpu()
+        self.model_runner = CPUModelRunner(self.vllm_config, self.device)
+        self._draws: Draws = {}
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """As vLLM's, after the requests are made known that were scheduled before this rank's batch was wiped."""
+        batch.make_known(self.model_runner, getattr(scheduler_output, "ghost_known", ()))
+        batch.keep_draws(self.model_runner, self._draws, getattr(scheduler_output, "ghost_step", 0))
+        return super().execute_model(scheduler_output)
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        """As CPUWorker's, after a few steps; the KV is zeros again, and takes no memory until it is written."""
+        warm.run_steps(self)
+        batch.wipe(self.model_runner)
+        for cache in self.model_runner.kv_caches:
+            warm.give_back(cache)
+        return super().compile_or_warm_up_model()
+
+    def pages(self) -> BlockPages:
+        """This rank's KV cache as pages of bytes."""
+        runner = self.model_runner
+        return pages_of(runner.kv_caches[0], runner.kv_cache_config.kv_cache_tensors, runner.kv_cache_config.num_blocks)
+
+    def rejoin(self, epoch: int, channel: Communicator) -> Draws:
+        """Forget all requests and step with new peers. Returns the generators' states before the last steps."""
+        draws = {**self._draws, -1: batch.draws(self.model_runner)}
+        self._draws = {}
+        batch.wipe(self.model_runner)
+        self.groups.connect(channel)
+        set_random_seed(self.model_config.seed + epoch)  # all ranks draw alike, the newcomer too
+        return draws

@@ -1,0 +1,61 @@
+"""Pages of a real KV cache of vLLM, of one rank that is alone."""
+
+import multiprocessing
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
+
+from services.worker.memory import to_host
+from tests.vllm.server import CLASSES, ENVIRONMENT
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def worker(tiny_llama: Path) -> Any:
+    """vLLM's worker of rank 1 of three, after its warm-up, with a KV cache."""
+    os.environ.update(ENVIRONMENT)
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
+
+    from services.vllm import process
+
+    names = {flag.removeprefix("--").replace("-", "_"): name for flag, name in CLASSES.items()}
+    arguments = EngineArgs(str(tiny_llama), dtype="float32", tensor_parallel_size=3, enforce_eager=True,
+                           max_model_len=512, block_size=32, max_num_seqs=4, **names)  # fmt: skip
+    config = arguments.create_engine_config()
+    worker = process._make(pickle.loads(pickle.dumps(config)), 1, multiprocessing.get_context("spawn").Lock())
+    spec = worker.get_kv_cache_spec()
+    worker.set_kv_cache_layout("LBHNC")
+    config.cache_config.kv_cache_layout = worker.worker.cache_config.kv_cache_layout
+    (cache,) = get_kv_cache_configs(config, [spec], [1 << 24])
+    worker.initialize_from_config([cache] * 3)
+    return worker.worker
+
+
+def test_a_page_holds_what_each_layer_holds_of_a_block(worker: Any) -> None:
+    pages = worker.pages()
+    caches = worker.model_runner.kv_caches  # each [blocks, heads, tokens, content]
+    for number, cache in enumerate(caches):
+        cache.copy_(cache.new_ones(cache.shape) * number)
+        cache[5] += 0.5
+    page = to_host(pages.page(5)).view(np.float32).reshape(len(caches), -1)
+    assert [set(layer) for layer in page.tolist()] == [{number + 0.5} for number in range(len(caches))]
+    assert page.nbytes == sum(cache[5].numel() for cache in caches) * 4
+
+
+def test_a_page_written_elsewhere_is_that_block(worker: Any) -> None:
+    pages = worker.pages()
+    caches = worker.model_runner.kv_caches
+    for cache in caches:
+        cache.normal_()
+    pages.wrote(7, pages.page(3))
+    for cache in caches:
+        assert bool((cache[7] == cache[3]).all())
+        assert not bool((cache[8] == cache[3]).all())
