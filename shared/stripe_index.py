@@ -143,6 +143,10 @@ class StripeIndex:
         """Write which workers are cordoned."""
         await self._call(self._redis.set(_cordons_key(group), msgpack.packb(dict(cordons))))
 
+    async def command(self, *words: str) -> Any:
+        """Run a command of Redis's: for drills, which break it."""
+        return await self._call(self._redis.execute_command(*words))
+
     async def put_many(self, group: str, epoch: int, entries: Sequence[ShardEntry]) -> None:
         """Write entries, each over what the index said of that shard. Raises Fenced if the epoch is older.
 

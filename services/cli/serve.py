@@ -37,11 +37,9 @@ def check_model(model_dir: Path, settings: ServeSettings) -> None:
     if settings.model == "default":
         check_size(model_dir, read_json(model_dir / CONFIG), settings.tp)
         return
-    import torch
-
     from services.worker.engine import model
 
-    model.check_model(model_dir, settings.tp, getattr(torch, settings.dtype))
+    model.check_model(model_dir, settings.tp, settings.dtype)
 
 
 def serve(settings: ServeSettings) -> int:

@@ -408,7 +408,8 @@ class Group:
         """Who is behind each connection, in words."""
         workers = {peer: f"worker {name}" for name, peer in self.outbox.workers.items()}
         stores = {peer: f"store {store.store_id}" for peer, store in self._stores_by_peer.items()}
-        return workers | stores | {peer: f"gateway ({peer})" for peer in self.gateways.peers}
+        engines = {peer: f"engine {hello.name}" for peer, hello in self._hosted.items()}
+        return workers | stores | engines | {peer: f"gateway ({peer})" for peer in self.gateways.peers}
 
     def status(self) -> ClusterStatus:
         """The group's state when the last event was dealt with."""

@@ -16,7 +16,9 @@ seals and drops as it likes: what it had to say then is not kept, for when it di
 what it does not tell is dropped. It is quiesced then, like after a loss, whatever the connection before had left open:
 the answers, pins and epochs of that one mean nothing any more. An engine that stands still stays so until Resume, on
 this connection or a later one. Where a Place has changed a worker, no page counts as whole until Resume, and an engine
-that dials anew before it tells no page as sealed.
+that dials anew before it tells no page as sealed. What it tells holds for the `workers` of its EngineReady only: where
+a Place got lost, and a rank is another's by now, the coordinator goes by what it knew of a page, and otherwise lists it
+as gone.
 """
 
 from dataclasses import dataclass

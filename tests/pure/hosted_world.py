@@ -28,8 +28,10 @@ from shared.messages import (
     PinPages,
     Place,
     Quiesce,
+    RestorePlan,
     Resume,
     RunsRecomputed,
+    StripeRestore,
     UnpinPages,
     WorkerReady,
 )
@@ -58,8 +60,8 @@ class SimRequest:
 class SimEngine:
     """One process of an engine: `free` blocks, `cached` ones by key, requests that hold others."""
 
-    def __init__(self, world: "HostedWorld", name: str, workers: list[str]):
-        self.world, self.name, self.workers = world, name, workers
+    def __init__(self, world: "HostedWorld", name: str, workers: list[str], *, alike: bool):
+        self.world, self.name, self.workers, self.alike = world, name, workers, alike
         self.size = world.page_tokens
         self.wire: Wire | None = None
         self.out: deque[Message] = deque()
@@ -86,7 +88,7 @@ class SimEngine:
         for block in list(self.keys) if self.doubtful else ():
             self.forget(block)
         alive = tuple(name if name in self.world.workers else "" for name in self.workers)
-        self.out.append(EngineReady(MODEL, self.world.pages, self.size, alive))
+        self.out.append(EngineReady(MODEL, self.world.pages, self.size, alive, self.alike))
         self.out.append(PagesSealed(pack_ids(self.keys), tuple(self.keys.values())))
 
     def receive(self, message: Message) -> None:
@@ -282,8 +284,9 @@ class SimEngine:
 class HostedWorld(World):
     """`engine_process` beside workers and a store; the gateway only watches."""
 
-    def __init__(self, seed: int, **more: Any):
+    def __init__(self, seed: int, *, alike: bool = False, **more: Any):
         self.engine_process: SimEngine | None = None
+        self.alike = alike
         super().__init__(seed, engine="hosted", **more)
 
     # -- the parts ---------------------------------------------------------------------------------------------------
@@ -301,7 +304,7 @@ class HostedWorld(World):
         """An engine begins, with its ranks and one spare, none of which has anything yet."""
         name = f"engine{next(self._names)}"
         workers = [f"{name}.{rank}" for rank in range(self.size)]
-        self.engine_process = SimEngine(self, name, workers)
+        self.engine_process = SimEngine(self, name, workers, alike=self.alike)
         for rank, worker in enumerate(workers):
             self._start(worker, rank)
         self.add_spare()
@@ -390,6 +393,16 @@ class HostedWorld(World):
             self.kill(worker)
         else:
             super()._receive(worker, message)
+
+    def _rebuild(self, stripe: StripeRestore, plan: RestorePlan, by_rank: dict[int, SimWorker], rank: int) -> bool:
+        """Where ranks hold the same, it is copied from any that has it."""
+        if not self.alike:
+            return super()._rebuild(stripe, plan, by_rank, rank)
+        assert not stripe.parity
+        source = self.dice.choice(sorted(by_rank.keys() - set(stripe.lost)))
+        self._put(by_rank[rank], stripe.page, self._slice(by_rank[source], stripe.page, tail=False), tail=False)
+        self.restored += 1
+        return True
 
     def handle(self, event: Event) -> None:
         super().handle(event)

@@ -61,7 +61,7 @@ def make(kind: str, directory: Path) -> torch.nn.Module:
 def refusal(model: Path) -> str:
     """Why it is not served; empty if it is."""
     try:
-        check_model(model, 2, torch.float32)
+        check_model(model, 2, "float32")
     except ModelError as error:
         return str(error)
     return ""
@@ -125,10 +125,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(
     tmp_path: Path, change: dict[str, torch.Tensor | None], named: list[str]
 ) -> None:
     model = small_model(tmp_path, "Llama")
-    check_model(model, 2, torch.float32)
+    check_model(model, 2, "float32")
     rewrite(model, change)
     with pytest.raises(ModelError) as caught:
-        check_model(model, 2, torch.float32)
+        check_model(model, 2, "float32")
     assert all(name in str(caught.value) for name in named)
     assert "\n" not in str(caught.value)
 
@@ -136,7 +136,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(
 def test_what_old_checkpoints_hold_besides_is_no_reason_to_refuse(tmp_path: Path) -> None:
     model = small_model(tmp_path, "Llama")
     rewrite(model, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)})
-    check_model(model, 2, torch.float32)
+    check_model(model, 2, "float32")
 
 
 def test_a_head_of_its_own_goes_before_tied_embeddings_as_in_transformers(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_configuration_that_is_not_served_is_refused_by_what_it_asks(
     model = small_model(tmp_path, "Llama")
     reconfigure(model, **changes)
     with pytest.raises(ModelError, match=named) as caught:
-        check_model(model, 2, torch.float32)
+        check_model(model, 2, "float32")
     assert "\n" not in str(caught.value)
 
 

@@ -8,11 +8,10 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from redis.asyncio import Redis
-
 from services.cli.local import LocalCluster
 from shared.errors import GhostError
 from shared.faults import folder, tell
+from shared.stripe_index import StripeIndex
 
 SLICE_S = 0.1
 """`slow`: a target runs for a tenth of each of these."""
@@ -37,8 +36,8 @@ async def inflict(
         case "full" if "redis" in targets:
             await _fill_redis(cluster, for_s)
         case "empty":
-            async with Redis.from_url(cluster.redis_url) as redis:
-                await redis.flushall()
+            async with StripeIndex(cluster.redis_url) as index:
+                await index.command("FLUSHALL")
         case _:
             await asyncio.gather(*(_by_hook(cluster, pid, fault, for_s) for pid in pids))
 
@@ -83,10 +82,10 @@ async def _throttle(pids: Iterable[int], for_s: float) -> None:
 
 async def _fill_redis(cluster: LocalCluster, for_s: float) -> None:
     """No room in Redis for some seconds."""
-    async with Redis.from_url(cluster.redis_url) as redis:
-        await redis.config_set("maxmemory", "1")
+    async with StripeIndex(cluster.redis_url) as index:
+        await index.command("CONFIG", "SET", "maxmemory", "1")
         await asyncio.sleep(for_s)
-        await redis.config_set("maxmemory", "0")
+        await index.command("CONFIG", "SET", "maxmemory", "0")
 
 
 async def _by_hook(cluster: LocalCluster, pid: int, fault: str, for_s: float) -> None:

@@ -79,6 +79,7 @@ class HostedEngine(Host):
         self._load = EngineLoad(0, 0, 0, 0, 0, 0, 0)
         self._keys: dict[int, PageKey] = {}  # of sealed pages, those sealed longest ago first
         self._stale: set[int] = set()  # of these, those that an engine that dialled anew has not told again
+        self._behind = False  # it dialled anew, and does not know of all ranks who holds them now
         self._runs: dict[int, HostedRun] = {}  # since it was quiesced, until each has what it had
         self._quiesced: int | None = None  # in which epoch, while it is
         self._told_runs = False  # since it was quiesced
@@ -94,7 +95,9 @@ class HostedEngine(Host):
     def dialled(self, peer: Peer, ready: EngineReady) -> None:
         """It has a connection, a first one or another, by which it tells all that it has (once more)."""
         self._peer, self.workers, self._dialled_at = peer, ready.workers, self._outbox.now
+        placed = zip(self._membership.ranks, ready.workers, strict=True)
         self._stale = set(self._keys)
+        self._behind = self.protection.begun and any(name not in (None, told) for name, told in placed)
         self._withheld.clear()
         self._quiesced = None
         self.quiesce()
@@ -160,6 +163,9 @@ class HostedEngine(Host):
                 self._dropped([page])
             if (other := self.protection.ledger.find(key)) is not None:  # dropped while it had no connection
                 self._dropped([other.number])
+            if self._behind:  # a new rank lacks it, and it was given up or never known: so nothing brings it back
+                self._gone.append(page)
+                continue
             self._keys[page] = key
             if self.protection.begun:
                 self.protection.sealed(page, key)
@@ -173,6 +179,7 @@ class HostedEngine(Host):
     def _stands_still(self, told: EngineRuns) -> None:
         self._dropped(list(self._stale))
         self._stale.clear()
+        self._behind = False
         runs = (HostedRun.of(run, self.pages) for run in told.runs)
         self._runs = {run.number: run for run in runs}
         self._told_runs = True

@@ -193,7 +193,7 @@ class Ledger:
         Pages in use come first; of those that no request stands on at most `idle` are queued.
         """
         found = [page for state in states for page in self._by_parity[state].values() if not page.missing]
-        if not found:
+        if not found or self._alike:
             return
         unused = self._host.idle()
         first = [page for page in found if page.number not in unused]

@@ -202,7 +202,8 @@ def _wanted_rows(chunks: Sequence[Chunk]) -> list[int]:
     return rows
 
 
-def check_model(model_dir: Path, size: int, dtype: torch.dtype) -> None:
+def check_model(model_dir: Path, size: int, dtype: str) -> None:
     """Raise ModelError unless a model can be served by `size` ranks; only the headers of its weights are read."""
-    read_spec(model_dir, size, dtype)
-    architecture.skeleton(model_dir, read_config(model_dir), dtype)
+    of: torch.dtype = getattr(torch, dtype)
+    read_spec(model_dir, size, of)
+    architecture.skeleton(model_dir, read_config(model_dir), of)
