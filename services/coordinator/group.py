@@ -30,6 +30,7 @@ from services.coordinator.membership.epochs import Epochs
 from services.coordinator.membership.members import Held, Membership
 from services.coordinator.membership.workers import Workers
 from services.coordinator.outbox import Outbox
+from services.coordinator.protection.moves import Moves
 from services.coordinator.protection.protection import Protection
 from services.coordinator.protection.stores import Stores
 from services.coordinator.scheduling.engine import EmbeddedEngine
@@ -124,6 +125,10 @@ class Group:
         """That of the engine's pages, once the model is known."""
         return self.engine.protection if self.engine is not None else None
 
+    @property
+    def _moves(self) -> Moves | None:
+        return self.protection.moves if self.protection is not None else None
+
     def handle(self, now: float, event: Event) -> None:
         """Deal with one event. What is to be sent and asked is in `take` then."""
         self.outbox.now = now
@@ -161,9 +166,9 @@ class Group:
         for name, kind, reason in list(self.detector.lost(self.membership, busy_since, now)):
             if kind != "straggler":
                 self._give_up(name, reason, kind)
-            elif self.protection is not None and self.protection.moves.move is None:
+            elif (moves := self._moves) is not None and moves.possible and moves.move is None:
                 log.warning("a rank straggles: it moves to a spare", extra={"worker": name, "reason": reason})
-                self.protection.moves.apply("replace", f"worker:{name}")
+                moves.apply("replace", f"worker:{name}")
         if self.epochs is not None:
             self.epochs.tick()
         if self.protection is not None:
@@ -217,7 +222,7 @@ class Group:
         if (name := self.workers.name(peer)) is not None:
             self._from_worker(name, message)
         elif peer in self.gateways.peers:
-            self.gateways.said(peer, message, self.engine)
+            self.gateways.said(peer, message, self.engine, self._moves)
         elif (hello := self._hosted.get(peer)) is not None:
             self._from_engine(peer, hello, message)
         elif (store := self._stores_by_peer.get(peer)) is not None:

@@ -48,7 +48,8 @@ class EngineReady(Message):
     one, and until Resume, none is.
 
     `pages`: the number of pages, of `page_tokens` tokens each. `workers`: who holds which rank, by name; "" for one
-    that is lost. `alike`: all ranks hold equal bytes, so that a lost page is copied from another.
+    that is lost. `alike`: all ranks hold equal bytes, so that a lost page is copied from another. `moves`: its spares
+    know Prepare and CopyPages, so that a rank can move to one.
     """
 
     model: ModelInfo
@@ -56,6 +57,7 @@ class EngineReady(Message):
     page_tokens: int
     workers: tuple[str, ...]
     alike: bool = False
+    moves: bool = False
 
 
 @dataclass(frozen=True, slots=True)

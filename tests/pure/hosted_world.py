@@ -88,7 +88,7 @@ class SimEngine:
         for block in list(self.keys) if self.doubtful else ():
             self.forget(block)
         alive = tuple(name if name in self.world.workers else "" for name in self.workers)
-        self.out.append(EngineReady(MODEL, self.world.pages, self.size, alive, self.alike))
+        self.out.append(EngineReady(MODEL, self.world.pages, self.size, alive, self.alike, self.world.moves))
         self.out.append(PagesSealed(pack_ids(self.keys), tuple(self.keys.values())))
 
     def receive(self, message: Message) -> None:
@@ -286,7 +286,7 @@ class HostedWorld(World):
 
     def __init__(self, seed: int, *, alike: bool = False, **more: Any):
         self.engine_process: SimEngine | None = None
-        self.alike = alike
+        self.alike, self.moves = alike, True
         super().__init__(seed, engine="hosted", **more)
 
     # -- the parts ---------------------------------------------------------------------------------------------------

@@ -2,10 +2,11 @@
 
 import pytest
 
+from services.coordinator.events import Said
 from services.coordinator.protection.ledger import Parity
-from shared.messages import PagesPinned, Refused, StepFailed, Submit
-from shared.types import GenerationRequest, SamplingParams, pack_ids
-from tests.pure.hosted_world import HostedWorld, SimEngine
+from shared.messages import PagesCopied, PagesDropped, PagesPinned, PagesSealed, Refused, StepFailed, Submit
+from shared.types import GenerationRequest, SamplingParams, pack_ids, unpack_ids
+from tests.pure.hosted_world import HostedWorld, SimEngine, key_of
 from tests.pure.test_group_simulation import until
 from tests.pure.world import MODEL, VOCABULARY
 
@@ -116,6 +117,55 @@ def test_a_page_that_is_restored_is_given_to_nobody_meanwhile() -> None:
     world.check_slices()
 
 
+def test_a_rank_moves_to_a_spare_and_no_page_is_lost() -> None:
+    world, engine = started(pages=64)
+    decoding(world, engine, 10)
+    old = rank(world, 1)
+    world.operate("replace", "rank:1")
+    until(world, lambda: rank(world, 1) != old)
+    finish(world)
+    record = world.group.status().recoveries[-1]
+    assert (record.planned, record.restored_pages) == (True, 0)
+    assert record.recomputed_tokens <= world.page_tokens
+
+
+def test_a_page_that_was_given_away_while_it_was_copied_is_copied_again() -> None:
+    world, engine = started(pages=64)
+    decoding(world, engine, 10)
+    world.operate("replace", "rank:1")
+    (spare,) = (each for each in world.workers.values() if each.assign is None)
+    until(world, lambda: any(isinstance(message, PagesCopied) for message in spare.out))
+    (page,) = unpack_ids(next(message.pages for message in spare.out if isinstance(message, PagesCopied)))
+    assert engine.wire is not None
+    world.handle(Said(engine.wire.peer, PagesDropped(pack_ids([page]))))
+    world.handle(Said(engine.wire.peer, PagesSealed(pack_ids([page]), (key_of([1]),))))
+    world.says(spare.name, spare.out.popleft())
+    assert world.ledger.wants_copy(page)
+
+
+def test_an_engine_whose_spares_can_not_be_prepared_keeps_its_ranks_where_they_are() -> None:
+    world = HostedWorld(1)
+    world.moves = False
+    world.start_engine()
+    serving(world)
+    refused = world.operate("replace", "rank:1")
+    assert isinstance(refused, Refused)
+    assert (refused.status, refused.code) == (409, "hosted_engine")
+
+
+def test_an_engine_that_stood_still_for_a_rank_that_does_not_move_steps_again() -> None:
+    world, engine = started(pages=64)
+    decoding(world, engine, 10)
+    world.operate("replace", "rank:1")
+    until(world, lambda: engine.quiesced)
+    assert world.group.protection is not None
+    move = world.group.protection.moves.move
+    assert move is not None
+    world.kill(world.workers[move.new])
+    engine.submit([9] * 5, 3)
+    until(world, lambda: not engine.requests)
+
+
 def test_a_step_that_failed_is_taken_back_and_nothing_is_restored() -> None:
     world, engine = started(pages=64)
     decoding(world, engine, 10)
@@ -205,8 +255,6 @@ def test_requests_of_gateways_are_sent_to_the_engines_own_api() -> None:
     world, _ = started()
     assert world.client is not None
     request = GenerationRequest("r", pack_ids([9]), 1, SamplingParams())
-    from services.coordinator.events import Said
-
     world.handle(Said(world.client.peer, Submit(request, MODEL.fingerprint)))
     refused = [message for message in world.client.sent if isinstance(message, Refused)]
     assert [each.code for each in refused] == ["hosted_engine"]
@@ -242,6 +290,9 @@ def mayhem(world: HostedWorld, engine: SimEngine) -> None:
             world.crash()
         elif what < 0.055:
             world.cut_engine()
+        elif what < 0.058 and world.client is not None:
+            world.copy_failures = dice.choice((0.0, 0.5))
+            world.operate(dice.choice(("replace", "drain")), f"rank:{dice.randrange(world.size)}")
         else:
             world.move()
         world.group.check()

@@ -68,7 +68,7 @@ class HostedEngine(Host):
         self.workers = ready.workers
         self.protection = Protection(
             config, settings, self, ready.model.page_bytes, ready.page_tokens, membership, stores, outbox, metrics,
-            tracing, alike=ready.alike,
+            tracing, alike=ready.alike, moves=ready.moves,
         )  # fmt: skip
         self._page_tokens = ready.page_tokens
         self._step_timeout_s = settings.step_timeout_s
@@ -275,6 +275,8 @@ class HostedEngine(Host):
 
     def stuck(self) -> str:
         """See `Host`."""
+        if self._quiesced is not None and self._membership.state == "serving" and not self.protection.moves.closing:
+            return "it stands still for a rank that does not move"
         since = self.busy_since()
         if since is None or self._outbox.now - since <= self._step_timeout_s:
             return ""

@@ -40,6 +40,8 @@ class Move:
     todo: deque[int] = field(default_factory=deque)
     copying: tuple[int, ...] = ()
     """Pages under way."""
+    rewritten: set[int] = field(default_factory=set)
+    """Of these, those that were given away meanwhile."""
     tail: set[int] = field(default_factory=set)
     """Pages that are not sealed, copied while no step is computed."""
     held_since: float = 0.0
@@ -57,7 +59,11 @@ class Moves:
         ledger: Ledger,
         page_bytes: int,
         outbox: Outbox,
+        *,
+        possible: bool = True,
     ):
+        """`possible`: whether the engine's spares know how."""
+        self.possible = possible
         self.move: Move | None = None
         self._membership = membership
         self._host = host
@@ -70,6 +76,8 @@ class Moves:
 
     def apply(self, action: OperatorAction, target: str) -> str:
         """Do what an operator asks; says what will happen. Raises RequestRejected where it can't."""
+        if not self.possible:
+            raise RequestRejected("the ranks of this engine can't be moved", status=409, code="hosted_engine")
         member = self._member(action, target)
         if action == "resume":
             if self.move is not None and self.move.old == member.name and self.move.phase != "switching":
@@ -158,7 +166,7 @@ class Moves:
             return
         pages, move.copying = move.copying, ()
         for number in pages:
-            if not message.reason and number not in move.tail:
+            if not message.reason and number not in move.tail | move.rewritten:
                 self._ledger.copied(number)
             self._host.unpin(number)
         if message.reason:
@@ -166,6 +174,11 @@ class Moves:
             self._again(message.reason, now + RETRY_S)
         elif move.phase == "closing":
             move.phase = "switching"
+
+    def dropped(self, number: int) -> None:
+        """This page is given away: what is copied of it at this moment may be anything."""
+        if self.move is not None and number in self.move.copying:
+            self.move.rewritten.add(number)
 
     def switch(self) -> Move | None:
         """The move whose successor has all that it needs, once: from now on an epoch may begin with it."""
@@ -212,7 +225,7 @@ class Moves:
         address = self._membership.members[move.old].pages_address
         for number in pages:
             self._host.pin(number)
-        move.copying = tuple(pages)
+        move.copying, move.rewritten = tuple(pages), set()
         keys = tuple(self._ledger.key(number) or OPEN_KEY for number in pages)
         self._outbox.to_worker(move.new, CopyPages(move.number, address, pack_ids(pages), keys))
 

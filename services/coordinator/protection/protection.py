@@ -46,8 +46,9 @@ class Protection:
         tracing: Tracing,
         *,
         alike: bool = False,
+        moves: bool = True,
     ):
-        """`alike`: all ranks hold equal bytes."""
+        """`alike`: all ranks hold equal bytes. `moves`: a rank can move to a spare."""
         acks = config.size if config.protection == "replicate" else 1
         self.ledger = Ledger(host, protect=config.protection != "none", acks=acks, alike=alike)
         self.ledger.now = outbox.now
@@ -62,7 +63,7 @@ class Protection:
             self.rates, outbox, always=settings.restore == "always", alike=alike,
         )  # fmt: skip
         self.background = Background(page_bytes, membership, host, self.ledger, stores, self.restoration, outbox)
-        self.moves = Moves(membership, host, self.ledger, page_bytes, outbox)
+        self.moves = Moves(membership, host, self.ledger, page_bytes, outbox, possible=moves)
         self._size = config.size
         self._host = host
         self._membership = membership
@@ -91,6 +92,7 @@ class Protection:
         for page in pages:
             self.ledger.dropped(page)
             self.background.dropped(page)
+            self.moves.dropped(page)
             if self._tails is not None:
                 self._tails.page_dropped(page)
 

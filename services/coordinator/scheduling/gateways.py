@@ -3,8 +3,9 @@
 import logging
 
 from services.coordinator.events import Peer
-from services.coordinator.hosted.engine import HostedEngine
 from services.coordinator.outbox import Outbox
+from services.coordinator.protection.host import Host
+from services.coordinator.protection.moves import Moves
 from services.coordinator.scheduling.engine import EmbeddedEngine
 from shared.config import CoordinatorSettings
 from shared.errors import RequestRejected
@@ -23,20 +24,20 @@ class Gateways:
         self._room = settings.max_waiting + settings.max_batch
         self._early: dict[str, tuple[Peer, Submit]] = {}  # resumed requests, until the model is known
 
-    def left(self, peer: Peer, engine: EmbeddedEngine | HostedEngine | None) -> None:
+    def left(self, peer: Peer, engine: Host | None) -> None:
         """A gateway is lost, and with it all who wait behind it."""
         self.peers.pop(peer, None)
         self._early = {name: waits for name, waits in self._early.items() if waits[0] != peer}
         if isinstance(engine, EmbeddedEngine):
             engine.requests.gateway_gone(peer)
 
-    def said(self, peer: Peer, message: Message, engine: EmbeddedEngine | HostedEngine | None) -> None:
-        """A gateway's message; `engine` once the model is known."""
+    def said(self, peer: Peer, message: Message, engine: Host | None, moves: Moves | None) -> None:
+        """A gateway's message; `engine` and `moves` once the model is known."""
         match message:
             case Submit() if isinstance(engine, EmbeddedEngine):
                 engine.requests.submit(peer, message)
-            case Submit(request=request) if isinstance(engine, HostedEngine):
-                text = f"requests go to {engine.hello.kind}, by its own API"
+            case Submit(request=request) if engine is not None:
+                text = f"requests go to {engine.status().kind}, by its own API"
                 self._outbox.send(peer, Refused(request.request_id, 400, "hosted_engine", text))
             case Submit():
                 self._submit_early(peer, message)
@@ -45,7 +46,7 @@ class Gateways:
             case Abort(request_id=request_id):
                 self._early.pop(request_id, None)
             case Apply():
-                self._outbox.send(peer, self._apply(message, engine))
+                self._outbox.send(peer, self._apply(message, moves))
             case InjectFault(worker=name) if self._allow_faults and name in self._outbox.workers:
                 log.warning("fault %s is injected", message.fault, extra={"worker": name})
                 self._outbox.to_worker(name, message)
@@ -68,15 +69,11 @@ class Gateways:
         for peer, submit in early.values():
             engine.requests.submit(peer, submit)
 
-    def _apply(self, message: Apply, engine: EmbeddedEngine | HostedEngine | None) -> Applied | Refused:
-        if engine is None:
+    def _apply(self, message: Apply, moves: Moves | None) -> Applied | Refused:
+        if moves is None:
             return Refused(message.request_id, 503, "not_ready", "no worker has loaded the model yet")
         try:
-            if isinstance(engine, HostedEngine):
-                raise RequestRejected(
-                    f"ranks of {engine.hello.kind} can't be moved yet", status=409, code="hosted_engine"
-                )
-            told = engine.protection.moves.apply(message.action, message.target)
+            told = moves.apply(message.action, message.target)
         except RequestRejected as error:
             return Refused(message.request_id, error.status, error.code, str(error), error.param)
         log.info("an operator's word: %s %s", message.action, message.target)
