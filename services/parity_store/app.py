@@ -157,7 +157,7 @@ def _obey(store: Store, message: Message, answer: Callable[[Message], None]) -> 
         case ReleaseStripes():
             store.release(message.group, message.keys, (message.epoch, message.serial))
         case KeepStripes():
-            store.keep(message.group, message.keys, (message.epoch, message.serial))
+            store.keep(message)
         case FindShards():
             answer(ShardsFound(message.question, store.find(message.group, message.keys)))
         case Goodbye(final=True):

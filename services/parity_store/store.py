@@ -11,7 +11,7 @@ from xxhash import xxh3_64_intdigest
 from services.parity_store.index_writer import IndexWriter
 from services.parity_store.shards import Shard, ShardTable
 from shared.errors import ChecksumMismatch, GhostError, ShardMissing, StoreFull
-from shared.messages import HeldShard
+from shared.messages import HeldShard, KeepStripes
 from shared.transport.base import GetShards, Outcome, PutShards
 from shared.types import PageKey
 
@@ -57,10 +57,11 @@ class Store:
             self.writer.drop(group, shards, partial(self._forgotten, shards))
         return len(shards)
 
-    def keep(self, group: str, page_keys: Collection[PageKey], up_to: tuple[int, int]) -> int:
-        """Forget all stripes of the group but these, as `release` does. Return how many shards."""
-        kept = set(page_keys)
-        return self.release(group, [key for key in self.table.keys(group) if key not in kept], up_to)
+    def keep(self, told: KeepStripes) -> int:
+        """Forget all stripes of the group but those named, as `release` does. Return how many shards."""
+        kept, after, upto = set(told.keys), told.after, told.upto
+        concerned = (key for key in self.table.keys(told.group) if key > after and (not upto or key <= upto))
+        return self.release(told.group, [key for key in concerned if key not in kept], (told.epoch, told.serial))
 
     def find(self, group: str, page_keys: Collection[PageKey]) -> tuple[HeldShard, ...]:
         """The shards of these stripes that can be read here, also those that the index does not name yet."""

@@ -132,7 +132,7 @@ class Tokens(Message):
     """The next tokens of a request. The last message has a finish reason; the drill's has the ranks' digests.
 
     A token that ends the sequence is not among `tokens`, so they may be empty. `prompt_logprobs` come with the first
-    message: one entry for each prompt token but the first.
+    message that has any, and in those without before it: one entry for each prompt token but the first.
     """
 
     request_id: str

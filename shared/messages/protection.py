@@ -153,15 +153,18 @@ class ReleaseStripes(Message):
 
 @dataclass(frozen=True, slots=True)
 class KeepStripes(Message):
-    """These are all the pages there are: free the shards of any other, as ReleaseStripes would.
+    """These are all the pages there are with keys past `after` up to `upto`: free the shards of any other of these keys.
 
-    Sent to each store that comes, and when a coordinator has learnt what its predecessor left.
+    As ReleaseStripes would. An `upto` of b"" is no end. Sent to each store that comes, and when a coordinator has
+    learnt what its predecessor left, in as many messages as it takes.
     """
 
     group: str
     keys: tuple[PageKey, ...]
     epoch: int
     serial: int
+    after: bytes = b""
+    upto: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

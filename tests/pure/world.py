@@ -110,6 +110,10 @@ def next_token(tokens: tuple[int, ...]) -> int:
     return 8 + int.from_bytes(digest, "little") % (VOCABULARY - 8)
 
 
+def _concerns(message: KeepStripes, key: PageKey) -> bool:
+    return key > message.after and (not message.upto or key <= message.upto)
+
+
 class Wire:
     """A connection to the core: what it has sent, and not arrived."""
 
@@ -527,7 +531,7 @@ class World:
                 self.store_epoch = max(self.store_epoch, epoch)
             case ReleaseStripes(keys=keys) | KeepStripes(keys=keys):
                 kept = isinstance(message, KeepStripes)
-                for key in list(self.parity_of):
+                for key in [each for each in self.parity_of if not kept or _concerns(message, each)]:
                     if (key in keys) != kept and self.written[key] <= (message.epoch, message.serial):
                         del self.parity_of[key]
             case _:

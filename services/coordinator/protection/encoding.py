@@ -33,6 +33,8 @@ MAKE_ROOM_S = 0.2
 """After stripes were given up for others: how long until those are tried again."""
 FULL_S = 30.0
 """How long stores that had no room are taken for full, but for what they were told to release since."""
+KEYS_AT_ONCE = 1 << 16
+"""In one message to the stores: far below the largest frame."""
 BATCH_PAGES = 256
 IN_FLIGHT_PAGES = 1024
 
@@ -115,7 +117,9 @@ class Encoding:
 
     def _release(self, keys: tuple[PageKey, ...]) -> None:
         self._outdated(keys)
-        self._stores.send(ReleaseStripes(self._group, keys, self._membership.epoch, self._serial))
+        for start in range(0, len(keys), KEYS_AT_ONCE):
+            part = keys[start : start + KEYS_AT_ONCE]
+            self._stores.send(ReleaseStripes(self._group, part, self._membership.epoch, self._serial))
         self._serial += 1
 
     def step_done(self, step: int, spans: Iterable[Span]) -> None:
@@ -212,7 +216,12 @@ class Encoding:
         return self._open
 
     def _keep(self, send: Callable[[Message], None]) -> None:
-        send(KeepStripes(self._group, tuple(self._ledger.keys), self._membership.epoch, self._serial))
+        keys, after = sorted(self._ledger.keys), b""
+        for start in range(0, max(1, len(keys)), KEYS_AT_ONCE):
+            part = tuple(keys[start : start + KEYS_AT_ONCE])
+            upto = part[-1] if start + KEYS_AT_ONCE < len(keys) else b""
+            send(KeepStripes(self._group, part, self._membership.epoch, self._serial, after, upto))
+            after = upto
         self._serial += 1
         if self._looking is None:
             self._look()

@@ -12,6 +12,9 @@ from shared.types import ModelInfo, pack_ids, root_key, unpack_ids
 
 log = logging.getLogger(__name__)
 
+PROMPT_LOGPROBS = 256
+"""In one message, of which a prompt takes as many as it needs: a frame has an end, and others wait behind it."""
+
 
 @dataclass(slots=True)
 class Ticket:
@@ -122,13 +125,18 @@ class Requests:
             return
         first = len(sequence.tokens) - sequence.prompt_tokens <= len(output.tokens)
         if output.tokens or output.finish:
+            of_prompt = sequence.prompt_logprobs if first else []
+            last = max(0, len(of_prompt) - 1) // PROMPT_LOGPROBS * PROMPT_LOGPROBS
+            for start in range(0, last, PROMPT_LOGPROBS):
+                part = tuple(of_prompt[start : start + PROMPT_LOGPROBS])
+                self._outbox.send(ticket.gateway, Tokens(ticket.request_id, b"", (), part, None, 0))
             self._outbox.send(
                 ticket.gateway,
                 Tokens(
                     request_id=ticket.request_id,
                     tokens=pack_ids(output.tokens),
                     logprobs=output.logprobs,
-                    prompt_logprobs=tuple(sequence.prompt_logprobs) if first else (),
+                    prompt_logprobs=tuple(of_prompt[last:]),
                     finish_reason=output.finish,
                     cached_tokens=sequence.cached_tokens,
                     kv_digests=digests,

@@ -7,7 +7,7 @@ from shared.errors import CommunicatorAborted
 from shared.messages import Claim
 from shared.types import OPEN_KEY, PageKey, pack_ids
 
-MAX_PAGES = 1 << 19
+MAX_PAGES = 1 << 18
 """In one claim: far below the largest frame."""
 
 
