@@ -153,7 +153,7 @@ class ReleaseStripes(Message):
 
 @dataclass(frozen=True, slots=True)
 class KeepStripes(Message):
-    """These are all the pages there are with keys past `after` up to `upto`: free the shards of any other of these keys.
+    """These are all the pages there are with keys past `after` up to `upto`: free the shards of any other such key.
 
     As ReleaseStripes would. An `upto` of b"" is no end. Sent to each store that comes, and when a coordinator has
     learnt what its predecessor left, in as many messages as it takes.
