@@ -208,14 +208,16 @@ class GatewaySettings(CommonSettings):
 Settings = TypeVar("Settings", bound=CommonSettings)
 
 
-def add_flags(parser: argparse.ArgumentParser, settings: type[CommonSettings], *, skip: Sequence[str] = ()) -> None:
+def add_flags(
+    parser: argparse.ArgumentParser, settings: type[CommonSettings], *, skip: Sequence[str] = (), prefix: str = "--"
+) -> None:
     """Add a flag --like-this for each field of `settings`."""
     for name, field in settings.model_fields.items():
         if name in skip:
             continue
         default = "" if field.default in (None, "") else f" [{field.default}]"
         parser.add_argument(
-            "--" + name.replace("_", "-"),
+            prefix + name.replace("_", "-"),
             dest=name,
             metavar=_metavar(field.annotation),
             **_OPTIONAL_VALUE if field.annotation is bool else {},
@@ -237,7 +239,7 @@ def _metavar(annotation: Any) -> str:
     return {int: "N", float: "X", bool: "true|false"}.get(annotation, "TEXT")
 
 
-def load_settings(settings: type[Settings], arguments: argparse.Namespace) -> Settings:
+def load_settings(settings: type[Settings], arguments: argparse.Namespace, *, prefix: str = "--") -> Settings:
     """Settings from environment and parsed flags. Prints one line for each bad value and exits 2."""
     given = {name: value for name in settings.model_fields if (value := getattr(arguments, name, None)) is not None}
     try:
@@ -245,7 +247,7 @@ def load_settings(settings: type[Settings], arguments: argparse.Namespace) -> Se
     except ValidationError as error:
         for problem in error.errors(include_url=False):
             name = str(problem["loc"][0])
-            flag, variable = "--" + name.replace("_", "-"), f"GHOST_{name.upper()}"
+            flag, variable = prefix + name.replace("_", "-"), f"GHOST_{name.upper()}"
             shown = "(hidden)" if name in ("token", "api_keys", "operator_token") else repr(problem["input"])
             print(f"ghostserve: {flag} / {variable}: {problem['msg']}; got {shown}", file=sys.stderr)
         raise SystemExit(2) from None

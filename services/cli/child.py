@@ -35,7 +35,8 @@ class Command:
     name: str
     arguments: tuple[str, ...]
     environment: Mapping[str, str]
-    log: Path
+    log: Path | None
+    """Where its output goes; None: where this process's goes."""
     port_flag: str = ""
 
 
@@ -64,7 +65,7 @@ class Child:
     def log_tail(self) -> str:
         """The end of its log."""
         log = self.command.log
-        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        lines = log.read_text(errors="replace").splitlines() if log is not None and log.exists() else []
         return "\n".join(lines[-LOG_TAIL_LINES:]) or "(nothing)"
 
     async def how_it_ended(self) -> str:
@@ -114,7 +115,7 @@ async def start(command: Command, address: str = "") -> Child:
     arguments = list(command.arguments)
     if address and command.port_flag:
         arguments += [command.port_flag, str(urlsplit(address).port)]
-    with command.log.open("ab") as log:
+    with command.log.open("ab") if command.log is not None else contextlib.nullcontext() as log:
         process = await asyncio.create_subprocess_exec(
             *arguments,
             stdin=asyncio.subprocess.DEVNULL,

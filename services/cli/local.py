@@ -134,6 +134,11 @@ class LocalCluster:
         """The gateway's URL."""
         return self.processes["gateway"].address
 
+    @property
+    def api_url(self) -> str:
+        """Where requests go: to the gateway, unless an engine has an API of its own."""
+        return self.base_url
+
     # -- start -------------------------------------------------------------------------------------------------------
 
     async def _start(self) -> None:

@@ -28,8 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     EXIT_CONFIG where the settings or the model are wrong, so that another start would end the same way.
     """
-    parser = _parser()
-    parsed = parser.parse_args(arguments)
+    parsed = parse(arguments)
     run: Run = parsed.run
     try:
         return run(parsed)
@@ -38,6 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_code(error)
     except KeyboardInterrupt:
         return 130
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments' meaning; `rest` is what is passed on to vLLM. Ends the process for a wrong call."""
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest and not hasattr(parsed, "rest"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    parsed.rest = rest
+    return parsed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,6 +64,14 @@ def _parser() -> argparse.ArgumentParser:
     _add(commands, "coordinator", "run the coordinator", CoordinatorSettings, _coordinator)
     _add(commands, "worker", "run this host's workers", WorkerSettings, _worker)
     _add(commands, "parity-store", "run a parity store", ParityStoreSettings, _parity_store)
+    vllm = commands.add_parser("vllm", help="run vLLM with its ranks protected, until Ctrl-C").add_subparsers(
+        title="commands", metavar="COMMAND", required=True
+    )
+    from services.cli.vllm import add_arguments as add_vllm_arguments
+
+    vllm_serve = vllm.add_parser("serve", help="run `vllm serve`, and what protects it", allow_abbrev=False)
+    add_vllm_arguments(vllm_serve)
+    vllm_serve.set_defaults(run=_vllm_serve, rest=[])
     drill = commands.add_parser(
         "drill",
         help="start a cluster, kill workers in mid-stream, and see that no token is lost",
@@ -127,6 +144,12 @@ def _serve(arguments: argparse.Namespace) -> int:
     from services.cli.serve import serve
 
     return serve(load_settings(ServeSettings, arguments))
+
+
+def _vllm_serve(arguments: argparse.Namespace) -> int:
+    from services.cli.vllm import PREFIX, VllmSettings, serve
+
+    return serve(load_settings(VllmSettings, arguments, prefix=PREFIX), arguments.rest)
 
 
 def _gateway(arguments: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from shared.errors import GhostError, PeerLost
 from shared.tls import client_context
+from shared.types import EMBEDDED
 
 _DEADLINE_S = 10.0
 _PHASES = ("detect_s", "regroup_s", "weights_s", "restore_s", "recompute_s")
@@ -75,12 +76,13 @@ def _views(arguments: argparse.Namespace) -> Iterator[Json]:
 def top(arguments: argparse.Namespace) -> int:
     """Show rates, latencies and load, anew each interval. Raises PeerLost if there is no gateway."""
     console = Console()
-    before, shown, left = _figures(arguments.url), 0, arguments.count
+    before, shown, left = _figures(arguments.url, _get_status(arguments.url)), 0, arguments.count
     with Live(console=console, screen=console.is_terminal, auto_refresh=False) as live:
         while not left or shown < left:
             time.sleep(arguments.interval)
-            now = _figures(arguments.url)
-            live.update(top_view(_get_status(arguments.url), before, now), refresh=True)
+            status = _get_status(arguments.url)
+            now = _figures(arguments.url, status)
+            live.update(top_view(status, before, now), refresh=True)
             before, shown = now, shown + 1
     return 0
 
@@ -95,6 +97,7 @@ def status_view(status: Json) -> RenderableType:
         (f"{status['served_name']}  ", "bold"),
         (status["state"], "bold green" if serving else "bold yellow"),
         f"  epoch {status['epoch']}  {status['detail']}",
+        "" if status["engine"] == EMBEDDED else f"  (requests: {status['engine']})",
     )
     protection = Text.assemble(
         "can lose ",
@@ -182,13 +185,19 @@ def _get_status(url: str) -> Json:
     return answer
 
 
-def _figures(url: str) -> Figures:
-    """The gateway's metrics without their labels, summed, and the `time` of reading."""
+def _figures(url: str, status: Json) -> Figures:
+    """The gateway's metrics without their labels, summed, and the `time` of reading.
+
+    The tokens of a hosted engine pass no gateway: they are counted in the status.
+    """
     figures: Figures = {"time": time.monotonic()}
     for family in text_string_to_metric_families(call(url, "/metrics").decode()):
         for sample in family.samples:
             name = sample.name.removeprefix("ghostserve:")
             figures[name] = figures.get(name, 0.0) + sample.value
+    if status["engine"] != EMBEDDED:
+        figures["generation_tokens_total"] = status["generated_tokens"]
+        figures["prompt_tokens_total"] = status["prompt_tokens"]
     return figures
 
 

@@ -32,7 +32,7 @@ from shared.errors import ModelError, RequestRejected
 from shared.port import serving
 from shared.tls import server_context
 from shared.tracing import Tracing, tracing
-from shared.types import ClusterStatus
+from shared.types import EMBEDDED, ClusterStatus
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class Gateway:
             status = self.cluster.status
             named = status.model.model_dir if status is not None and status.model is not None else ""
             source = named if self._settings.model in ("", "default") else self._settings.model
-            if source in ("", loaded):
+            if source in ("", loaded) or (status is not None and status.engine != EMBEDDED):
                 await changed.wait()
                 continue
             try:
@@ -194,6 +194,8 @@ class Gateway:
         status = self.cluster.status
         if status is None:
             raise _unavailable(self.cluster.absence or "no status")
+        if status.engine != EMBEDDED:
+            raise RequestRejected(f"requests go to {status.engine}, by its own API", code="hosted_engine")
         if status.model is None or status.max_model_len <= 0:
             raise _unavailable(f"the model is not loaded yet: {status.detail or status.state}")
         if self._tokenizer is None:
@@ -209,11 +211,12 @@ class Gateway:
 
     def _trouble(self) -> str | None:
         """Why a request would not be served right now; None if it would."""
+        status = self.cluster.status
         try:
-            self._serving()
+            if status is None or status.engine == EMBEDDED:
+                self._serving()
         except RequestRejected as error:
             return str(error)
-        status = self.cluster.status
         if status is not None and status.state != "serving":
             return status.detail or status.state
         return None

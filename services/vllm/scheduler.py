@@ -31,6 +31,7 @@ class _Resuming(Scheduler):
         self._unknown: set[str] = set()
         """Requests that no worker knows any more, though it was told of them once."""
         self._draws: dict[str, bytes] = {}
+        self._prompt_tokens = self._generated_tokens = 0
         self._guard = threading.RLock()
         """Held while requests or blocks change hands: the coordinator's word comes on another thread."""
         self._books = Books(self, self._link.tell)
@@ -66,6 +67,7 @@ class _Resuming(Scheduler):
             if not lost and scheduler_output.ghost_epoch == self._epoch:
                 self._processed = scheduler_output.ghost_step
                 self._books.came_back(scheduler_output.ghost_step, ends)
+                self._count(scheduler_output.total_num_scheduled_tokens, model_runner_output)
             outputs = super().update_from_output(scheduler_output, model_runner_output)
             self._books.processed(ends)
             return outputs
@@ -127,7 +129,14 @@ class _Resuming(Scheduler):
         """See HostedScheduler."""
         with self._guard:
             in_use, cached = self._books.blocks.in_use()
-            return EngineLoad(len(self.running), len(self.waiting), in_use, cached, 0, 0, 0)
+            tokens = self._prompt_tokens, self._generated_tokens
+            return EngineLoad(len(self.running), len(self.waiting), in_use, cached, *tokens, 0)
+
+    def _count(self, computed: int, output: ModelRunnerOutput) -> None:
+        """What a step computed, for the load: tokens that it drew, and the others, which are of prompts."""
+        drawn = sum(map(len, output.sampled_token_ids))
+        self._generated_tokens += drawn
+        self._prompt_tokens += computed - drawn
 
     # -- a loss ------------------------------------------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ from shared.types.keys import (
     unpack_keys,
 )
 from shared.types.status import (
+    EMBEDDED,
     ClusterStatus,
     Fault,
     HandoverStatus,
@@ -42,6 +43,7 @@ from shared.types.status import (
 )
 
 __all__ = [
+    "EMBEDDED",
     "MAX_KEY_BYTES",
     "ClusterStatus",
     "Fault",

@@ -5,6 +5,9 @@ from typing import Literal
 
 from shared.types.group import GroupState, ModelInfo, Protection, StoreInfo
 
+EMBEDDED = "embedded"
+"""The engine of a cluster that schedules by itself; others go by their own names."""
+
 OperatorAction = Literal["drain", "replace", "resume"]
 """drain: move the rank to a spare, and take the worker no more; replace: move it; resume: it may be taken again."""
 Fault = Literal["kill"]
@@ -150,5 +153,5 @@ class ClusterStatus:
     """How often a request was put back for want of pages."""
     handover: HandoverStatus | None = None
     """The rank that moves to a spare, if one does."""
-    engine: str = "embedded"
+    engine: str = EMBEDDED
     """What schedules: the embedded engine, or a hosted one, in words."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from services.cli.main import _parser
+from services.cli.main import parse
 from tests.pure.test_readme import CLASSES, ROOT
 
 FILES = sorted((ROOT / "docker").rglob("*.yml"))
@@ -30,7 +30,7 @@ SERVICES = dict(services())
 def test_a_service_is_a_command_with_variables_that_it_reads(place: str) -> None:
     service = SERVICES[place]
     if "command" in service:
-        assert _parser().parse_args(service["command"]).run is not None
+        assert parse(service["command"]).run is not None
     assert {name for name in service.get("environment", {}) if name.startswith("GHOST_")} <= SETTINGS
 
 

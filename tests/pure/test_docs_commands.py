@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from services.cli.main import _parser
+from services.cli.main import parse
 from services.gateway.openapi import describe
 from tests.pure.test_readme import DOCUMENTS, ROOT
 
@@ -55,7 +55,7 @@ def commands(program: str) -> list[tuple[str, list[str]]]:
 def test_a_ghostserve_command_parses(document: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code: object = 0
     try:
-        _parser().parse_args(arguments)
+        parse(arguments)
     except SystemExit as ended:
         code = ended.code
     named_in_passing = "required: --url" in capsys.readouterr().err  # without its address

@@ -61,6 +61,11 @@ def finish(world: HostedWorld) -> None:
     world.check_nothing_stale()
 
 
+def test_the_start_of_an_engine_is_no_recovery() -> None:
+    world, _ = started()
+    assert world.group.status().recoveries == ()
+
+
 def test_a_lost_rank_is_restored_and_the_engine_recomputes_the_open_page_only() -> None:
     world, engine = started(pages=64)
     decoding(world, engine, 10)

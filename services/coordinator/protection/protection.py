@@ -167,7 +167,7 @@ class Protection:
                 rank: self._host.inventory(formation.ranks[rank], held) for rank, held in formation.returned.items()
             }
             self.ledger.adopt(returned, self._size)
-            if returned:
+            if any(held.epoch for held in formation.returned.values()):  # a hosted engine begins with ranks of no epoch
                 recovery = self.timeline.interrupted("the coordinator was restarted", formation.epoch, born)
                 recovery.lost.update(formation.fresh - returned.keys())
                 log.info("ranks %s are back with %d pages", sorted(returned), len(self.ledger.sealed_pages))
