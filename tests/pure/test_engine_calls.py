@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from services.vllm.calls import Calls
-from services.vllm.link import EngineFailed, Link
+from services.vllm.link import EngineFailed, Link, Loss
 from services.vllm.messages import Answer
 
 
@@ -77,17 +77,17 @@ def test_when_the_engine_fails_no_call_waits(calls: Calls) -> None:
 def test_who_asks_what_was_lost_waits_until_it_is_decided() -> None:
     link = Link()
     link.quiesce(1)
-    link.resume(1, (), {})
+    link.resume(Loss(1, True, (), (), {}))
     assert link.wait_open() == 1
     assert link.loss_since(1) is None
     link.quiesce(2)
     seen: list[object] = []
     asking = threading.Thread(target=lambda: seen.append(link.loss_since(1)))
     asking.start()
-    link.resume(1, {9}, {})  # of an epoch that is over
-    link.resume(2, {4}, {})
+    link.resume(Loss(1, True, (9,), (), {}))  # of an epoch that is over
+    link.resume(Loss(2, True, (4,), (), {}))
     asking.join(5)
-    assert [getattr(loss, "whole", None) for loss in seen] == [{4}]
+    assert [getattr(loss, "gone", None) for loss in seen] == [(4,)]
 
 
 def test_who_waits_is_told_when_the_engine_fails() -> None:

@@ -16,10 +16,10 @@ from services.worker.shadow.coder import make_coder
 from services.worker.shadow.exchange import Exchange
 from services.worker.shadow.protect import Protector
 from services.worker.shadow.restore import Restorer
-from shared.errors import ShardMissing
+from shared.errors import CommunicatorAborted, ShardMissing
 from shared.messages import ParityShard, ProtectDone, ProtectPlan, RestoreDone, RestorePlan, StripeRestore
 from shared.transport.base import GetShards, Outcome, PutShards, ShardLabel
-from shared.types import StoreInfo, pack_ids
+from shared.types import StoreInfo, encoding_rank, pack_ids
 
 K, M, PAGE_TOKENS = 3, 2, 4
 STORE = StoreInfo("store", "one", "tcp://store:1", "http://store:1", 1)
@@ -197,3 +197,60 @@ async def test_bytes_that_decode_to_something_else_are_told_as_damaged_and_do_no
     _, (done,), _ = await ranks.restore(stripes, tail=False)
     assert (done.failed, done.damaged) == ((keys[0],), 1)
     assert torch.equal(ranks.pools[1].kv[0], before[0])
+
+
+async def protected_or_not(ranks: Ranks, keys: list[bytes]) -> dict[bytes, str]:
+    """Protect one page a key; the reason why it failed by key, empty where it did not."""
+    plan = ProtectPlan(1, 0, pack_ids(range(len(keys))), tuple(keys), (STORE,), 0)
+    loop = asyncio.get_running_loop()
+    await asyncio.gather(
+        *(
+            loop.run_in_executor(ranks._threads, each.protect, plan, ranks._exchange(rank, tail=False))
+            for rank, each in enumerate(ranks.protectors)
+        )
+    )
+    async with asyncio.timeout(10):
+        while len({key for done in ranks.told for key in (*done.protected, *done.failed)}) < len(keys):
+            await asyncio.sleep(0.001)
+    told = [(key, done) for done in ranks.told for key in (*done.protected, *done.failed)]
+    return {key: done.reason if key in done.failed else "" for key, done in told}
+
+
+async def test_what_a_rank_can_not_encode_is_unprotected_and_the_others_go_on(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [bytes([number]) + bytes(15) for number in range(3)]  # one for each rank to encode
+
+    def fails(stripes: object) -> None:
+        raise MemoryError("no memory for parity")
+
+    monkeypatch.setattr(ranks.protectors[1]._coder, "encode", fails)
+    told = await protected_or_not(ranks, keys)
+    failing = next(key for key in keys if encoding_rank(key, K) == 1)
+    assert {key for key, reason in told.items() if reason} == {failing}
+    assert "no memory for parity" in told[failing]
+    assert all(each._in_flight == 0 for each in ranks.protectors)
+
+
+async def test_a_put_that_breaks_leaves_its_stripes_unprotected_and_nothing_pending(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def breaks(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(ranks.stores, "put", breaks)
+    told = await protected_or_not(ranks, [bytes([number]) + bytes(15) for number in range(3)])
+    assert all("a bug" in reason for reason in told.values())
+    assert all(each._in_flight == 0 for each in ranks.protectors)
+
+
+async def test_who_waits_for_stores_that_take_nothing_is_freed_when_the_epoch_ends(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    protector, exchange_ = ranks.protectors[0], ranks._exchange(0, tail=False)
+    monkeypatch.setattr(protector, "_in_flight", 1 << 40)
+    waiting = asyncio.get_running_loop().run_in_executor(ranks._threads, protector._take_room, 1, exchange_)
+    await asyncio.sleep(0)
+    exchange_.end()
+    with pytest.raises(CommunicatorAborted):
+        await asyncio.wait_for(waiting, 5)

@@ -81,6 +81,11 @@ class Exchange:
         with self._writing:
             self._ended = True
 
+    @property
+    def ended(self) -> bool:
+        """Whether the epoch is over."""
+        return self._ended
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         """While a page is written. Raises CommunicatorAborted once the epoch is over: it may be another's page then."""

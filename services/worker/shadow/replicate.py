@@ -28,7 +28,7 @@ class Replicator(Protector):
         began = time.monotonic()
         size, rank, length = exchange.size, exchange.rank, exchange.pool.page_bytes
         copies = np.empty((len(pages), 1, length), dtype=np.uint8)
-        self._take_room(copies.nbytes)
+        self._take_room(copies.nbytes, exchange)
         labels = []
         for row, (page, key) in enumerate(zip(pages, keys, strict=True)):
             copies[row, 0] = to_host(exchange.pool.page(page))

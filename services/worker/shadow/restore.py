@@ -4,6 +4,7 @@ A plan is gone through in windows, each one round of exchange; the parity of the
 """
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,8 @@ from services.worker.shadow.parity_reader import DAMAGED, ParityReader, Stored
 from services.worker.shadow.stores import StoreClients
 from shared.messages import RestoreDone, RestorePlan, StripeRestore
 from shared.types import round_pages
+
+log = logging.getLogger(__name__)
 
 Trouble = dict[bytes, str]
 """Why stripes could not be decoded, by page key."""
@@ -70,7 +73,11 @@ class Restorer:
             else:
                 ready.append((stripes[index], by_rank, rows))
         with exchange.writing():
-            decoded_wrong = self._decode(ready, exchange)
+            try:
+                decoded_wrong = self._decode(ready, exchange)
+            except Exception as error:  # the exchange goes on: what could not be decoded is recomputed
+                log.exception("pages could not be decoded")
+                decoded_wrong = {stripe.key: f"{type(error).__name__}: {error}" for stripe, _, _ in ready}
         failed |= decoded_wrong
         return RestoreDone(
             epoch=plan.epoch,

@@ -100,9 +100,10 @@ class Shadow:
                         self._restore(plan, exchange)
                 except (CommunicatorAborted, DeadlineExceeded) as error:
                     self._failed(plan.epoch, exchange.rank, f"exchange: {error}", fatal=False)
-                except Exception as error:
+                except Exception as error:  # the ranks are out of step: they connect anew, and nothing else is lost
                     log.exception("%s failed", type(plan).__name__)
-                    self._failed(plan.epoch, exchange.rank, f"shadow: {type(error).__name__}: {error}", fatal=True)
+                    exchange.communicator.abort()
+                    self._failed(plan.epoch, exchange.rank, f"shadow: {type(error).__name__}: {error}", fatal=False)
             self._drop_stale()
         self._drop_stale()
 
