@@ -79,6 +79,11 @@ class Blocks:
         block_hash = self._pool.blocks[block].block_hash
         return block_hash is not None and key_of(block_hash) == self._keys[block]
 
+    def _has(self, block: int, key: PageKey) -> bool:
+        if block in self._withheld:
+            return key_of(self._withheld[block][0]) == key
+        return self._keys.get(block) == key and self._is_as_told(block)
+
     def _drop(self, blocks: Iterable[int]) -> None:
         dropped = list(blocks)
         for block in dropped:
@@ -89,9 +94,8 @@ class Blocks:
     # -- what the coordinator asks -----------------------------------------------------------------------------------
 
     def pin(self, blocks: Iterable[int], keys: Iterable[PageKey]) -> None:
-        """Keep those that still have their keys."""
-        kept = [block for block, key in zip(blocks, keys, strict=True) if self._keys.get(block) == key]
-        kept = [block for block in kept if self._is_as_told(block)]
+        """Keep those that still have their keys, or are withheld under them: they are to be encoded, or restored."""
+        kept = [block for block, key in zip(blocks, keys, strict=True) if self._has(block, key)]
         self._pool.touch([self._pool.blocks[block] for block in kept])
         for block in kept:
             self._pinned[block] = self._pinned.get(block, 0) + 1
@@ -134,11 +138,11 @@ class Blocks:
         self._free([block for block in blocks if block in self._withheld])
 
     def make_room(self) -> None:
-        """Give up withheld blocks where requests may need the room."""
-        if self._withheld and self._pool.get_num_free_blocks() < SPARE_BLOCKS * self._pool.num_gpu_blocks:
-            given = list(self._withheld)
-            self._free(given)
+        """Give up withheld blocks where requests may need the room, but for those that are being restored."""
+        given = self._withheld.keys() - self._pinned
+        if given and self._pool.get_num_free_blocks() < SPARE_BLOCKS * self._pool.num_gpu_blocks:
             self._tell(PagesDropped(pack_ids(given)))
+            self._free(given)
 
     def _free(self, blocks: Iterable[int]) -> None:
         for block in blocks:
