@@ -35,14 +35,14 @@ def test_the_logprobs_of_a_long_prompt_come_in_frames_that_fit() -> None:
     requests = Requests(scheduler, MODEL, 1, outbox, QUIET)
     asked = GenerationRequest("r", pack_ids([9] * PROMPT), 1, SamplingParams(), prompt_logprobs=20)
     requests.submit(1, Submit(asked))
-    (sequence,) = scheduler.waiting
+    (request,) = scheduler.waiting
     top = tuple((token, -1.5) for token in range(128_000, 128_020))
-    sequence.prompt_logprobs.extend(TokenLogprob(128_000 + number, -0.5, top) for number in range(PROMPT - 1))
-    sequence.tokens.append(7)
-    requests.deliver(NewTokens(sequence, (7,), (), "length"))
+    request.prompt_logprobs.extend(TokenLogprob(128_000 + number, -0.5, top) for number in range(PROMPT - 1))
+    request.tokens.append(7)
+    requests.deliver(NewTokens(request, (7,), (), "length"))
     parts = [message for message in sent if isinstance(message, Tokens)]
     assert max(len(encode(part)) for part in parts) < MAX_FRAME_BYTES // 64
-    assert [entry for part in parts for entry in part.prompt_logprobs] == sequence.prompt_logprobs
+    assert [entry for part in parts for entry in part.prompt_logprobs] == request.prompt_logprobs
     assert [part.finish_reason for part in parts[-2:]] == [None, "length"]
     assert [part.tokens for part in parts if part.tokens] == [pack_ids([7])]
 

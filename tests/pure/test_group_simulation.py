@@ -8,7 +8,7 @@ import pytest
 from services.coordinator.events import Came
 from services.coordinator.membership.epochs import BROKEN_GRACE_S
 from services.coordinator.protection.ledger import Parity
-from services.coordinator.scheduling.scheduler import Sequence
+from services.coordinator.scheduling.scheduler import Request
 from shared.messages import TOLD_TO_STOP, Applied, Goodbye, RankFailed, Refused, StoreDrains, StoreHello
 from shared.types import OperatorAction, StoreInfo
 from tests.pure.world import TICK_S, World
@@ -44,7 +44,7 @@ def finish(world: World) -> None:
     world.flow()
     world.group.check()
     assert world.engine.cache.in_use == 0
-    assert not list(world.engine.scheduler.sequences())
+    assert not list(world.engine.scheduler.requests())
     world.check_nothing_stale()
 
 
@@ -185,12 +185,12 @@ def test_with_tails_protected_nothing_is_recomputed(parity: int, length: int) ->
     assert all(key in kept for key in world.parity_of), "stripes of tails are left"
 
 
-def stored(world: World, sequence: Sequence) -> int:
-    """Tokens from a sequence's start whose parity the store has."""
+def stored(world: World, request: Request) -> int:
+    """Tokens from a request's start whose parity the store has."""
     tails = world.engine.protection._tails
     assert tails is not None
-    pages = list(itertools.takewhile(world.parity_of.__contains__, sequence.keys))
-    run = tails.after(sequence, len(pages) * world.page_tokens)
+    pages = list(itertools.takewhile(world.parity_of.__contains__, request.keys))
+    run = tails.after(request, len(pages) * world.page_tokens)
     return len(pages) * world.page_tokens + len(
         list(itertools.takewhile(lambda token: token.key in world.parity_of, run))
     )
@@ -207,13 +207,13 @@ def test_of_a_page_that_has_just_sealed_only_tokens_without_a_stripe_are_recompu
     name = world.submit(length=6, max_tokens=200, digest=True)
     while len(world.received[name]) < 3:
         world.move()
-    (sequence,) = world.engine.scheduler.running
+    (request,) = world.engine.scheduler.running
 
     def sealed_alone() -> bool:
         """Whether its last page is full, has no parity of its own, and its tokens have, but for those `missing`."""
-        full = sequence.computed == len(sequence.keys) * world.page_tokens
-        have = stored(world, sequence)
-        return full and sequence.keys[-1] not in world.parity_of and have == sequence.computed - missing
+        full = request.computed == len(request.keys) * world.page_tokens
+        have = stored(world, request)
+        return full and request.keys[-1] not in world.parity_of and have == request.computed - missing
 
     until(world, sealed_alone)
     world.kill(world.workers[str(world.group.membership.ranks[seed % world.size])])
@@ -263,7 +263,7 @@ def test_a_page_being_restored_is_nobody_elses_when_its_request_ends() -> None:
     assert under_way
     world.abort()
     world.submit(length=30, max_tokens=10)  # needs all the room that there is
-    held = {page for each in world.engine.scheduler.sequences() for page in each.pages}
+    held = {page for each in world.engine.scheduler.requests() for page in each.pages}
     assert not set(held) & set(under_way)
     finish(world)
 

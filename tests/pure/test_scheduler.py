@@ -31,7 +31,7 @@ def run(scheduler: Scheduler, token: int = 9) -> tuple[tuple[SequenceStep, ...],
     outputs = scheduler.complete(tuple(Sample(part.sequence, token) for part in plan if part.sampling is not None))
     for output in outputs:
         if output.finish:
-            scheduler.remove(output.sequence)
+            scheduler.remove(output.request)
     scheduler.check()
     return plan, outputs
 
@@ -63,7 +63,7 @@ def test_a_prefix_is_computed_once() -> None:
     add(scheduler, [*range(10, 18), 99, 98], max_tokens=1)
     plan, outputs = run(scheduler)
     assert plan[0].start == 8
-    assert outputs[0].sequence.cached_tokens == 8
+    assert outputs[0].request.cached_tokens == 8
 
 
 def test_the_last_token_of_a_cached_prompt_is_computed_all_the_same() -> None:
@@ -91,7 +91,7 @@ def test_the_youngest_is_preempted_when_pages_run_out_and_finishes_later() -> No
     finished: list[str] = []
     for _ in range(60):
         _, outputs = run(scheduler)
-        finished += [output.sequence.request.request_id for output in outputs if output.finish]
+        finished += [output.request.request_id for output in outputs if output.finish]
     assert finished == ["r0", "r1"]
     assert scheduler.preemptions > 0
 

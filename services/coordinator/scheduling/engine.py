@@ -13,7 +13,7 @@ from services.coordinator.protection.protection import Protection
 from services.coordinator.protection.stores import Stores
 from services.coordinator.scheduling.prefix_cache import PrefixCache
 from services.coordinator.scheduling.requests import Requests
-from services.coordinator.scheduling.scheduler import Scheduler, Sequence
+from services.coordinator.scheduling.scheduler import Request, Scheduler
 from services.coordinator.views.metrics import Metrics
 from services.coordinator.views.traces import Traces
 from shared.config import CoordinatorSettings
@@ -68,7 +68,7 @@ class EmbeddedEngine(Host):
         self._step = 0
         self._step_started = 0.0
         self._step_tokens = 0
-        log.info("model %s, %d pages of %d tokens, sequences to %d", self.model.architecture, ready.pages,
+        log.info("model %s, %d pages of %d tokens, requests to %d", self.model.architecture, ready.pages,
                  config.page_tokens, limit)  # fmt: skip
 
     # -- steps -------------------------------------------------------------------------------------------------------
@@ -78,13 +78,13 @@ class EmbeddedEngine(Host):
         if not self._membership.stepping or self.scheduler.busy or self.protection.moves.closing:
             return
         self.requests.ask_digests(self._membership.epoch)
-        sequences = self.scheduler.plan(RESTORING_STEP_TOKENS if self._membership.state == "restoring" else None)
-        if sequences:
+        requests = self.scheduler.plan(RESTORING_STEP_TOKENS if self._membership.state == "restoring" else None)
+        if requests:
             self._step += 1
             self.traces.planned(self.scheduler.running)
             self._step_started = self._outbox.now
-            self._step_tokens = sum(len(each.tokens) // 4 for each in sequences)
-            self._outbox.to_ranks(StepPlan(self._membership.epoch, self._step, sequences))
+            self._step_tokens = sum(len(each.tokens) // 4 for each in requests)
+            self._outbox.to_ranks(StepPlan(self._membership.epoch, self._step, requests))
 
     def step_done(self, done: StepDone) -> None:
         """The first rank's answer counts: all ranks draw the same."""
@@ -101,7 +101,7 @@ class EmbeddedEngine(Host):
 
     # -- the host: pages ---------------------------------------------------------------------------------------------
 
-    def runs(self) -> list[Sequence]:
+    def runs(self) -> list[Request]:
         """See `Host`."""
         return self.scheduler.running
 
@@ -138,18 +138,18 @@ class EmbeddedEngine(Host):
 
     def returned(self, run: int, valid: int) -> Returned:
         """See `Host`."""
-        sequence = next(each for each in self.scheduler.running if each.number == run)
-        recomputed = self.scheduler.truncate(sequence, valid)
+        request = next(each for each in self.scheduler.running if each.number == run)
+        recomputed = self.scheduler.truncate(request, valid)
         if valid % self.scheduler.page_tokens and recomputed:
-            self.protection.rewound(sequence.pages[-1], valid % self.scheduler.page_tokens)
-        return Returned(recomputed, sequence.goal, sequence.remaining)
+            self.protection.rewound(request.pages[-1], valid % self.scheduler.page_tokens)
+        return Returned(recomputed, request.goal, request.remaining)
 
     # -- the host: epochs --------------------------------------------------------------------------------------------
 
     @property
     def quiet(self) -> bool:
         """Whether no request waits for anything."""
-        return not any(self.scheduler.sequences())
+        return not any(self.scheduler.requests())
 
     def protected(self) -> None:
         """Parity was acknowledged."""

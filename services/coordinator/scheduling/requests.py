@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from services.coordinator.events import Peer
 from services.coordinator.outbox import Outbox
-from services.coordinator.scheduling.scheduler import NewTokens, Scheduler, Sequence
+from services.coordinator.scheduling.scheduler import NewTokens, Request, Scheduler
 from services.coordinator.views.traces import Traces
 from shared.messages import Accepted, DigestDone, DigestPlan, Refused, Submit, Tokens
 from shared.types import ModelInfo, pack_ids, root_key, unpack_ids
@@ -22,20 +22,20 @@ class Ticket:
 
     request_id: str
     gateway: Peer
-    sequence: Sequence
+    request: Request
 
 
 @dataclass(slots=True)
 class Digests:
-    """The ranks' hashes of one sequence's KV, as they come in."""
+    """The ranks' hashes of one request's KV, as they come in."""
 
     plan: int
-    sequence: Sequence
+    request: Request
     values: dict[int, str] = field(default_factory=dict)
 
 
 class Requests:
-    """Tickets between gateways and the scheduler's sequences."""
+    """Tickets between gateways and the scheduler's requests."""
 
     def __init__(
         self,
@@ -56,29 +56,29 @@ class Requests:
 
     def submit(self, gateway: Peer, submit: Submit) -> None:
         """Queue a request, or refuse it and say why. One that was accepted before goes on after its last token."""
-        request = submit.request
-        resumed, known = submit.generated is not None, self._tickets.get(request.request_id)
+        params = submit.request
+        resumed, known = submit.generated is not None, self._tickets.get(params.request_id)
         if resumed and known is not None:
             self._end(known)  # its gateway lost the channel, and is back before that is known here
         refusal = self._refusal(submit, resumed=resumed)
         if refusal is not None:
             self._outbox.send(gateway, refusal)
             return
-        root = root_key(self._model.fingerprint, request.cache_salt)
+        root = root_key(self._model.fingerprint, params.cache_salt)
         if submit.generated is None:
-            sequence = self._scheduler.add(request, root)
+            request = self._scheduler.add(params, root)
         else:
-            sequence = self._scheduler.resume(request, root, unpack_ids(submit.generated))
-        self._tickets[request.request_id] = Ticket(request.request_id, gateway, sequence)
-        self._traces.submitted(sequence)
-        log.debug("queued", extra={"request": request.request_id, "prompt_tokens": sequence.prompt_tokens})
-        self._outbox.send(gateway, Accepted(request.request_id))
-        if sequence.finish is not None and not request.kv_digest:
-            self._send(sequence, NewTokens(sequence, (), (), sequence.finish), ())
+            request = self._scheduler.resume(params, root, unpack_ids(submit.generated))
+        self._tickets[params.request_id] = Ticket(params.request_id, gateway, request)
+        self._traces.submitted(request)
+        log.debug("queued", extra={"request": params.request_id, "prompt_tokens": request.prompt_tokens})
+        self._outbox.send(gateway, Accepted(params.request_id))
+        if request.finish is not None and not params.kv_digest:
+            self._send(request, NewTokens(request, (), (), request.finish), ())
 
     def _refusal(self, submit: Submit, *, resumed: bool) -> Refused | None:
-        request, limit, vocabulary = submit.request, self._scheduler.max_model_len, self._model.vocab_size
-        name = request.request_id
+        params, limit, vocabulary = submit.request, self._scheduler.max_model_len, self._model.vocab_size
+        name = params.request_id
         if name in self._tickets:
             return Refused(name, 400, "duplicate_request", "a request of this id is running")
         if submit.fingerprint not in ("", self._model.fingerprint):
@@ -87,15 +87,15 @@ class Requests:
             waiting = len(self._scheduler.waiting)
             return Refused(name, 429, "queue_full", f"{waiting} requests are waiting; try again later")
         try:
-            prompt, generated = unpack_ids(request.prompt), unpack_ids(submit.generated or b"")
+            prompt, generated = unpack_ids(params.prompt), unpack_ids(submit.generated or b"")
         except ValueError:
             return Refused(name, 400, "invalid_prompt", "the prompt is not a list of token ids", "prompt")
         if not prompt or not all(0 <= token < vocabulary for token in (*prompt, *generated)):
             text = f"a prompt has 1 or more token ids from 0 to {vocabulary - 1}"
             return Refused(name, 400, "invalid_prompt", text, "prompt")
-        if len(prompt) + request.max_tokens > limit:
+        if len(prompt) + params.max_tokens > limit:
             text = (
-                f"{len(prompt)} prompt tokens and {request.max_tokens} to generate are more than the context of {limit}"
+                f"{len(prompt)} prompt tokens and {params.max_tokens} to generate are more than the context of {limit}"
             )
             return Refused(name, 400, "context_length_exceeded", text, "max_tokens")
         return None
@@ -112,20 +112,20 @@ class Requests:
             self._end(ticket)
 
     def deliver(self, output: NewTokens) -> None:
-        """Stream new tokens. A finished sequence that is to be hashed keeps its last message back until it is."""
-        sequence = output.sequence
+        """Stream new tokens. A finished request that is to be hashed keeps its last message back until it is."""
+        request = output.request
         self._traces.delivered(output)
-        hashed = sequence.request.kv_digest
+        hashed = request.params.kv_digest
         finish = None if hashed else output.finish
-        self._send(sequence, NewTokens(sequence, output.tokens, output.logprobs, finish), ())
+        self._send(request, NewTokens(request, output.tokens, output.logprobs, finish), ())
 
-    def _send(self, sequence: Sequence, output: NewTokens, digests: tuple[str, ...]) -> None:
-        ticket = self._tickets.get(sequence.request.request_id)
+    def _send(self, request: Request, output: NewTokens, digests: tuple[str, ...]) -> None:
+        ticket = self._tickets.get(request.params.request_id)
         if ticket is None:
             return
-        first = len(sequence.tokens) - sequence.prompt_tokens <= len(output.tokens)
+        first = len(request.tokens) - request.prompt_tokens <= len(output.tokens)
         if output.tokens or output.finish:
-            of_prompt = sequence.prompt_logprobs if first else []
+            of_prompt = request.prompt_logprobs if first else []
             last = max(0, len(of_prompt) - 1) // PROMPT_LOGPROBS * PROMPT_LOGPROBS
             for start in range(0, last, PROMPT_LOGPROBS):
                 part = tuple(of_prompt[start : start + PROMPT_LOGPROBS])
@@ -138,7 +138,7 @@ class Requests:
                     logprobs=output.logprobs,
                     prompt_logprobs=tuple(of_prompt[last:]),
                     finish_reason=output.finish,
-                    cached_tokens=sequence.cached_tokens,
+                    cached_tokens=request.cached_tokens,
                     kv_digests=digests,
                 ),
             )
@@ -147,10 +147,10 @@ class Requests:
 
     def _end(self, ticket: Ticket) -> None:
         del self._tickets[ticket.request_id]
-        self._digests.pop(ticket.sequence.number, None)
-        self._traces.ended(ticket.sequence)
-        log.debug("ended", extra={"request": ticket.request_id, "finish": ticket.sequence.finish or "aborted"})
-        self._scheduler.remove(ticket.sequence)
+        self._digests.pop(ticket.request.number, None)
+        self._traces.ended(ticket.request)
+        log.debug("ended", extra={"request": ticket.request_id, "finish": ticket.request.finish or "aborted"})
+        self._scheduler.remove(ticket.request)
 
     # -- digests -----------------------------------------------------------------------------------------------------
 
@@ -159,19 +159,19 @@ class Requests:
         self._digests.clear()
 
     def ask_digests(self, epoch: int) -> None:
-        """Have finished sequences hashed whose requests asked for it, once their KV is whole."""
-        for sequence in self._scheduler.running:
-            whole = not sequence.remaining and not sequence.held
-            if sequence.finish is not None and whole and sequence.number not in self._digests:
+        """Have finished requests hashed that asked for it, once their KV is whole."""
+        for request in self._scheduler.running:
+            whole = not request.remaining and not request.held
+            if request.finish is not None and whole and request.number not in self._digests:
                 self._plans += 1
-                self._digests[sequence.number] = Digests(self._plans, sequence)
-                self._outbox.to_ranks(DigestPlan(epoch, self._plans, pack_ids(sequence.pages), sequence.computed))
+                self._digests[request.number] = Digests(self._plans, request)
+                self._outbox.to_ranks(DigestPlan(epoch, self._plans, pack_ids(request.pages), request.computed))
 
     def digest_done(self, message: DigestDone) -> None:
-        """A rank's hash is there; with the last one the sequence ends."""
+        """A rank's hash is there; with the last one the request ends."""
         for digests in list(self._digests.values()):
             if digests.plan == message.digest:
                 digests.values[message.rank] = message.value
                 if len(digests.values) == self._size:
                     values = tuple(digests.values[rank] for rank in range(self._size))
-                    self._send(digests.sequence, NewTokens(digests.sequence, (), (), digests.sequence.finish), values)
+                    self._send(digests.request, NewTokens(digests.request, (), (), digests.request.finish), values)
