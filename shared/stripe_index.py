@@ -12,8 +12,8 @@ Kept in Redis (or Valkey). Whoever writes an entry has the bytes in place first,
 
 The braces make a group's keys one slot of a Redis cluster, so that a script can compare the epoch and write stripes at
 once; groups spread over the slots. A store that restarts has another incarnation, so that what the index says of its
-former life is void: readers keep only entries whose store is alive under the same incarnation (Stripe.alive), and the
-store deletes them when it is back.
+former life is void: readers keep only entries whose store is alive under the same incarnation (StripeEntry.alive), and
+the store deletes them when it is back.
 """
 
 import asyncio
@@ -56,7 +56,7 @@ class ShardEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class Stripe:
+class StripeEntry:
     """All that the index says of one stripe."""
 
     page_key: PageKey
@@ -154,9 +154,9 @@ class StripeIndex:
         """
         await self._run("put", group, epoch, [(e.page_key, str(e.number).encode(), _pack(e)) for e in entries])
 
-    async def get_many(self, group: str, page_keys: Sequence[PageKey]) -> dict[PageKey, Stripe]:
+    async def get_many(self, group: str, page_keys: Sequence[PageKey]) -> dict[PageKey, StripeEntry]:
         """Return what the index says of these stripes; a stripe it doesn't know is left out."""
-        found: dict[PageKey, Stripe] = {}
+        found: dict[PageKey, StripeEntry] = {}
         for start in range(0, len(page_keys), _BATCH):
             batch = page_keys[start : start + _BATCH]
             pipeline = self._redis.pipeline(transaction=False)
@@ -165,7 +165,7 @@ class StripeIndex:
             for page_key, shards in zip(batch, await self._call(pipeline.execute()), strict=True):
                 if shards:
                     entries = sorted((_unpack(page_key, *item) for item in shards.items()), key=lambda e: e.number)
-                    found[page_key] = Stripe(page_key, tuple(entries))
+                    found[page_key] = StripeEntry(page_key, tuple(entries))
         return found
 
     async def delete_many(self, group: str, epoch: int, page_keys: Sequence[PageKey]) -> int:

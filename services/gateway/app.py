@@ -24,7 +24,7 @@ from services.gateway.intake import Job, prepare
 from services.gateway.metrics import CONTENT_TYPE, Metrics
 from services.gateway.openapi import describe
 from services.gateway.operate import Operate
-from services.gateway.prompts import Serving
+from services.gateway.prompts import ServedModel
 from services.gateway.schemas import ChatRequest, CompletionRequest
 from services.gateway.tokenizer import Tokenizer
 from shared.config import GatewaySettings
@@ -174,7 +174,7 @@ class Gateway:
             return web.Response(status=499)  # the client is away: nobody reads it
 
     async def _job(
-        self, kind: type[CompletionRequest] | type[ChatRequest], request: web.Request, serving: Serving
+        self, kind: type[CompletionRequest] | type[ChatRequest], request: web.Request, serving: ServedModel
     ) -> Job:
         """The request made ready, in a thread: one for large bodies, so that they wait for each other only."""
         async with self._bodies.read(request) as body:
@@ -186,7 +186,7 @@ class Gateway:
             self.guard.check_operator(request)
         return job
 
-    def _serving(self) -> Serving:
+    def _serving(self) -> ServedModel:
         """What is needed to take a request. Raises RequestRejected (503) if it is not known.
 
         A group in recovery still takes requests: the coordinator queues them.
@@ -201,7 +201,7 @@ class Gateway:
         if self._tokenizer is None:
             raise _unavailable(self._tokenizer_problem)
         model = status.model
-        return Serving(
+        return ServedModel(
             tokenizer=self._tokenizer,
             model=_model_name(status),
             max_model_len=status.max_model_len,
@@ -266,7 +266,7 @@ class Gateway:
         }
 
 
-def _prepare(kind: type[CompletionRequest] | type[ChatRequest], body: bytes, serving: Serving) -> Job:
+def _prepare(kind: type[CompletionRequest] | type[ChatRequest], body: bytes, serving: ServedModel) -> Job:
     return prepare(parse(kind, body), serving)
 
 

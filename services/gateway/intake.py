@@ -5,7 +5,7 @@ import secrets
 import uuid
 from dataclasses import dataclass, replace
 
-from services.gateway.prompts import Prompt, Serving, chat_prompt, check_ids, text_prompts
+from services.gateway.prompts import Prompt, ServedModel, chat_prompt, check_ids, text_prompts
 from services.gateway.schemas import ChatRequest, CompletionRequest
 from shared.errors import RequestRejected
 from shared.types import GenerationRequest, SamplingParams, pack_ids
@@ -23,7 +23,7 @@ class Job:
 
     reply_id: str
     request: CompletionRequest | ChatRequest
-    serving: Serving
+    serving: ServedModel
     prompts: tuple[Prompt, ...]
     sequences: tuple[GenerationRequest, ...]
 
@@ -32,7 +32,7 @@ class Job:
         return self.prompts[index * len(self.prompts) // len(self.sequences)]
 
 
-def prepare(request: CompletionRequest | ChatRequest, serving: Serving) -> Job:
+def prepare(request: CompletionRequest | ChatRequest, serving: ServedModel) -> Job:
     """Turn a request into sequences. Raises RequestRejected, naming the parameter."""
     if request.model is not None and request.model != serving.model:
         raise RequestRejected(
@@ -90,7 +90,7 @@ def _max_tokens(request: CompletionRequest | ChatRequest, prompt: int, limit: in
     return asked
 
 
-def _stop_tokens(request: CompletionRequest | ChatRequest, serving: Serving) -> tuple[int, ...]:
+def _stop_tokens(request: CompletionRequest | ChatRequest, serving: ServedModel) -> tuple[int, ...]:
     """The tokens that end the answer, besides those that the model's configuration names.
 
     Special tokens have no text: a stop string that is one stops by its id. And the tokenizer may know an end.

@@ -11,7 +11,7 @@ from shared.errors import RequestRejected
 
 
 @dataclass(frozen=True, slots=True)
-class Serving:
+class ServedModel:
     """What the gateway knows of the model while it can serve."""
 
     tokenizer: Tokenizer
@@ -29,7 +29,7 @@ class Prompt:
     text: str = ""
 
 
-def chat_prompt(request: ChatRequest, serving: Serving) -> Prompt:
+def chat_prompt(request: ChatRequest, serving: ServedModel) -> Prompt:
     tokenizer, arguments = serving.tokenizer, request.chat_template_kwargs or {}
     if taken := sorted(tokenizer.template_arguments & arguments.keys()):
         raise RequestRejected(
@@ -85,7 +85,7 @@ def _arguments(given: str | dict[str, Any]) -> Any:
         return given
 
 
-def text_prompts(request: CompletionRequest, serving: Serving) -> list[Prompt]:
+def text_prompts(request: CompletionRequest, serving: ServedModel) -> list[Prompt]:
     given = request.prompt
     entries: Sequence[str | Sequence[int]]
     if isinstance(given, str):
@@ -97,7 +97,7 @@ def text_prompts(request: CompletionRequest, serving: Serving) -> list[Prompt]:
     return [_prompt(entry, request, serving) for entry in entries]
 
 
-def _prompt(entry: str | Sequence[int], request: CompletionRequest, serving: Serving) -> Prompt:
+def _prompt(entry: str | Sequence[int], request: CompletionRequest, serving: ServedModel) -> Prompt:
     tokenizer, echo = serving.tokenizer, bool(request.echo)
     if isinstance(entry, str):
         ids = _tokens_of(entry, request, serving)
@@ -115,7 +115,7 @@ def _prompt(entry: str | Sequence[int], request: CompletionRequest, serving: Ser
     return Prompt(tuple(ids), str(entry) if whole else tokenizer.decode(ids, special=not request.skip_special_tokens))
 
 
-def _tokens_of(text: str, request: CompletionRequest | ChatRequest, serving: Serving) -> list[int]:
+def _tokens_of(text: str, request: CompletionRequest | ChatRequest, serving: ServedModel) -> list[int]:
     """A text's tokens. Raises RequestRejected, of a text that is far too long before all of it is looked at."""
     limit = serving.max_model_len
     if serving.tokenizer.exceeds(text, limit):
@@ -125,7 +125,7 @@ def _tokens_of(text: str, request: CompletionRequest | ChatRequest, serving: Ser
     return ids
 
 
-def _truncated(ids: Sequence[int], request: CompletionRequest | ChatRequest, serving: Serving) -> list[int]:
+def _truncated(ids: Sequence[int], request: CompletionRequest | ChatRequest, serving: ServedModel) -> list[int]:
     asked = request.truncate_prompt_tokens
     if asked is None or asked == 0:
         return list(ids)

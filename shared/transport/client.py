@@ -11,7 +11,7 @@ from typing import Self
 from shared.errors import DeadlineExceeded, GhostError, PeerLost, ProtocolError
 from shared.transport import backends, frames
 from shared.transport.base import DEFAULT_LIMITS, BulkLimits, GetShards, Outcome, PutShards, Stream
-from shared.transport.frames import Hello, Numbered, Reply, Welcome
+from shared.transport.frames import Hello, HelloReply, Numbered, Reply
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class BulkClient:
                 try:
                     await stream.send(frames.pieces(Hello(frames.VERSION, token)), limits.stall_s)
                     welcome = await frames.read(stream, frames.HELLO_BYTES, limits)
-                    if not isinstance(welcome, Welcome):
+                    if not isinstance(welcome, HelloReply):
                         raise ProtocolError(f"{address} did not answer like a bulk server")
                     if welcome.refusal is not None:
                         raise welcome.refusal

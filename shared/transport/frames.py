@@ -35,7 +35,7 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True)
-class Welcome:
+class HelloReply:
     """A server's answer to hello: go on, or why not."""
 
     version: int
@@ -58,7 +58,7 @@ class Numbered:
     request: PutShards | GetShards
 
 
-Frame = Hello | Welcome | Reply | Numbered
+Frame = Hello | HelloReply | Reply | Numbered
 
 _ERRORS = {cls.__name__: cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, GhostError)}
 del _ERRORS[errors.RequestRejected.__name__]  # an HTTP matter, and built differently
@@ -84,7 +84,7 @@ def _to_wire(frame: Frame) -> list[object]:
     match frame:
         case Hello():
             return [_HELLO, frame.version, frame.token]
-        case Welcome():
+        case HelloReply():
             return [_WELCOME, frame.version, _error_out(frame.refusal)]
         case Reply():
             return [_REPLY, frame.request_id, [_error_out(outcome) for outcome in frame.outcomes]]
@@ -144,7 +144,7 @@ def _from_wire(wire: Any, limits: BulkLimits) -> Frame:
         case [int(kind), int(version), str(token)] if kind == _HELLO:
             return Hello(version, token)
         case [int(kind), int(version), refusal] if kind == _WELCOME:
-            return Welcome(version, _error_in(refusal))
+            return HelloReply(version, _error_in(refusal))
         case [int(kind), int(number), list(outcomes)] if kind == _REPLY:
             return Reply(number, tuple(_error_in(outcome) for outcome in outcomes))
         case [int(kind), int(number), str(group), int(epoch), int(serial), list(shards)] if kind == _PUT:

@@ -22,7 +22,7 @@ from shared.transport.base import (
     PutShards,
     Stream,
 )
-from shared.transport.frames import Hello, Numbered, Reply, Welcome
+from shared.transport.frames import Hello, HelloReply, Numbered, Reply
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class BulkServer:
                 else:
                     del self._strangers[stream]
                     self._streams.add(stream)
-                welcome = frames.pieces(Welcome(frames.VERSION, refusal))
+                welcome = frames.pieces(HelloReply(frames.VERSION, refusal))
                 await stream.send(welcome, self._limits.stall_s)
                 if refusal is not None:
                     raise _HelloRefused(str(refusal), kind)

@@ -275,7 +275,7 @@ async def test_another_protocol_version_is_refused_by_name(server: BulkServer) -
     await stream.send(frames.pieces(frames.Hello(99, "secret")), TIMEOUT)
     welcome = await frames.read(stream, frames.HELLO_BYTES, DEFAULT_LIMITS)
     stream.close()
-    assert isinstance(welcome, frames.Welcome)
+    assert isinstance(welcome, frames.HelloReply)
     assert isinstance(welcome.refusal, ProtocolError)
     assert "99" in str(welcome.refusal)
 
@@ -341,7 +341,7 @@ async def actor(listen_at: str, play: Callable[[Stream], Awaitable[None]]) -> As
         stream = await listener.accept()
         try:
             await frames.read(stream, frames.HELLO_BYTES, DEFAULT_LIMITS)
-            await stream.send(frames.pieces(frames.Welcome(frames.VERSION, None)), TIMEOUT)
+            await stream.send(frames.pieces(frames.HelloReply(frames.VERSION, None)), TIMEOUT)
             await stream.upgrade(TIMEOUT)
             await play(stream)
             await asyncio.Event().wait()

@@ -14,7 +14,7 @@ from services.gateway import sse
 from services.gateway.bodies import check_values, parse
 from services.gateway.intake import Job, prepare
 from services.gateway.openapi import describe
-from services.gateway.prompts import Serving
+from services.gateway.prompts import ServedModel
 from services.gateway.responses import PROMPT_LOGPROBS, CompletionLogprobs, reply_to, usage
 from services.gateway.schemas import ChatRequest, CompletionRequest
 from services.gateway.stream import Choice, Delta
@@ -28,16 +28,16 @@ HELLO = [{"role": "user", "content": "the end"}]
 
 
 @pytest.fixture(scope="module")
-def serving(tmp_path_factory: pytest.TempPathFactory) -> Serving:
+def serving(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
     tokenizer = Tokenizer.load(str(make_tokenizer_dir(tmp_path_factory.mktemp("tokenizer"))))
-    return Serving(tokenizer, "tiny", max_model_len=100, vocab_size=400, fingerprint="f" * 32)
+    return ServedModel(tokenizer, "tiny", max_model_len=100, vocab_size=400, fingerprint="f" * 32)
 
 
-def completion(serving: Serving, **fields: Any) -> Job:
+def completion(serving: ServedModel, **fields: Any) -> Job:
     return prepare(parse(CompletionRequest, json.dumps({"prompt": "the end"} | fields).encode()), serving)
 
 
-def chat(serving: Serving, **fields: Any) -> Job:
+def chat(serving: ServedModel, **fields: Any) -> Job:
     return prepare(parse(ChatRequest, json.dumps({"messages": HELLO} | fields).encode()), serving)
 
 
@@ -105,7 +105,7 @@ def chat(serving: Serving, **fields: Any) -> Job:
     ],
 )
 def test_a_bad_completion_is_refused_by_the_parameters_name(
-    serving: Serving, fields: dict[str, Any], param: str
+    serving: ServedModel, fields: dict[str, Any], param: str
 ) -> None:
     with pytest.raises(RequestRejected) as refused:
         completion(serving, **fields)
@@ -143,7 +143,7 @@ def test_a_bad_completion_is_refused_by_the_parameters_name(
         ({"messages": [{"role": "user", "content": [{"type": "text"}] * 50_000}]}, "messages[0].content"),
     ],
 )
-def test_a_bad_chat_is_refused_by_the_parameters_name(serving: Serving, fields: dict[str, Any], param: str) -> None:
+def test_a_bad_chat_is_refused_by_the_parameters_name(serving: ServedModel, fields: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestRejected) as refused:
         chat(serving, **fields)
     assert (refused.value.status, refused.value.param) == (400, param)
@@ -164,25 +164,25 @@ def test_a_missing_prompt_is_named() -> None:
         parse(ChatRequest, b"{}")
 
 
-def test_nothing_of_the_prompt_is_in_a_refusal(serving: Serving) -> None:
+def test_nothing_of_the_prompt_is_in_a_refusal(serving: ServedModel) -> None:
     with pytest.raises(RequestRejected) as refused:
         chat(serving, messages=[{"role": "user", "content": {"secret": "s3cret"}}])
     assert "s3cret" not in str(refused.value)
 
 
-def test_fields_that_mean_nothing_special_and_unknown_ones_are_ignored(serving: Serving) -> None:
+def test_fields_that_mean_nothing_special_and_unknown_ones_are_ignored(serving: ServedModel) -> None:
     assert completion(serving, best_of=1, suffix=None, frobnicate=1, store=True, user="u")
     assert chat(serving, tools=[], tool_choice="none", response_format={"type": "text"}, n=None, stop=None)
 
 
-def test_another_model_is_not_found(serving: Serving) -> None:
+def test_another_model_is_not_found(serving: ServedModel) -> None:
     with pytest.raises(RequestRejected) as refused:
         completion(serving, model="gpt-9")
     assert (refused.value.status, refused.value.code, refused.value.param) == (404, "model_not_found", "model")
     assert completion(serving, model="tiny")
 
 
-def test_a_prompt_that_fills_the_context_is_refused_with_the_numbers(serving: Serving) -> None:
+def test_a_prompt_that_fills_the_context_is_refused_with_the_numbers(serving: ServedModel) -> None:
     with pytest.raises(RequestRejected, match=r"100 tokens.*120 tokens") as refused:
         completion(serving, prompt=[5] * 120)
     assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "prompt")
@@ -190,7 +190,7 @@ def test_a_prompt_that_fills_the_context_is_refused_with_the_numbers(serving: Se
         completion(serving, prompt=[5] * 90, max_tokens=30)
 
 
-def test_max_tokens_defaults_to_16_or_to_what_the_context_leaves(serving: Serving) -> None:
+def test_max_tokens_defaults_to_16_or_to_what_the_context_leaves(serving: ServedModel) -> None:
     assert completion(serving).sequences[0].max_tokens == 16
     assert completion(serving, prompt=[5] * 90).sequences[0].max_tokens == 10
     job = chat(serving)
@@ -198,7 +198,7 @@ def test_max_tokens_defaults_to_16_or_to_what_the_context_leaves(serving: Servin
     assert chat(serving, max_completion_tokens=3, max_tokens=5).sequences[0].max_tokens == 3
 
 
-def test_each_choice_of_each_prompt_is_a_sequence_with_its_own_seed(serving: Serving) -> None:
+def test_each_choice_of_each_prompt_is_a_sequence_with_its_own_seed(serving: ServedModel) -> None:
     job = completion(serving, prompt=[[1, 2], [3]], n=2, seed=2**63 - 1, temperature=0)
     assert [unpack_ids(sequence.prompt) for sequence in job.sequences] == [[1, 2], [1, 2], [3], [3]]
     assert [sequence.sampling.seed for sequence in job.sequences] == [2**63 - 1, 0, 2**63 - 1, 0]
@@ -208,7 +208,7 @@ def test_each_choice_of_each_prompt_is_a_sequence_with_its_own_seed(serving: Ser
     assert completion(serving).sequences[0].sampling.seed != completion(serving).sequences[0].sampling.seed
 
 
-def test_sampling_parameters_arrive(serving: Serving) -> None:
+def test_sampling_parameters_arrive(serving: ServedModel) -> None:
     request = completion(
         serving,
         temperature=0.5,
@@ -233,18 +233,18 @@ def test_sampling_parameters_arrive(serving: Serving) -> None:
     assert (request.kv_digest, request.prompt_logprobs) == (True, None)
 
 
-def test_chat_logprobs(serving: Serving) -> None:
+def test_chat_logprobs(serving: ServedModel) -> None:
     assert chat(serving).sequences[0].sampling.logprobs is None
     assert chat(serving, logprobs=True).sequences[0].sampling.logprobs == 0
     assert chat(serving, logprobs=True, top_logprobs=3).sequences[0].sampling.logprobs == 3
 
 
-def test_echo_asks_for_the_prompts_logprobs_only_with_logprobs(serving: Serving) -> None:
+def test_echo_asks_for_the_prompts_logprobs_only_with_logprobs(serving: ServedModel) -> None:
     assert completion(serving, echo=True, max_tokens=0).sequences[0].prompt_logprobs is None
     assert completion(serving, echo=True, max_tokens=0, logprobs=2).sequences[0].prompt_logprobs == 2
 
 
-def test_a_chat_is_rendered_once_with_its_turn_open(serving: Serving) -> None:
+def test_a_chat_is_rendered_once_with_its_turn_open(serving: ServedModel) -> None:
     parts = [{"type": "text", "text": "the"}, {"type": "text", "text": "end"}]
     job = chat(serving, messages=[{"role": "developer", "content": "be kind"}, {"role": "user", "content": parts}])
     text = serving.tokenizer._core.decode(list(job.prompts[0].ids), skip_special_tokens=False)
@@ -253,7 +253,9 @@ def test_a_chat_is_rendered_once_with_its_turn_open(serving: Serving) -> None:
     )
 
 
-def test_bos_is_added_to_a_text_but_not_to_a_chat(tmp_path_factory: pytest.TempPathFactory, serving: Serving) -> None:
+def test_bos_is_added_to_a_text_but_not_to_a_chat(
+    tmp_path_factory: pytest.TempPathFactory, serving: ServedModel
+) -> None:
     folder = make_tokenizer_dir(tmp_path_factory.mktemp("bos"), add_bos=True)
     with_bos = replace(serving, tokenizer=Tokenizer.load(str(folder)))
     assert completion(with_bos).prompts[0].ids[0] == 0
@@ -286,7 +288,7 @@ def test_bos_is_added_to_a_text_but_not_to_a_chat(tmp_path_factory: pytest.TempP
     ids=lambda body: str(body)[:40],
 )
 def test_a_large_body_that_is_wrong_is_refused_at_once_and_in_little_memory(
-    serving: Serving, body: dict[str, Any]
+    serving: ServedModel, body: dict[str, Any]
 ) -> None:
     data = json.dumps(body).encode()
     tracemalloc.start()
@@ -302,7 +304,7 @@ def test_a_large_body_that_is_wrong_is_refused_at_once_and_in_little_memory(
     assert peak < 64 << 20
 
 
-def test_a_long_text_of_many_commas_is_taken(serving: Serving) -> None:
+def test_a_long_text_of_many_commas_is_taken(serving: ServedModel) -> None:
     wide = replace(serving, max_model_len=1 << 20)
     text = '[{"a": "\\", "b": 1}],\\"' * 40_000
     assert completion(wide, prompt=text).prompts[0].ids == tuple(serving.tokenizer.encode(text, special=False))
@@ -326,7 +328,7 @@ def test_values_are_counted_no_lower_than_they_are(value: Any) -> None:
             check_values(body, count(value) - 1)
 
 
-def test_a_text_is_long_only_if_it_is(serving: Serving) -> None:
+def test_a_text_is_long_only_if_it_is(serving: ServedModel) -> None:
     words = "the end of the story " * 5000
     tokens = len(serving.tokenizer.encode(words, special=False))
     assert serving.tokenizer.exceeds(words, tokens // 10)
@@ -350,12 +352,12 @@ def test_null_is_a_field_left_out(kind: type[CompletionRequest] | type[ChatReque
             parse(kind, json.dumps({name: None}).encode())
 
 
-def test_a_temperature_of_almost_nothing_is_greedy(serving: Serving) -> None:
+def test_a_temperature_of_almost_nothing_is_greedy(serving: ServedModel) -> None:
     assert completion(serving, temperature=1e-308).sequences[0].sampling.temperature == 0.0
     assert completion(serving, temperature=0.01).sequences[0].sampling.temperature == 0.01
 
 
-def test_a_prompt_is_scored_up_to_the_last_place_of_the_context(serving: Serving) -> None:
+def test_a_prompt_is_scored_up_to_the_last_place_of_the_context(serving: ServedModel) -> None:
     scored = completion(serving, prompt=[5] * 100, echo=True, logprobs=0, max_tokens=0)
     assert scored.sequences[0].max_tokens == 0
     with pytest.raises(RequestRejected):
@@ -364,21 +366,21 @@ def test_a_prompt_is_scored_up_to_the_last_place_of_the_context(serving: Serving
         completion(serving, prompt=[5] * 100, echo=True, logprobs=0)
 
 
-def test_a_prompt_is_truncated_from_its_beginning(serving: Serving) -> None:
+def test_a_prompt_is_truncated_from_its_beginning(serving: ServedModel) -> None:
     assert completion(serving, prompt=[1, 2, 3], truncate_prompt_tokens=2).prompts[0].ids == (2, 3)
     assert len(completion(serving, prompt=[5] * 120, truncate_prompt_tokens=-1).prompts[0].ids) == 99
     echoed = completion(serving, prompt="the end", truncate_prompt_tokens=1, echo=True)
     assert echoed.prompts[0].text == " end"
 
 
-def test_the_tokenizers_own_end_stops_and_so_does_a_stop_string_that_is_a_special_token(serving: Serving) -> None:
+def test_the_tokenizers_own_end_stops_and_so_does_a_stop_string_that_is_a_special_token(serving: ServedModel) -> None:
     assert completion(serving).sequences[0].stop_token_ids == (2,)
     assert completion(serving, ignore_eos=True).sequences[0].stop_token_ids == ()
     stops = completion(serving, stop=["<|im_start|>", "x"], stop_token_ids=[9], ignore_eos=True)
     assert stops.sequences[0].stop_token_ids == (9, 1)
 
 
-def test_the_packed_prompt_is_shared_by_all_choices(serving: Serving) -> None:
+def test_the_packed_prompt_is_shared_by_all_choices(serving: ServedModel) -> None:
     job = completion(serving, prompt=[[5] * 50, [6] * 50], n=16)
     assert len({id(sequence.prompt) for sequence in job.sequences}) == 2
 
@@ -403,7 +405,7 @@ TOOL_TURNS = [
 
 
 @pytest.fixture(scope="module")
-def with_tools(tmp_path_factory: pytest.TempPathFactory, serving: Serving) -> Serving:
+def with_tools(tmp_path_factory: pytest.TempPathFactory, serving: ServedModel) -> ServedModel:
     folder = make_tokenizer_dir(tmp_path_factory.mktemp("tools"), chat_template=TOOL_TEMPLATE)
     return replace(serving, tokenizer=Tokenizer.load(str(folder)), max_model_len=1000)
 
@@ -412,24 +414,24 @@ def prompt_text(job: Job) -> str:
     return job.serving.tokenizer.decode(job.prompts[0].ids, special=True)
 
 
-def test_a_history_with_tools_goes_through_a_template_that_knows_them(with_tools: Serving) -> None:
+def test_a_history_with_tools_goes_through_a_template_that_knows_them(with_tools: ServedModel) -> None:
     text = prompt_text(chat(with_tools, messages=TOOL_TURNS))
     assert '<|im_start|>assistant\n<call>look {"at": "Rome"}<|im_end|>\n<|im_start|>tool\nsun<|im_end|>' in text
 
 
-def test_a_history_with_tools_is_refused_where_the_template_knows_none(serving: Serving) -> None:
+def test_a_history_with_tools_is_refused_where_the_template_knows_none(serving: ServedModel) -> None:
     for turns, place in ((TOOL_TURNS, 1), ([TOOL_TURNS[0], TOOL_TURNS[2]], 1)):
         with pytest.raises(RequestRejected, match="tools") as refused:
             chat(serving, messages=turns)
         assert refused.value.param == f"messages[{place}]"
 
 
-def test_the_templates_own_arguments_reach_it(with_tools: Serving) -> None:
+def test_the_templates_own_arguments_reach_it(with_tools: ServedModel) -> None:
     assert "<think>" not in prompt_text(chat(with_tools))
     assert "<think>" in prompt_text(chat(with_tools, chat_template_kwargs={"thinks": True}))
 
 
-def test_a_turn_is_opened_left_closed_or_continued(serving: Serving) -> None:
+def test_a_turn_is_opened_left_closed_or_continued(serving: ServedModel) -> None:
     assert prompt_text(chat(serving)).endswith("the end<|im_end|>\n<|im_start|>assistant\n")
     assert prompt_text(chat(serving, add_generation_prompt=False)).endswith("the end<|im_end|>\n")
     turns = [*HELLO, {"role": "assistant", "content": "of the"}]
@@ -439,7 +441,7 @@ def test_a_turn_is_opened_left_closed_or_continued(serving: Serving) -> None:
 # -- answers ---------------------------------------------------------------------------------------------------------
 
 
-def test_text_offsets_count_characters_even_where_tokens_end_within_one(serving: Serving) -> None:
+def test_text_offsets_count_characters_even_where_tokens_end_within_one(serving: ServedModel) -> None:
     text = "é the 日本 🙂 end"
     ids = serving.tokenizer.encode(text, special=False)
     entries = [(token, TokenLogprob(token, float("-inf"), ((2, -1.0),))) for token in ids]
@@ -453,7 +455,7 @@ def test_text_offsets_count_characters_even_where_tokens_end_within_one(serving:
     assert parts[0]["top_logprobs"][0]["<|im_end|>"] == -1.0
 
 
-def test_an_echo_has_the_prompts_logprobs_with_none_for_its_first_token(serving: Serving) -> None:
+def test_an_echo_has_the_prompts_logprobs_with_none_for_its_first_token(serving: ServedModel) -> None:
     job = completion(serving, prompt=[5, 6, 7], echo=True, logprobs=1, max_tokens=1)
     chosen = TokenLogprob(9, -1.0, ((9, -1.0),))
     delta = Delta("x", (9,), (chosen,), "length", True, (TokenLogprob(6, -2.0), TokenLogprob(7, -3.0)))
@@ -463,7 +465,7 @@ def test_an_echo_has_the_prompts_logprobs_with_none_for_its_first_token(serving:
     assert choice["logprobs"]["top_logprobs"][0] is None
 
 
-def test_usage_counts_a_prompt_once_however_many_choices_it_has(serving: Serving) -> None:
+def test_usage_counts_a_prompt_once_however_many_choices_it_has(serving: ServedModel) -> None:
     job = completion(serving, prompt=[[1, 2, 3], [4]], n=2)
     choices = [Choice(serving.tokenizer, [], []) for _ in job.sequences]
     for choice in choices:
@@ -476,7 +478,7 @@ def test_usage_counts_a_prompt_once_however_many_choices_it_has(serving: Serving
     }
 
 
-def test_a_delta_without_news_makes_no_chunk(serving: Serving) -> None:
+def test_a_delta_without_news_makes_no_chunk(serving: ServedModel) -> None:
     held = Delta("", (5,), (), None, True)
     assert list(reply_to(completion(serving)).chunks(0, held)) == []
     assert list(reply_to(chat(serving)).chunks(0, held)) == []
@@ -492,7 +494,7 @@ def test_the_openapi_document_refers_only_to_what_it_defines() -> None:
     assert {"CompletionRequest", "ChatRequest"} <= names
 
 
-def test_an_echo_of_a_long_prompt_comes_in_chunks(serving: Serving) -> None:
+def test_an_echo_of_a_long_prompt_comes_in_chunks(serving: ServedModel) -> None:
     wide = replace(serving, max_model_len=2000)
     job = completion(wide, prompt=[5] * 1000, echo=True, logprobs=1, max_tokens=1, stream=True)
     scored = tuple(TokenLogprob(5, -2.0) for _ in range(999))

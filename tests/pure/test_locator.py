@@ -11,7 +11,7 @@ from services.coordinator.protection.costs import StoredStripe
 from services.coordinator.protection.locator import Locator
 from shared.errors import PeerLost
 from shared.messages import FindShards, HeldShard, Message, ParityShard, ShardsFound
-from shared.stripe_index import ShardEntry, Stripe
+from shared.stripe_index import ShardEntry, StripeEntry
 from shared.types import PageKey, StoreInfo
 
 KEYS = tuple(bytes([number]) * 16 for number in range(4))
@@ -25,11 +25,11 @@ class Index:
     def __init__(self, known: Sequence[PageKey] = (), *, away: bool = False):
         self._known, self._away = known, away
 
-    async def get_many(self, group: str, keys: Sequence[PageKey]) -> dict[PageKey, Stripe]:
+    async def get_many(self, group: str, keys: Sequence[PageKey]) -> dict[PageKey, StripeEntry]:
         assert group == "g"
         if self._away:
             raise PeerLost("Redis: gone")
-        return {key: Stripe(key, (_entry(key, 0),)) for key in keys if key in self._known}
+        return {key: StripeEntry(key, (_entry(key, 0),)) for key in keys if key in self._known}
 
 
 class StoreChannel:
