@@ -48,9 +48,13 @@ class Blocks:
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
-    def handed_out(self, blocks: Iterable[int]) -> None:
-        """A step got these blocks: those that are not what they were told as are dropped."""
-        self._drop(block for block in blocks if block in self._keys and not self._is_as_told(block))
+    def handed_out(self, blocks: Iterable[int], written: Iterable[int]) -> None:
+        """A step got these blocks, and is about to write to some: what is not what it was told as any more is dropped.
+
+        A block may be written again though it gets the same hash: a prompt's last token is always computed.
+        """
+        changed = {block for block in blocks if block in self._keys and not self._is_as_told(block)}
+        self._drop(changed | (self._keys.keys() & set(written)))
 
     def filled(self, blocks: Iterable[KVCacheBlock]) -> None:
         """The step that filled these blocks has come back."""
@@ -90,12 +94,16 @@ class Blocks:
 
     def pin(self, blocks: Iterable[int], keys: Iterable[PageKey]) -> None:
         """Keep those that still have their keys."""
-        kept = [block for block, key in zip(blocks, keys, strict=True) if self._keys.get(block) == key]
-        kept = [block for block in kept if self._is_as_told(block)]
+        kept = [block for block, key in zip(blocks, keys, strict=True) if self._has(block, key)]
         self._pool.touch([self._pool.blocks[block] for block in kept])
         for block in kept:
             self._pinned[block] = self._pinned.get(block, 0) + 1
         self._tell(PagesPinned(pack_ids(kept)))
+
+    def _has(self, block: int, key: PageKey) -> bool:
+        if block in self._withheld:
+            return key_of(self._withheld[block][0]) == key
+        return self._keys.get(block) == key and self._is_as_told(block)
 
     def unpin(self, blocks: Iterable[int]) -> None:
         """They need not be kept any more."""
@@ -136,9 +144,10 @@ class Blocks:
     def make_room(self) -> None:
         """Give up withheld blocks where requests may need the room."""
         if self._withheld and self._pool.get_num_free_blocks() < SPARE_BLOCKS * self._pool.num_gpu_blocks:
-            given = list(self._withheld)
+            given = [block for block in self._withheld if block not in self._pinned]
+            if given:
+                self._tell(PagesDropped(pack_ids(given)))
             self._free(given)
-            self._tell(PagesDropped(pack_ids(given)))
 
     def _free(self, blocks: Iterable[int]) -> None:
         for block in blocks:
