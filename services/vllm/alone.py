@@ -5,6 +5,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Literal, Protocol
 
 from services.vllm.link import Loss
@@ -15,6 +16,9 @@ log = logging.getLogger("vllm.ghostserve")
 SETTLE_S = 0.05
 """A step that failed at one rank is often a peer's death, which is heard a moment later."""
 MAX_ATTEMPTS = 8
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
+MAX_STILLBORN = 8
+"""So many processes in a row died before they were ready: another one will too."""
 TICK_S = 0.05
 
 
@@ -33,7 +37,7 @@ class Engine(Protocol):
     @property
     def size(self) -> int: ...
 
-    def start(self, rank: int | None) -> Member: ...
+    def start(self, ranks: tuple[int, ...]) -> Member: ...
 
     def quiesce(self, epoch: int) -> None: ...
 
@@ -61,6 +65,8 @@ class Alone:
         self._starting: dict[Member, int | None] = {}
         self._placed: dict[int, Placed] = {}
         self._attempts = 0
+        self._stillborn = 0
+        self._start_after = 0.0
         self._since = time.monotonic()
         self._events: queue.Queue[Callable[[], None]] = queue.Queue()
         self._due: list[tuple[float, Callable[[], None]]] = []
@@ -78,9 +84,9 @@ class Alone:
         """A process has taken its rank, or failed to."""
         self._events.put(lambda: self._took(placed))
 
-    def failed(self, member: Member, epoch: int, reason: str) -> None:
-        """A rank could not do what was asked in `epoch`."""
-        self._events.put(lambda: self._failed(member, epoch, reason))
+    def failed(self, member: Member, epoch: int, reason: str, own: bool) -> None:
+        """A rank could not do what was asked in `epoch`; `own`: not because its peers did not take part."""
+        self._events.put(lambda: self._failed(member, epoch, reason, own))
 
     def may_spare(self) -> None:
         """From now on a process can be made ready for any rank."""
@@ -90,18 +96,11 @@ class Alone:
 
     def _run(self) -> None:
         for rank in range(self._engine.size):
-            self._starting[self._engine.start(rank)] = rank
+            self._starting[self._engine.start((rank,))] = rank
         while True:
-            try:
+            with suppress(queue.Empty):
                 self._events.get(timeout=TICK_S)()
-            except queue.Empty:
-                now = time.monotonic()
-                due, self._due = (
-                    [each for each in self._due if each[0] <= now],
-                    [each for each in self._due if each[0] > now],
-                )
-                for _, event in due:
-                    event()
+            self._run_due(time.monotonic())
             self._go_on()
 
     def _run_due(self, now: float) -> None:
@@ -118,6 +117,7 @@ class Alone:
 
     def _built(self, member: Member) -> None:
         rank = self._starting.pop(member)
+        self._stillborn = 0
         if rank is not None and self._ranks[rank] is None:
             self._ranks[rank] = member
         else:
@@ -125,7 +125,9 @@ class Alone:
 
     def _gone(self, member: Member) -> None:
         log.warning("%s (pid %d) is gone", member.name, member.pid)
-        self._starting.pop(member, None)
+        if member in self._starting:
+            del self._starting[member]
+            self._brake()
         if member in self._ready:
             self._ready.remove(member)
         if member in self._ranks:
@@ -133,6 +135,13 @@ class Alone:
             self._quiesce()
         if not self._may_spare:
             self._engine.fail(f"{member.name} ended while the engine was starting")
+
+    def _brake(self) -> None:
+        """A process died before it was ready: the next one is started later, and at last none."""
+        self._stillborn += 1
+        self._start_after = time.monotonic() + min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (self._stillborn - 1))
+        if self._stillborn >= MAX_STILLBORN and None in self._ranks:
+            self._engine.fail(f"{self._stillborn} workers in a row died before they were ready")
 
     def _took(self, placed: Placed) -> None:
         if placed.epoch != self._epoch:
@@ -143,7 +152,7 @@ class Alone:
         else:
             self._placed[placed.rank] = placed
 
-    def _failed(self, member: Member, epoch: int, reason: str) -> None:
+    def _failed(self, member: Member, epoch: int, reason: str, own: bool) -> None:
         if epoch == self._epoch:
             log.warning("%s: %s", member.name, reason)
             self._quiesce()
@@ -181,10 +190,9 @@ class Alone:
         self._start_missing()
 
     def _start_missing(self) -> None:
-        if not self._may_spare:
+        if not self._may_spare or time.monotonic() < self._start_after:
             return
-        missing = [rank for rank, member in enumerate(self._ranks) if member is None]
-        for rank in missing[len(self._starting) :]:
-            self._starting[self._engine.start(None if self._spares else rank)] = None
-        while self._spares and len(self._starting) + len(self._ready) < len(missing) + self._spares:
-            self._starting[self._engine.start(None)] = None
+        missing = tuple(rank for rank, member in enumerate(self._ranks) if member is None)
+        ranks = tuple(range(self._engine.size)) if self._spares else missing
+        while len(self._starting) + len(self._ready) < len(missing) + self._spares:
+            self._starting[self._engine.start(ranks)] = None

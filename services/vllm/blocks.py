@@ -48,9 +48,13 @@ class Blocks:
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
-    def handed_out(self, blocks: Iterable[int]) -> None:
-        """A step got these blocks: those that are not what they were told as are dropped."""
-        self._drop(block for block in blocks if block in self._keys and not self._is_as_told(block))
+    def handed_out(self, blocks: Iterable[int], written: Iterable[int]) -> None:
+        """A step got these blocks, and is about to write to some: what is not what it was told as any more is dropped.
+
+        A block may be written again though it gets the same hash: a prompt's last token is always computed.
+        """
+        changed = {block for block in blocks if block in self._keys and not self._is_as_told(block)}
+        self._drop(changed | (self._keys.keys() & set(written)))
 
     def filled(self, blocks: Iterable[KVCacheBlock]) -> None:
         """The step that filled these blocks has come back."""

@@ -44,7 +44,6 @@ class Books:
             self.forget(request_id)
         cached = output.scheduled_cached_reqs
         news = [new.block_ids for new in output.scheduled_new_reqs] + [each for each in cached.new_block_ids if each]
-        self.blocks.handed_out(block for groups in news for blocks in groups for block in blocks)
         ends: dict[str, int] = {}
         written: set[int] = set()
         for request_id, count in output.num_scheduled_tokens.items():
@@ -53,6 +52,7 @@ class Books:
                 first, last = (end - count) // manager.block_size, -(-end // manager.block_size)
                 table = manager.req_to_blocks.get(request_id, [])
                 written.update(block.block_id for block in table[first:last] if not block.is_null)
+        self.blocks.handed_out((block for groups in news for blocks in groups for block in blocks), written)
         self._written[step] = written
         return ends
 
@@ -131,4 +131,6 @@ class Books:
         self._hosted_epoch = hosted_epoch
         self._computed.clear()
         self._told.clear()
+        self._written.clear()
+        self._unnamed.clear()
         self._tell_recomputed()

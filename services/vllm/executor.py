@@ -131,7 +131,7 @@ class GhostExecutor(MultiprocExecutor):
             case Answer() if member in self._ranks:
                 failed = self._calls.answered(self._ranks.index(member), message)
                 if failed is not None:
-                    self._decider.failed(member, message.epoch, f"{failed}: {message.error}")
+                    self._decider.failed(member, message.epoch, f"{failed}: {message.error}", message.own)
             case Built():
                 log.info(
                     "%s is ready after %.1f s, %.0f MiB", member.name, message.seconds, message.resident_bytes / 2**20
@@ -151,10 +151,9 @@ class GhostExecutor(MultiprocExecutor):
         """Ranks of the engine."""
         return int(self.world_size)
 
-    def start(self, rank: int | None) -> Member:
-        """Start a worker process for one rank, or for any."""
-        member = self._crew.start(rank)
-        ranks = tuple(range(self.size)) if rank is None else (rank,)
+    def start(self, ranks: tuple[int, ...]) -> Member:
+        """Start a worker process for any of these ranks."""
+        member = self._crew.start(ranks[0] if len(ranks) == 1 else None)
         member.tell(Build(ranks, tuple(self._setup)))
         return member
 
@@ -177,8 +176,10 @@ class GhostExecutor(MultiprocExecutor):
             member.tell(Place(epoch, rank, meeting.address, STEP_S, hosted_epoch))
 
     def resume(self, loss: Loss) -> None:
-        """Step again."""
-        self._link.resume(loss)
+        """Step again, as if the lost steps had not been."""
+        if self._link.scheduler is not None:
+            self._link.scheduler.roll_back(loss)
+        self._link.resume(loss.epoch)
         self._calls.release()
 
     @property

@@ -19,6 +19,7 @@ from shared.config import WorkerSettings
 from shared.messages import (
     EngineReady,
     EngineRuns,
+    GivenUp,
     Message,
     PagesGone,
     PagesWhole,
@@ -34,6 +35,7 @@ from shared.types import ModelInfo, unpack_ids
 log = logging.getLogger("vllm.ghostserve")
 
 LOAD_S = 1.0
+BLAME_S = 30.0
 LOST_S = 0.1
 """After a step failed: how long its reason may yet turn out to be a rank that died."""
 
@@ -72,6 +74,9 @@ class Hosted(Alone):
         self._hosted_epoch = 0
         self._doubtful = False  # ranks were changed, and it is not told yet which blocks are whole
         self._draws: Draws = {}
+        self._failed_epoch = -1  # the last one in which a step failed; its errors by rank are in `_raised`
+        self._raised: dict[Member, str] = {}
+        self._raised_alone: tuple[Member | None, float] = (None, 0.0)
         self._failed_in = -1  # the epoch of which a failed step was told
         self._load_told = 0.0
         super().__init__(engine, spares)
@@ -126,19 +131,33 @@ class Hosted(Alone):
         if was_rank:
             self._tell(StepFailed(self._hosted_epoch, f"{member.name} died", (self._name_of(member),)))
 
-    def _failed(self, member: Member, epoch: int, reason: str) -> None:
+    def _failed(self, member: Member, epoch: int, reason: str, own: bool) -> None:
         if self._dial is None:
-            super()._failed(member, epoch, reason)
-        elif epoch == self._epoch:
+            super()._failed(member, epoch, reason, own)
+            return
+        if own and epoch in (self._epoch, self._failed_epoch) and member in self._ranks:
+            self._raised[member] = reason
+        if epoch == self._epoch:
             log.warning("%s: %s", member.name, reason)
+            self._failed_epoch = epoch
             self._quiesce()
             self._later(LOST_S, lambda: self._told_failed(reason))
 
     def _told_failed(self, reason: str) -> None:
-        """If no rank was lost meanwhile, the coordinator has all of them try again."""
+        """If no rank was lost meanwhile all are to try again, but for one that fails by itself."""
+        raised, self._raised = self._raised, {}
         if self._phase == "gathering" and None not in self._ranks and self._failed_in != self._hosted_epoch:
             self._failed_in = self._hosted_epoch
-            self._tell(StepFailed(self._hosted_epoch, reason))
+            self._tell(
+                StepFailed(self._hosted_epoch, next(iter(raised.values()), reason), self._culprits(list(raised)))
+            )
+
+    def _culprits(self, raised: list[Member]) -> tuple[str, ...]:
+        """A rank that alone raised an error of its own, twice in BLAME_S: another process may do better."""
+        now = time.monotonic()
+        alone = raised[0] if len(raised) == 1 else None
+        (before, at), self._raised_alone = self._raised_alone, (alone, now)
+        return (self._name_of(alone),) if alone is not None and alone is before and now - at < BLAME_S else ()
 
     # -- what the coordinator says -----------------------------------------------------------------------------------
 
@@ -154,6 +173,11 @@ class Hosted(Alone):
                 self._place(epoch, workers)
             case Resume() if message.epoch == self._hosted_epoch and self._phase == "placing":
                 self._resume(message)
+            case GivenUp(workers):
+                for member in (*filter(None, self._ranks), *self._ready):
+                    if self._name_of(member) in workers:
+                        log.warning("%s (pid %d) is given up", member.name, member.pid)
+                        self._engine.kill(member)
             case PinPages(pages, keys):
                 scheduler.pin(unpack_ids(pages), keys)
             case UnpinPages(pages):

@@ -12,7 +12,7 @@ from shared.types import PageKey
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """What is left once an epoch has begun. Filled by who decides."""
+    """What is left when an epoch begins. Filled by who decides."""
 
     epoch: int
     kept: bool
@@ -31,6 +31,10 @@ class HostedScheduler(Protocol):
 
     def stand_still(self) -> tuple[EngineRun, ...]:
         """What the running requests stand on; called while no step may begin."""
+        ...
+
+    def roll_back(self, loss: Loss) -> None:
+        """The lost steps have not been; called before the next one may begin."""
         ...
 
     def tell_all(self, *, whole: bool) -> None:
@@ -59,7 +63,7 @@ class EngineFailed(RuntimeError):
 
 
 class Link:
-    """The epoch, and whether it may step. Everything else that is decided goes with the epoch's beginning."""
+    """The epoch, and whether it may step."""
 
     def __init__(self) -> None:
         self.scheduler: HostedScheduler | None = None
@@ -67,7 +71,6 @@ class Link:
         self._changed = threading.Condition()
         self._epoch = 0
         self._open = False
-        self._loss = Loss(0, True, (), (), {})
         self._failed = ""
         self._tell: Callable[[Message], None] = lambda message: None
 
@@ -99,15 +102,15 @@ class Link:
         return self._epoch
 
     def quiesce(self, epoch: int) -> None:
-        """No further step until `resume` of this epoch or a later one."""
+        """No further step until `resume`."""
         with self._changed:
             self._epoch, self._open = epoch, False
 
-    def resume(self, loss: Loss) -> None:
+    def resume(self, epoch: int) -> None:
         """Step again, if nothing has happened since."""
         with self._changed:
-            if loss.epoch == self._epoch:
-                self._open, self._loss = True, loss
+            if epoch == self._epoch:
+                self._open = True
                 self._changed.notify_all()
 
     def fail(self, reason: str) -> None:
@@ -123,14 +126,6 @@ class Link:
             if self._failed:
                 raise EngineFailed(self._failed)
             return self._epoch
-
-    def loss_since(self, epoch: int) -> Loss | None:
-        """What was lost since `epoch`, once that is decided; None if nothing was. Raises EngineFailed."""
-        if self._epoch == epoch:
-            return None
-        with self._changed:
-            self.wait_open()
-            return self._loss
 
 
 _links: dict[str, Link] = {}

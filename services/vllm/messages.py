@@ -57,6 +57,8 @@ class Answer:
     number: int
     value: Any
     error: str = ""
+    own: bool = True
+    """Whether the error is this rank's, not that its peers did not take part."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from services.vllm import messages
 from services.vllm.messages import Answer, Build, Built, Call, Host, Place, Placed
+from services.vllm.pages import BlockPages
 from services.vllm.rank import HostedRank, Steps, run_agent
 from services.worker.communicator import create
 from services.worker.communicator.base import Communicator
@@ -56,6 +57,7 @@ class Process:
         self._connection = connection
         self._name = name
         self._built: dict[int, WorkerWrapperBase] = {}
+        self._calls: tuple[tuple[str, tuple[Any, ...]], ...] = ()
         self._rank = -1
         self._epoch = 0
         self._channel: Communicator | None = None
@@ -83,21 +85,26 @@ class Process:
 
     def _build(self, message: Build) -> None:
         began = time.monotonic()
+        self._calls = message.calls
         for rank in message.ranks:
-            worker = self._built[rank] = _make(pickle.loads(self._config), rank, self._lock)
-            for method, args in message.calls:
-                getattr(worker, method)(*args)
+            self._make(rank)
         gc.collect()
         gc.freeze()  # a full collection of what vLLM imports takes 0.3 s, and would come with the first steps
         if len(message.ranks) > 1:
             set_process_title(name=f"{self._name}_spare")
         self._send(Built(time.monotonic() - began, _resident_bytes()))
 
+    def _make(self, rank: int) -> None:
+        worker = self._built[rank] = _make(pickle.loads(self._config), rank, self._lock)
+        for method, args in self._calls:
+            getattr(worker, method)(*args)
+
     def _place(self, message: Place) -> Placed:
         began = time.monotonic()
         draws: messages.Draws = {}
         error = ""
         try:
+            self._steps.taking = message.hosted_epoch
             self._take(message.rank)
             self._epoch = message.epoch
             if self._channel is not None:
@@ -114,6 +121,8 @@ class Process:
 
     def _take(self, rank: int) -> None:
         if rank != self._rank:
+            if rank not in self._built:  # it was started for another one
+                self._make(rank)
             self._rank = rank
             self._built[rank].worker.groups.install()
             for other in [each for each in self._built if each != rank]:
@@ -123,9 +132,13 @@ class Process:
     def _host(self, message: Host) -> None:
         """Serve the coordinator beside the model, as the rank that this is, or as a spare."""
         built = self._built
+
+        def pages(rank: int) -> BlockPages:
+            return built.get(rank, next(iter(built.values()))).worker.pages()  # type: ignore[no-any-return]
+
         run_agent(
             message.name,
-            partial(HostedRank, self._steps, message.info, message.blocks, lambda rank: built[rank].worker.pages()),
+            partial(HostedRank, self._steps, message.info, message.blocks, pages),
         )
 
     def _call(self, call: Call) -> None:
@@ -141,9 +154,9 @@ class Process:
             )
             value = function(*call.args, **call.kwargs)
         except Exception as error:
-            level = logging.INFO if isinstance(error, GhostError) else logging.ERROR
-            log.log(level, "%s: %s", call.method, error, exc_info=level == logging.ERROR)
-            self._send(Answer(call.epoch, call.number, None, f"{type(error).__name__}: {error}"))
+            own = not isinstance(error, GhostError)
+            log.log(logging.ERROR if own else logging.INFO, "%s: %s", call.method, error, exc_info=own)
+            self._send(Answer(call.epoch, call.number, None, f"{type(error).__name__}: {error}", own))
         else:
             if isinstance(value, AsyncModelRunnerOutput):
                 self._late.put((call, value))

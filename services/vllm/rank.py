@@ -34,6 +34,8 @@ class Steps:
     """What the main thread tells of the model; read by the agent. Plain fields: each has one writer."""
 
     rank: int | None = None
+    taking: int = 0
+    """The coordinator's epoch for which the main thread has begun to connect the model's ranks."""
     placed: int = 0
     """The coordinator's epoch in which the model's ranks are connected."""
     done: int = 0
@@ -114,9 +116,11 @@ class HostedRank:
 
     @property
     def progress(self) -> int:
-        """Grows with each collective that the model enters."""
-        channel = self._steps.channel
-        return self._steps.done + (channel.entered if channel is not None else 0)
+        """Grows with each collective that the model enters; least where the main thread has not begun the epoch."""
+        steps, epoch = self._steps, self._assign.epoch if self._assign is not None else 0
+        if steps.placed < epoch:
+            return int(steps.taking >= epoch)
+        return 2 + steps.done + (steps.channel.entered if steps.channel is not None else 0)
 
     # -- what the coordinator asks -----------------------------------------------------------------------------------
 

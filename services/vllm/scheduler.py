@@ -1,5 +1,7 @@
 """vLLM's scheduler, which goes back to before a lost step. Named to vLLM by --scheduler-cls."""
 
+import logging
+import os
 import threading
 import time
 from collections.abc import Collection
@@ -7,20 +9,27 @@ from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.request_queue import RequestQueue, create_request_queue
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
-from vllm.v1.request import RequestStatus
+from vllm.v1.request import Request, RequestStatus
 
 from services.vllm.batch import Known
 from services.vllm.books import Books
 from services.vllm.executor import LostStep
 from services.vllm.link import Loss, link_of
+from services.vllm.suspects import Suspects
 from shared.messages import EngineLoad, EngineRun
 from shared.types import PageKey
+
+log = logging.getLogger("vllm.ghostserve")
 
 
 class _Resuming(Scheduler):
     """What both of vLLM's schedulers get: after a loss all requests wait again, and come back by prefix hits."""
+
+    running: list[Request]
+    waiting: RequestQueue
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any):
         super().__init__(vllm_config, *args, **kwargs)
@@ -35,6 +44,8 @@ class _Resuming(Scheduler):
         self._guard = threading.RLock()
         """Held while requests or blocks change hands: the coordinator's word comes on another thread."""
         self._books = Books(self, self._link.tell)
+        self._suspects = Suspects(max(1, int(os.environ.get("GHOST_STEP_TRIES", "2"))))
+        self._others_wait = True
         self._link.attach(self)
 
     # -- what vLLM's engine core calls -------------------------------------------------------------------------------
@@ -42,32 +53,57 @@ class _Resuming(Scheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """As vLLM's; what the workers must be told of an earlier loss travels with the step."""
         while True:
-            self._catch_up()
+            self._link.wait_open()
             with self._guard:
                 if self._link.epoch == self._epoch:  # or it ended just now
                     return self._schedule(throttle_prefills)
 
     def _schedule(self, throttle_prefills: bool) -> SchedulerOutput:
         self._books.blocks.make_room()
-        output = super().schedule(throttle_prefills)
+        output = self._schedule_apart(throttle_prefills)
         self._step += 1
+        self._suspects.sent(self._step, output.num_scheduled_tokens)
         output.ghost_epoch, output.ghost_step = self._epoch, self._step
         output.ghost_known = self._make_known(output)
         output.ghost_ends = self._books.scheduled(self._step, output)
+        return output
+
+    def _schedule_apart(self, throttle_prefills: bool) -> SchedulerOutput:
+        """A suspect of making steps fail runs alone, or, where it can't run yet, waits while all others do."""
+        suspect = self.requests.get(self._suspects.next(self.requests) or "")
+        if suspect is None:
+            return super().schedule(throttle_prefills)
+        running, waiting = self.running, self.waiting
+        chosen = [each for each in (*running, *waiting) if (each is suspect) == self._others_wait]
+        self.running = [each for each in running if each in chosen]
+        self.waiting = create_request_queue(self.policy)
+        for each in [each for each in waiting if each in chosen]:
+            waiting.remove_request(each)
+            self.waiting.add_request(each)
+        try:
+            output = super().schedule(throttle_prefills)
+        finally:
+            self.running += [each for each in running if each not in chosen]
+            waiting.prepend_requests(self.waiting)
+            self.waiting = waiting
+        self._others_wait = not self._others_wait or output.total_num_scheduled_tokens > 0
         return output
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         """As vLLM's; the output of a lost step gives back what its scheduling took."""
         lost = isinstance(model_runner_output, LostStep)
         if lost:
-            self._catch_up()
             model_runner_output = EMPTY_MODEL_RUNNER_OUTPUT
-        ends = {} if lost else scheduler_output.ghost_ends
+        step, epoch, ends = scheduler_output.ghost_step, scheduler_output.ghost_epoch, scheduler_output.ghost_ends
         with self._guard:
-            if not lost and scheduler_output.ghost_epoch == self._epoch:
-                self._processed = scheduler_output.ghost_step
-                self._books.came_back(scheduler_output.ghost_step, ends)
+            if not lost and epoch == self._epoch:  # else its tokens were taken back
+                self._processed = step
+                self._suspects.came_back(step)
                 self._count(scheduler_output.total_num_scheduled_tokens, model_runner_output)
+            if lost or epoch != self._link.epoch:  # its KV may be lost by now, though its tokens count
+                ends = {}
+            else:
+                self._books.came_back(step, ends)
             outputs = super().update_from_output(scheduler_output, model_runner_output)
             self._books.processed(ends)
             return outputs
@@ -140,15 +176,17 @@ class _Resuming(Scheduler):
 
     # -- a loss ------------------------------------------------------------------------------------------------------
 
-    def _catch_up(self) -> None:
-        loss = self._link.loss_since(self._epoch)
-        if loss is not None:
+    def roll_back(self, loss: Loss) -> None:
+        """See HostedScheduler."""
+        with self._guard:
             self._epoch = loss.epoch
-            with self._guard:
-                self._roll_back(loss)
+            self._roll_back(loss)
 
     def _roll_back(self, loss: Loss) -> None:
         """All that runs waits again, with what is known of its tokens; only blocks that are whole can be hit."""
+        if (blamed := self._suspects.lost()) is not None and blamed[0] in self.requests:
+            log.error("request %s: a step failed %d times, at last with it alone: it ends with an error", *blamed)
+            self.grammar_compile_error_reqs.add(blamed[0])  # update_from_output ends these, and tells their clients
         blocks = self._books.blocks
         if not loss.kept:
             blocks.forget_all()

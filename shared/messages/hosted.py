@@ -141,6 +141,13 @@ class EngineLoad(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class GivenUp(Message):
+    """These workers, by name, are lost to the coordinator: end them. One that is stopped can't be told itself."""
+
+    workers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PinPages(Message):
     """Keep these pages, if they still have these keys: they are to be encoded, or, withheld ones, restored.
 

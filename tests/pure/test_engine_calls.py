@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from services.vllm.calls import Calls
-from services.vllm.link import EngineFailed, Link, Loss
+from services.vllm.link import EngineFailed, Link
 from services.vllm.messages import Answer
 
 
@@ -74,20 +74,20 @@ def test_when_the_engine_fails_no_call_waits(calls: Calls) -> None:
         future.result(0)
 
 
-def test_who_asks_what_was_lost_waits_until_it_is_decided() -> None:
+def test_who_is_to_step_waits_until_the_newest_epoch_may() -> None:
     link = Link()
     link.quiesce(1)
-    link.resume(Loss(1, True, (), (), {}))
+    link.resume(1)
     assert link.wait_open() == 1
-    assert link.loss_since(1) is None
     link.quiesce(2)
-    seen: list[object] = []
-    asking = threading.Thread(target=lambda: seen.append(link.loss_since(1)))
+    seen: list[int] = []
+    asking = threading.Thread(target=lambda: seen.append(link.wait_open()))
     asking.start()
-    link.resume(Loss(1, True, (9,), (), {}))  # of an epoch that is over
-    link.resume(Loss(2, True, (4,), (), {}))
+    link.resume(1)  # of an epoch that is over
+    assert not seen
+    link.resume(2)
     asking.join(5)
-    assert [getattr(loss, "gone", None) for loss in seen] == [(4,)]
+    assert seen == [2]
 
 
 def test_who_waits_is_told_when_the_engine_fails() -> None:

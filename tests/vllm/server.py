@@ -18,7 +18,7 @@ from urllib.request import urlopen
 import numpy as np
 from openai import AsyncOpenAI
 
-START_S = 180.0
+START_S = 240.0
 SPARE_S = 90.0
 CLASSES = {
     "--distributed-executor-backend": "services.vllm.executor.GhostExecutor",
@@ -42,6 +42,7 @@ class Server:
     url: str
     process: subprocess.Popen[bytes]
     log: Path
+    size: int = 3
 
     def client(self) -> AsyncOpenAI:
         """The official client, for one event loop; to be closed."""
@@ -74,7 +75,7 @@ class Server:
     async def whole(self, spares: int = 1) -> None:
         """Wait until all ranks are there, and as many spares are ready."""
         end = time.monotonic() + SPARE_S
-        while len(self.ranks()) < 3 or len(self.spares()) < spares:
+        while len(self.ranks()) < self.size or len(self.spares()) < spares:
             assert time.monotonic() < end, f"{self.titles()}\n{self.tail()}"
             await asyncio.sleep(0.1)
 
@@ -103,14 +104,16 @@ class Seen:
 
 
 @contextmanager
-def serving(model: Path, log: Path, *flags: str, classes: bool = True, **environment: str) -> Iterator[Server]:
+def serving(
+    model: Path, log: Path, *flags: str, classes: bool = True, size: int = 3, **environment: str
+) -> Iterator[Server]:
     """Start a server and wait until it is healthy; end it, and all its processes, with SIGTERM."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     ours = [word for pair in CLASSES.items() for word in pair] if classes else []
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", "m",
-               "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--tensor-parallel-size", "3",
+               "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--tensor-parallel-size", str(size),
                "--enforce-eager", "--max-model-len", "4096", "--block-size", "32", "--max-num-seqs", "16",
                "--max-num-batched-tokens", "256", *ours, *flags]  # fmt: skip
     root = str(Path(__file__).parents[2])
@@ -118,7 +121,7 @@ def serving(model: Path, log: Path, *flags: str, classes: bool = True, **environ
         process = subprocess.Popen(
             command, stdout=out, stderr=out, env=os.environ | ENVIRONMENT | {"PYTHONPATH": root} | environment
         )
-    server = Server(f"http://127.0.0.1:{port}", process, log)
+    server = Server(f"http://127.0.0.1:{port}", process, log, size)
     try:
         end = time.monotonic() + START_S
         while not server.healthy():

@@ -24,6 +24,7 @@ from shared.messages import (
     EngineLoad,
     EngineReady,
     EngineRuns,
+    GivenUp,
     Heartbeat,
     Message,
     PagesDropped,
@@ -88,6 +89,7 @@ class HostedEngine(Host):
         self._unpinned: list[int] = []  # to be told
         self._gone: list[int] = []  # to be told when it resumes
         self._withheld: dict[int, None] = {}
+        self._alive: set[str] = set()  # its workers that are members
         self._steps: dict[str, tuple[int, float]] = {}  # worker in a step -> its last one done, and since when
 
     # -- the engine's connection -------------------------------------------------------------------------------------
@@ -313,6 +315,10 @@ class HostedEngine(Host):
     def go_on(self) -> None:
         """See `Host`."""
         self._tell_unpinned()
+        alive = {name for name in self._membership.members if name.startswith(f"{self.hello.name}.")}
+        if given_up := self._alive - alive:
+            self._send(GivenUp(tuple(sorted(given_up))))
+        self._alive = alive
 
     def _tell_unpinned(self) -> None:
         if self._unpinned:
