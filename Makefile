@@ -8,7 +8,7 @@ VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve serve-vllm test test-clusters test-others docker-test chaos bench bench-kernels check format clean vllm-setup test-vllm
+.PHONY: help setup serve serve-vllm test test-clusters test-others docker-test chaos bench bench-vllm bench-kernels check format clean vllm-setup test-vllm
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -64,6 +64,9 @@ chaos: $(STAMP) ## random faults under load for MINUTES [5], drawn by SEED [1]; 
 
 docker-test: $(STAMP) ## build the image and break a cluster of several hosts, on a Docker engine of its own (root)
 	$(BIN)/python -m tests.docker
+
+bench-vllm: $(VLLM_STAMP) ## measure vLLM protected, unprotected and as it comes, side by side; QUICK=1: each once
+	$(VLLM)/bin/python -m tests.bench.vllm_host $(if $(QUICK),--quick)
 
 bench-kernels: $(STAMP) ## measure the erasure code beside its peers; writes bench/results/kernels.json and .png
 	$(BIN)/python -m tests.bench.kernels
