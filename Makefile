@@ -59,8 +59,8 @@ test-others: $(STAMP)
 bench: $(STAMP) ## measure everything side by side; QUICK=1: under 5 minutes. Writes bench/results
 	$(BIN)/python -m tests.bench $(if $(QUICK),--quick)
 
-chaos: $(STAMP) ## random faults under load for MINUTES [5], drawn by SEED [1]; the last line sums up
-	@$(BIN)/python -m tests.chaos --minutes $(or $(MINUTES),5) --seed $(or $(SEED),1)
+chaos: $(if $(filter vllm,$(ENGINE)),$(VLLM_STAMP),$(STAMP)) ## random faults for MINUTES [5], drawn by SEED [1], of ENGINE [embedded] or vllm
+	@$(if $(filter vllm,$(ENGINE)),$(VLLM)/bin,$(BIN))/python -m tests.chaos --engine $(or $(ENGINE),embedded) --minutes $(or $(MINUTES),5) --seed $(or $(SEED),1)
 
 docker-test: $(STAMP) ## build the image and break a cluster of several hosts, on a Docker engine of its own (root)
 	$(BIN)/python -m tests.docker
