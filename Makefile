@@ -8,7 +8,7 @@ VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-clusters test-others docker-test chaos bench bench-kernels check format clean vllm-setup test-vllm
+.PHONY: help setup serve serve-vllm test test-clusters test-others docker-test chaos bench bench-vllm bench-kernels check format clean vllm-setup test-vllm
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -26,6 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 vllm-setup: $(VLLM_STAMP) ## create .venv-vllm: vLLM's CPU build and this project, pinned
 
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (make PYTHON=...)")'
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	@# the list is whole, so nothing is resolved: vLLM also names torchvision and others, whose wheels fit another torch
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm.txt -e .
@@ -35,6 +36,10 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	mkdir -p "$$site/vllm-$$version+cpu.dist-info" && \
 	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$$version" > "$$site/vllm-$$version+cpu.dist-info/METADATA"
 	touch $@
+
+serve-vllm: $(VLLM_STAMP) ## serve it with vLLM on http://127.0.0.1:8000, its ranks protected, until Ctrl-C
+	@$(VLLM)/bin/ghostserve vllm serve "$$($(VLLM)/bin/ghostserve model)" --served-model-name SmolLM2-135M-Instruct \
+	  --tensor-parallel-size 3 --dtype float32 --enforce-eager --max-model-len 8192 --block-size 32 $(FLAGS)
 
 serve: $(STAMP) ## serve the default model on http://127.0.0.1:8000 until Ctrl-C
 	@$(BIN)/ghostserve serve
@@ -55,11 +60,14 @@ test-others: $(STAMP)
 bench: $(STAMP) ## measure everything side by side; QUICK=1: under 5 minutes. Writes bench/results
 	$(BIN)/python -m tests.bench $(if $(QUICK),--quick)
 
-chaos: $(STAMP) ## random faults under load for MINUTES [5], drawn by SEED [1]; the last line sums up
-	@$(BIN)/python -m tests.chaos --minutes $(or $(MINUTES),5) --seed $(or $(SEED),1)
+chaos: $(if $(filter vllm,$(ENGINE)),$(VLLM_STAMP),$(STAMP)) ## random faults for MINUTES [5], drawn by SEED [1], of ENGINE [embedded] or vllm
+	@$(if $(filter vllm,$(ENGINE)),$(VLLM)/bin,$(BIN))/python -m tests.chaos --engine $(or $(ENGINE),embedded) --minutes $(or $(MINUTES),5) --seed $(or $(SEED),1)
 
 docker-test: $(STAMP) ## build the image and break a cluster of several hosts, on a Docker engine of its own (root)
 	$(BIN)/python -m tests.docker
+
+bench-vllm: $(VLLM_STAMP) ## measure vLLM protected, unprotected and as it comes, side by side; QUICK=1: each once
+	$(VLLM)/bin/python -m tests.bench.vllm_host $(if $(QUICK),--quick)
 
 bench-kernels: $(STAMP) ## measure the erasure code beside its peers; writes bench/results/kernels.json and .png
 	$(BIN)/python -m tests.bench.kernels

@@ -259,6 +259,18 @@ class LocalCluster:
                     )
                 await asyncio.sleep(POLL_S)
 
+    async def wait_spares(self, deadline_s: float) -> None:
+        """Wait until all spares are there. Raises GhostError when they are not in time."""
+        end = time.monotonic() + deadline_s
+        while True:
+            await self.check_alive()
+            states = [worker["state"] for worker in (await self.status())["workers"]]
+            if states.count("spare") >= self.settings.spares:
+                return
+            if time.monotonic() > end:
+                raise DeadlineExceeded(f"workers are {states} after {deadline_s:.0f} s\n{self.logs()}")
+            await asyncio.sleep(POLL_S)
+
     async def wait_protected(self, deadline_s: float) -> None:
         """Wait until nothing runs and every page is protected: what failed is tried again every two seconds.
 

@@ -6,18 +6,22 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import aiohttp
 from pydantic import Field
 from rich.console import Console
 
 from services.cli.child import Child, Command, start
-from services.cli.local import LocalCluster, ServeSettings
+from services.cli.local import POLL_S, REST_DEADLINE_S, LocalCluster, ServeSettings
 from shared.config import Port, Seconds, add_flags
-from shared.errors import ConfigError, GhostError
+from shared.errors import ConfigError, DeadlineExceeded, GhostError
 
 FLAGS = (
     "parity", "spares", "stores", "store_memory_mb", "protection", "restore", "transport", "port", "patience_s",
@@ -87,6 +91,18 @@ def asked(arguments: Sequence[str]) -> Asked:
     return Asked(names[0], known.tensor_parallel_size or 1, url)
 
 
+def vllm_arguments(settings: ServeSettings, model: Path) -> tuple[str, ...]:
+    """Flags for a vLLM that is to be broken: on a free port, in the same numbers every time."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return (
+        str(model), "--served-model-name", settings.served_name or model.name, "--host", "127.0.0.1",
+        "--port", str(port), "--tensor-parallel-size", str(settings.tp), "--dtype", settings.dtype,
+        "--enforce-eager", "--block-size", "32", "--max-num-seqs", str(settings.max_batch),
+    )  # fmt: skip
+
+
 def engine_command(settings: VllmSettings, arguments: Sequence[str], coordinator_url: str, log: Path | None) -> Command:
     """How vLLM is started. `log`: where its output goes; None: to the terminal."""
     environment = dict(os.environ) | {
@@ -125,6 +141,25 @@ class VllmCluster(LocalCluster):
         log = None if self.on_terminal else self.log_dir / "vllm.log"
         self.engine = await start(engine_command(self.settings, self.arguments, self.coordinator_url, log))
 
+    async def wait_serving(self, deadline_s: float) -> dict[str, Any]:
+        """As LocalCluster's; and until vLLM's own API answers."""
+        end = time.monotonic() + deadline_s
+        status = await super().wait_serving(deadline_s)
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(REST_DEADLINE_S)) as session:
+            while not await self._is_up(session):
+                await self.check_alive()
+                if time.monotonic() > end:
+                    raise DeadlineExceeded(f"{self.api_url}/health does not answer")
+                await asyncio.sleep(POLL_S)
+        return status
+
+    async def _is_up(self, session: aiohttp.ClientSession) -> bool:
+        try:
+            async with session.get(self.api_url + "/health", ssl=False) as answer:
+                return answer.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
     async def check_alive(self) -> None:
         """As LocalCluster's; of vLLM too."""
         if self.engine is not None and not self.engine.alive:
@@ -143,10 +178,15 @@ class VllmCluster(LocalCluster):
         await super().stop()
 
 
-def serve(settings: VllmSettings, arguments: Sequence[str]) -> int:
-    """Run until vLLM ends, or Ctrl-C or SIGTERM. Returns vLLM's exit code. Raises GhostError if nothing could start."""
+def check_installed() -> None:
+    """Raise ConfigError where there is no vLLM, with what to do about it."""
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(_SET_UP)
+
+
+def serve(settings: VllmSettings, arguments: Sequence[str]) -> int:
+    """Run until vLLM ends, or Ctrl-C or SIGTERM. Returns vLLM's exit code. Raises GhostError if nothing could start."""
+    check_installed()
     return asyncio.run(_serve(settings, arguments))
 
 

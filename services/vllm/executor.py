@@ -9,10 +9,11 @@ from typing import Any
 
 import cloudpickle
 import vllm
+from vllm.platforms import current_platform
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor, set_multiprocessing_worker_envs
 from vllm.v1.outputs import ModelRunnerOutput
 
-from services.vllm import versions
+from services.vllm import flags, versions
 from services.vllm.alone import Alone
 from services.vllm.calls import Calls
 from services.vllm.crew import Crew, Member
@@ -54,7 +55,8 @@ class GhostExecutor(MultiprocExecutor):
     supports_pp = False
 
     def _init_executor(self) -> None:
-        if refusal := versions.check(vllm.__version__):
+        layout, platform = os.environ.get("VLLM_KV_CACHE_LAYOUT"), str(current_platform.device_type)
+        if refusal := versions.check(vllm.__version__) or flags.refusal(self.vllm_config, platform, layout):
             raise ConfigError(refusal)
         self._finalizer = weakref.finalize(self, self.shutdown)
         self.is_failed = False

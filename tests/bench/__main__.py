@@ -29,8 +29,10 @@ from tests.bench import (
     recovery,
     serving,
     stripes,
+    vllm_tables,
 )
 from tests.bench.machine import machine
+from tests.bench.section import markdown
 
 
 class Results:
@@ -60,7 +62,9 @@ class Results:
         where = self.figures["machine"]
         head = f"# Measured by `make bench` on {where['processor']}, {where['cores']} cores, {where['memory_gib']} GiB"
         *sections, goals = map(markdown, self.tables)
-        (self._folder / "results.md").write_text("\n".join([head, "", goals, *sections]))
+        path = self._folder / "results.md"
+        of_vllm = vllm_tables.kept(path.read_text()) if path.exists() else ""  # measured apart from the rest
+        path.write_text("\n".join([head, "", goals, *sections]) + of_vllm)
 
 
 def _plain(row: Any) -> Any:
@@ -88,14 +92,6 @@ async def with_services(quick: bool, console: Console, results: Results) -> tupl
     rows = await load_generator.run(quick, console)
     results.add("load_generator", rows, *([load_generator.table(rows)] if rows else []))
     return cost, stalls, responses
-
-
-def markdown(table: Table) -> str:
-    """A table as Markdown."""
-    columns = [[str(cell) for cell in column.cells] for column in table.columns]
-    heads = [str(column.header) for column in table.columns]
-    lines = [heads, ["---"] * len(heads), *map(list, zip(*columns, strict=True))]
-    return f"### {table.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def main() -> int:

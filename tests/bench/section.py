@@ -36,3 +36,11 @@ def run(
 def keep(path: str | Path, rows: Sequence[Any]) -> None:
     """Write rows, which are dataclasses, as JSON."""
     Path(path).write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+
+
+def markdown(table: Table) -> str:
+    """A table as Markdown."""
+    columns = [[str(cell) for cell in column.cells] for column in table.columns]
+    heads = [str(column.header) for column in table.columns]
+    lines = [heads, ["---"] * len(heads), *map(list, zip(*columns, strict=True))]
+    return f"### {table.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

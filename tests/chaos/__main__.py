@@ -20,6 +20,7 @@ import aiohttp
 
 from services.cli.local import LocalCluster, ServeSettings
 from services.cli.serve import fetch_model
+from services.cli.vllm import VllmCluster, VllmSettings, check_installed, vllm_arguments
 from shared.errors import GhostError
 from tests.chaos.invariants import check
 from tests.chaos.load import Clients, make_requests
@@ -72,17 +73,19 @@ class Watcher:
 
 async def run(arguments: argparse.Namespace, folder: Path) -> list[str]:
     """Returns the promises that were broken."""
-    model_dir = await asyncio.to_thread(_model, arguments.model, folder)
+    model_dir = await asyncio.to_thread(_model, arguments.model, folder, arguments.engine)
     orders = folder / "faults"
     orders.mkdir(mode=0o700)
-    settings = ServeSettings(
-        port=0, tp=3, spares=2, stores=2, parity=2, dtype="float32", kv_memory_mb=arguments.kv_memory_mb,
-        store_memory_mb=256, fault_dir=str(orders), log_dir=str(folder / "logs"), max_waiting=64,
-        record=True,
+    of_vllm = arguments.engine == "vllm"
+    settings = (VllmSettings if of_vllm else ServeSettings)(
+        port=0, tp=3, spares=1 if of_vllm else 2, stores=2, parity=2, dtype="float32",
+        kv_memory_mb=arguments.kv_memory_mb, store_memory_mb=256, fault_dir=str(orders), log_dir=str(folder / "logs"),
+        max_waiting=64, record=True, served_name=model_dir.name,
     )  # fmt: skip
     told: list[str] = []
-    async with LocalCluster(settings, model_dir, told.append) as cluster:
+    async with _cluster(settings, model_dir, told) as cluster:
         status = await cluster.wait_serving(SERVING_S)
+        await cluster.wait_spares(SERVING_S)
         requests = make_requests(random.Random(arguments.seed), status["model"]["vocab_size"], REQUESTS)
         clients = Clients(cluster, requests, status["served_name"], arguments.clients)
         await clients.learn()
@@ -118,6 +121,14 @@ async def run(arguments: argparse.Namespace, folder: Path) -> list[str]:
     return wrong
 
 
+def _cluster(settings: ServeSettings, model_dir: Path, told: list[str]) -> LocalCluster:
+    if not isinstance(settings, VllmSettings):
+        return LocalCluster(settings, model_dir, told.append)
+    check_installed()
+    flags = ("--num-gpu-blocks-override", "200", "--max-model-len", "2048")  # few, so that blocks change hands
+    return VllmCluster(settings, model_dir, told.append, arguments=(*vllm_arguments(settings, model_dir), *flags))
+
+
 def _replay(recordings: Path) -> list[str]:
     """What a replay of the coordinators' recordings complains of."""
     command = [sys.executable, "-m", "services.cli", "replay", str(recordings)]
@@ -125,9 +136,13 @@ def _replay(recordings: Path) -> list[str]:
     return [] if ended.returncode == 0 else [f"the replay differs: {(ended.stdout + ended.stderr)[-500:]}"]
 
 
-def _model(name: str, folder: Path) -> Path:
+def _model(name: str, folder: Path, engine: str) -> Path:
     if name != "small":
         return fetch_model(name)
+    if engine == "vllm":
+        from tests.vllm.tiny_model import make_model_dir
+
+        return make_model_dir(folder / "model")
     from tests.tiny_tokenizer import make_tokenizer_dir
     from tests.worker.rank_threads import small_model
 
@@ -156,6 +171,7 @@ def _report(
 def main() -> int:
     """Run, and return the exit code."""
     parser = argparse.ArgumentParser(prog="chaos", description=__doc__)
+    parser.add_argument("--engine", choices=["embedded", "vllm"], default="embedded", help="[embedded]")
     parser.add_argument("--minutes", type=float, default=5.0, help="how long faults are injected [5]")
     parser.add_argument("--seed", type=int, default=1, help="of faults, prompts and clients [1]")
     parser.add_argument("--clients", type=int, default=6, help="requests at once [6]")

@@ -175,9 +175,10 @@ class Clients:
             "ignore_eos": True,
             "cache_salt": salt,
             "return_token_ids": True,
-            "return_kv_digest": cancel is None,
         }
-        url, timeout = self._cluster.base_url + "/v1/completions", aiohttp.ClientTimeout(STREAM_DEADLINE_S)
+        if not self._cluster.hosted:  # others know no digest
+            body["return_kv_digest"] = cancel is None
+        url, timeout = self._cluster.api_url + "/v1/completions", aiohttp.ClientTimeout(STREAM_DEADLINE_S)
         begun = False
         try:
             async with session.post(url, json=body, timeout=timeout) as response:
@@ -188,7 +189,7 @@ class Clients:
                 begun = True
                 if not stream:
                     choice = (await response.json())["choices"][0]
-                    return Answer(tuple(choice["token_ids"]), tuple(choice["kv_digests"]))
+                    return Answer(tuple(choice["token_ids"]), tuple(choice.get("kv_digests") or ()))
                 return await _read(response, gaps, cancel)
         except aiohttp.ClientConnectorError as error:
             raise Refused(str(error)) from error

@@ -53,6 +53,13 @@ KINDS = (
     Kind("replace", "rank", 2),
 )
 
+OF_VLLM = tuple(
+    kind
+    for kind in KINDS
+    if kind.fault in {"kill", "stop", "garbage", "corrupt:parity", "empty"} and kind.target not in ("gateway", "all")
+)
+"""What a vLLM whose ranks are protected can have."""
+
 
 class Mayhem:
     """Inflicts faults on a cluster, every `pause_s` seconds on average.
@@ -70,8 +77,9 @@ class Mayhem:
     async def run(self, stop: asyncio.Event) -> None:
         """Inflict faults until `stop` is set; several may be in force at once."""
         async with asyncio.TaskGroup() as tasks:
+            kinds = OF_VLLM if self._cluster.hosted else KINDS
             while not stop.is_set():
-                kind = self._dice.choices(KINDS, [each.weight for each in KINDS])[0]
+                kind = self._dice.choices(kinds, [each.weight for each in kinds])[0]
                 tasks.create_task(
                     self._inflict(kind, self._targets(kind), self._dice.uniform(0.2, kind.longest_s or 0.2))
                 )

@@ -8,7 +8,7 @@ import logging
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,17 @@ async def test_a_completion_streamed_is_the_same_text(bench: Bench) -> None:
     assert chunks[-1].choices == []
     assert chunks[-1].usage is not None
     assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+async def test_a_hosted_engine_needs_no_tokenizer_here_and_its_requests_go_elsewhere() -> None:
+    status = replace(a_status("no/such-model", 400, (2,)), engine="vLLM 0.32.0")
+    async with FakeCoordinator(status) as coordinator, a_gateway(coordinator) as gateway:
+        await gateway.until_health(200)
+        answered, body, _ = await gateway.post("/v1/completions", {"prompt": "the end"})
+        assert (answered, body["error"]["code"]) == (400, "hosted_engine")
+        assert "vLLM 0.32.0" in body["error"]["message"]
+        await coordinator.push_status(state="forming", detail="waiting for 1 more worker(s); 0 loading")
+        assert "waiting" in (await gateway.until_health(503))["detail"]
 
 
 async def test_max_tokens_ends_with_length(bench: Bench) -> None:

@@ -153,6 +153,16 @@ async def test_the_page_says_in_words_how_things_are(status: ClusterStatus, brow
         await expect(page.locator("#state-text")).to_have_text("Serving, unprotected: no parity store")
 
 
+async def test_the_page_of_a_hosted_engine_names_it_and_offers_no_chat(status: ClusterStatus, browser: Browser) -> None:
+    hosted = replace(status, engine="vLLM 0.32.0")
+    async with FakeCoordinator(hosted) as coordinator, a_gateway(coordinator) as gateway, a_page(browser) as page:
+        await gateway.until_health(200)
+        await page.goto(gateway.url)
+        await expect(page.locator("#model")).to_contain_text("vLLM 0.32.0")
+        await expect(page.get_by_label("Message")).to_be_hidden()
+        await accessible(page)
+
+
 async def test_a_key_is_asked_for_and_kept_in_this_tab_only(status: ClusterStatus, browser: Browser) -> None:
     async with (
         FakeCoordinator(status) as coordinator,

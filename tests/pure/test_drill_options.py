@@ -38,6 +38,9 @@ def test_targets_are_what_can_have_the_fault() -> None:
         (("--then", "store:0"), "--then 'store:0': rank:N"),
         (("--cached", "--when", "prefill"), "no prefill"),
         (("--for", "0"), "more than 0 seconds"),
+        (("--engine", "vllm", "--fault", "corrupt:page"), "of vLLM"),
+        (("--engine", "vllm", "--target", "gateway"), "connected to itself"),
+        (("--engine", "vllm", "--protect-tail"), "whole blocks"),
         (("--when", "token:64"), "prefill, decode, or token:N"),
     ],
 )

@@ -24,6 +24,8 @@ FAULTS: dict[str, tuple[tuple[str, ...], str]] = {
     "empty": (("redis",), "it forgets everything"),
 }
 """Fault -> who can have it, and what it is."""
+OF_VLLM = {"kill", "stop", "slow", "corrupt:parity", "garbage", "full", "empty"}
+"""What vLLM's ranks, and what protects them, can have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "broken, compare, and print a timeline. Exits 0 only if every stream ended with the same text; streams whose\n"
         "gateway was killed are to break, and are asked for again.\n\n"
         f"faults, and what they can befall:\n{faults}"
+    )
+    parser.add_argument(
+        "--engine", choices=["embedded", "vllm"], default="embedded", help="whose ranks are broken [embedded]"
     )
     parser.add_argument("--fault", choices=list(FAULTS), default="kill", metavar="FAULT", help="see above [kill]")
     parser.add_argument(
@@ -106,6 +111,8 @@ def parse_options(arguments: argparse.Namespace) -> Options:
             raise GhostError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: at least {least}")
     if arguments.cached and arguments.when == "prefill":
         raise GhostError("--cached with --when prefill: of cached prompts there is no prefill")
+    if arguments.engine == "vllm":
+        _check_of_vllm(arguments)
     if arguments.for_s <= 0:
         raise GhostError(f"--for {arguments.for_s}: more than 0 seconds")
     stores = arguments.stores or arguments.parity
@@ -121,6 +128,16 @@ def parse_options(arguments: argparse.Namespace) -> Options:
         _targets("--then", arguments.then, "hang", arguments.tp, stores) if arguments.then else (),
         cached=arguments.cached,
     )
+
+
+def _check_of_vllm(arguments: argparse.Namespace) -> None:
+    """Raise GhostError for what a cluster whose engine is vLLM has not."""
+    if arguments.fault not in OF_VLLM:
+        raise GhostError(f"--fault {arguments.fault}: of vLLM {', '.join(sorted(OF_VLLM))}")
+    if {"gateway", "all"} & set(arguments.target.split(",")):
+        raise GhostError(f"--target {arguments.target}: the clients of vLLM are connected to itself")
+    if arguments.protect_tail:
+        raise GhostError("--protect-tail: of vLLM whole blocks are protected")
 
 
 def _targets(flag: str, text: str, fault: str, ranks: int, stores: int) -> tuple[str, ...]:

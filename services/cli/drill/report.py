@@ -18,7 +18,8 @@ class Report:
     """The outcome of a drill; its JSON has these keys."""
 
     identical: bool
-    kv_identical: bool
+    kv_identical: bool | None
+    """None: the engine does not tell."""
     streams: int
     prompt_tokens: int
     max_tokens: int
@@ -70,7 +71,7 @@ def make_report(
     stall = max([*late, *(gap for each in hit for gap in each.gaps)], default=0.0)
     return Report(
         identical=all(a.tokens == b.tokens and a.text == b.text for a, b in pairs),
-        kv_identical=all(a.digests == b.digests and len(a.digests) > 0 for a, b in pairs),
+        kv_identical=_same_kv(pairs),
         streams=len(hit),
         prompt_tokens=options.prompt_tokens,
         max_tokens=options.max_tokens,
@@ -96,6 +97,12 @@ def make_report(
         broken=sum(bool(each.error) for each in hit),
         events=events,
     )
+
+
+def _same_kv(pairs: Sequence[tuple[Stream, Stream]]) -> bool | None:
+    if not any(a.digests or b.digests for a, b in pairs):
+        return None
+    return all(a.digests == b.digests and len(a.digests) > 0 for a, b in pairs)
 
 
 def _phases(record: dict[str, Any], hit: Sequence[Stream], lost_at: float) -> dict[str, float]:
@@ -151,10 +158,8 @@ def print_report(report: Report, console: Console) -> None:
     if report.broken:
         console.print(f"{report.broken} stream(s) broke off with their gateway and were asked for again")
     verdict = "[green]identical[/green]" if report.identical else "[red]DIFFERENT[/red]"
-    kv = "identical" if report.kv_identical else "different"
-    console.print(
-        f"{report.streams} stream(s), {report.prompt_tokens} + {report.max_tokens} tokens: {verdict}; KV {kv}"
-    )
+    kv = {True: "; KV identical", False: "; KV different", None: ""}[report.kv_identical]
+    console.print(f"{report.streams} stream(s), {report.prompt_tokens} + {report.max_tokens} tokens: {verdict}{kv}")
 
 
 def _table(report: Report, title: str) -> Table:

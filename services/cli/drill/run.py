@@ -22,6 +22,7 @@ from services.cli.drill.report import Report, make_report, print_report
 from services.cli.drill.streams import Stream, stream_all
 from services.cli.local import LocalCluster, ServeSettings
 from services.cli.serve import fetch_model
+from services.cli.vllm import VllmCluster, VllmSettings, check_installed, vllm_arguments
 from shared.errors import GhostError
 
 SERVING_DEADLINE_S = 300.0
@@ -58,7 +59,8 @@ def _say_where(logs: Path, console: Console) -> None:
 async def _in_own_cluster(arguments: argparse.Namespace, options: Options, console: Console, logs: Path) -> Report:
     model_dir = await asyncio.to_thread(fetch_model, arguments.model)
     with console.status("starting") as shown, tempfile.TemporaryDirectory(prefix="ghostserve-faults-") as orders:
-        settings = ServeSettings(
+        kind = VllmSettings if arguments.engine == "vllm" else ServeSettings
+        settings = kind(
             port=0,
             tls_cert_file="",
             tls_key_file="",
@@ -76,10 +78,18 @@ async def _in_own_cluster(arguments: argparse.Namespace, options: Options, conso
             max_batch=max(32, options.streams),
             fault_dir=orders,
         )
-        async with LocalCluster(settings, model_dir, shown.update) as cluster:
+        async with _cluster(settings, model_dir, shown.update) as cluster:
             await cluster.wait_serving(SERVING_DEADLINE_S)
             async with cluster.kept():
                 return await run_drill(cluster, options, shown.update)
+
+
+def _cluster(settings: ServeSettings, model_dir: Path, narrate: Callable[[str], None]) -> LocalCluster:
+    if not isinstance(settings, VllmSettings):
+        return LocalCluster(settings, model_dir, narrate)
+    check_installed()
+    settings = settings.model_copy(update={"served_name": model_dir.name})
+    return VllmCluster(settings, model_dir, narrate, arguments=vllm_arguments(settings, model_dir))
 
 
 async def run_drill(
@@ -94,6 +104,8 @@ async def run_drill(
         for _ in range(options.streams)
     ]
     salt = f"drill-{options.seed}-{time.monotonic_ns()}"
+    narrate("waiting for spares")
+    await cluster.wait_spares(SERVING_DEADLINE_S)
     narrate("warming up")
     await stream_all(cluster, [prompts[0][:64]], options, f"{salt}-warm", max_tokens=8)
     narrate("streaming with no fault")

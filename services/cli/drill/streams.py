@@ -56,12 +56,13 @@ async def stream_all(
     Raises GhostError for a stream that breaks off or ends with an error; if `tolerant`, the stream says so instead.
     """
     model, tokens = (await cluster.status())["served_name"], max_tokens or options.max_tokens
+    digest = digest and not cluster.hosted
     async with cluster.client(STREAM_DEADLINE_S) as session, asyncio.TaskGroup() as tasks:
         if background is not None:
             tasks.create_task(_awaited(background()))
         running = [
             tasks.create_task(
-                _stream(session, cluster.base_url, _body(model, prompt, tokens, salt, digest), index, watch, tolerant)
+                _stream(session, cluster.api_url, _body(model, prompt, tokens, salt, digest), index, watch, tolerant)
             )
             for index, prompt in enumerate(prompts)
         ]

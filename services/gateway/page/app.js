@@ -25,7 +25,9 @@ function show(status) {
   const { level, text } = judge(status);
   say(level, text);
   const shape = status.model ? ` · ${status.model.dtype} · ${status.max_model_len} tokens` : "";
-  setText(byId("model"), `${status.served_name}${shape}`);
+  const hosted = status.engine !== "embedded"; // its requests go to its own API, not through this gateway
+  setText(byId("model"), `${status.served_name}${shape}${hosted ? ` · ${status.engine}` : ""}`);
+  byId("chat").hidden = hosted;
   setText(byId("version"), `GhostServe ${status.gateway.version}`);
   setModel(status.served_name);
   showProtection(status);
