@@ -65,6 +65,7 @@ class Alone:
         self._starting: dict[Member, int | None] = {}
         self._placed: dict[int, Placed] = {}
         self._attempts = 0
+        self._closed = False
         self._stillborn = 0
         self._start_after = 0.0
         self._since = time.monotonic()
@@ -88,6 +89,10 @@ class Alone:
         """A rank could not do what was asked in `epoch`; `own`: not because its peers did not take part."""
         self._events.put(lambda: self._failed(member, epoch, reason, own))
 
+    def close(self) -> None:
+        """Nothing is decided any more."""
+        self._closed = True
+
     def may_spare(self) -> None:
         """From now on a process can be made ready for any rank."""
         self._events.put(self._allow_spares)
@@ -97,7 +102,7 @@ class Alone:
     def _run(self) -> None:
         for rank in range(self._engine.size):
             self._starting[self._engine.start((rank,))] = rank
-        while True:
+        while not self._closed:
             with suppress(queue.Empty):
                 self._events.get(timeout=TICK_S)()
             self._run_due(time.monotonic())

@@ -6,11 +6,12 @@ import os
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 from shared.channel import REDIAL_S, Channel, dial
 from shared.config import WorkerSettings
 from shared.errors import GhostError, PeerLost
-from shared.messages import EngineHello, Goodbye, Message, Welcome
+from shared.messages import TOLD_TO_STOP, EngineHello, Goodbye, Message, Welcome
 from shared.tls import client_context
 
 log = logging.getLogger("vllm.ghostserve")
@@ -33,11 +34,24 @@ class Dial:
         self._up, self._heard, self._down = up, heard, down
         self._channel: Channel | None = None
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),), name="dial", daemon=True).start()
+        self._serving = self._loop.create_task(self._serve())
+        threading.Thread(target=self._loop.run_until_complete, args=(self._run(),), name="dial", daemon=True).start()
 
     def tell(self, message: Message) -> None:
         """Send, from any thread, in the order of the calls. Without a connection it is told all when it is back."""
         self._loop.call_soon_threadsafe(self._send, message)
+
+    def close(self) -> None:
+        """Say goodbye, if somebody is there, and dial no more."""
+        self._loop.call_soon_threadsafe(self._take_leave)
+
+    def _take_leave(self) -> None:
+        self._send(Goodbye(TOLD_TO_STOP))
+        self._serving.cancel()
+
+    async def _run(self) -> None:
+        with suppress(asyncio.CancelledError):
+            await self._serving
 
     def _send(self, message: Message) -> None:
         channel = self._channel

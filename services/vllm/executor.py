@@ -122,6 +122,8 @@ class GhostExecutor(MultiprocExecutor):
         """End all workers."""
         if not getattr(self, "shutting_down", False):
             self.shutting_down = True
+            if (decider := getattr(self, "_decider", None)) is not None:
+                decider.close()
             self._link.fail("the engine is shutting down")
             self._calls.release(EngineFailed("the engine is shutting down"))
             self._ensure_worker_termination(self._crew.close())

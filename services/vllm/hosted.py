@@ -6,6 +6,7 @@ messages are those of shared/messages/hosted.py.
 
 import logging
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable
@@ -66,7 +67,8 @@ class Hosted(Alone):
 
     def __init__(self, engine: HostedEngineCore, spares: int, kind: str, patience_s: float):
         """`patience_s`: how long the engine stands still at most, before it ends as vLLM ends an engine."""
-        self.name = f"vllm-{socket.gethostname()}-{os.getpid()}"
+        # A container that starts again has its host's name and process ids again.
+        self.name = f"vllm-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self._kind = kind
         self._patience_s = patience_s
         self._dial: Dial | None = None
@@ -80,6 +82,12 @@ class Hosted(Alone):
         self._failed_in = -1  # the epoch of which a failed step was told
         self._load_told = 0.0
         super().__init__(engine, spares)
+
+    def close(self) -> None:
+        """The engine ends."""
+        super().close()
+        if self._dial is not None:
+            self._dial.close()
 
     # -- the deciding thread -----------------------------------------------------------------------------------------
 

@@ -117,9 +117,8 @@ class _Resuming(Scheduler):
         """As vLLM's."""
         with self._guard:
             ended = super().finish_requests(request_ids, finished_status)
-            gone = [request_ids] if isinstance(request_ids, str) else list(request_ids or ())
-            for request_id in gone:
-                self._books.forget(request_id, ended=True)
+            for request in ended:
+                self._books.forget(request.request_id, ended=True)
             return ended
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:

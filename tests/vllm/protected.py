@@ -101,34 +101,39 @@ class Protected:
 
 
 @contextmanager
-def protected(
-    model: Path, folder: Path, *flags: str, spares: int = 1, parity: int = 1, size: int = 3, **environment: str
-) -> Iterator[Protected]:
-    """Start all, and wait until the engine's ranks serve."""
+def cluster_of(
+    model: Path, folder: Path, size: int = 3, parity: int = 1
+) -> Iterator[tuple[LocalCluster, asyncio.AbstractEventLoop]]:
+    """Start what protects, on an event loop of its own."""
     settings = ServeSettings(
         port=0, tp=size, spares=0, parity=parity, stores=parity, store_memory_mb=64, restore="always",
         log_dir=str(folder / "services"),
     )  # fmt: skip
-    faults = folder / "faults"
-    faults.mkdir()
-    environment |= {"GHOST_SPARES": str(spares), FOLDER: str(faults), "GHOST_PATIENCE_S": "60"}
     cluster = LocalCluster(settings, model, hosted=True, extra={"coordinator": ["--hang-timeout-s", "2"]})
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="cluster", daemon=True)
     thread.start()
-
-    def do(work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, loop).result(SERVING_S + 10)
-
-    do(cluster.__aenter__())
+    asyncio.run_coroutine_threadsafe(cluster.__aenter__(), loop).result(SERVING_S)
     try:
-        environment["GHOST_COORDINATOR_URL"] = cluster.coordinator_url
-        flags = ("--worker-cls", "tests.vllm.faults.FaultyWorker", *flags)
-        with serving(model, folder / "vllm.log", *flags, size=size, **environment) as server:
-            do(cluster.wait_serving(SERVING_S))
-            yield Protected(server, cluster, loop, faults, spares)
+        yield cluster, loop
     finally:
-        do(cluster.stop())
+        asyncio.run_coroutine_threadsafe(cluster.stop(), loop).result(SERVING_S)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
         loop.close()
+
+
+@contextmanager
+def protected(
+    model: Path, folder: Path, *flags: str, spares: int = 1, parity: int = 1, size: int = 3, **environment: str
+) -> Iterator[Protected]:
+    """Start all, and wait until the engine's ranks serve."""
+    faults = folder / "faults"
+    faults.mkdir()
+    with cluster_of(model, folder, size, parity) as (cluster, loop):
+        environment |= {"GHOST_SPARES": str(spares), FOLDER: str(faults), "GHOST_PATIENCE_S": "60"}
+        environment["GHOST_COORDINATOR_URL"] = cluster.coordinator_url
+        flags = ("--worker-cls", "tests.vllm.faults.FaultyWorker", *flags)
+        with serving(model, folder / "vllm.log", *flags, size=size, **environment) as server:
+            asyncio.run_coroutine_threadsafe(cluster.wait_serving(SERVING_S), loop).result(SERVING_S + 10)
+            yield Protected(server, cluster, loop, faults, spares)

@@ -42,7 +42,13 @@ vllm.v1.core.sched.scheduler:Scheduler._preempt_request
 vllm.v1.core.kv_cache_manager:KVCacheManager.evict_blocks
 vllm.v1.core.block_pool:BlockPool.touch
 vllm.v1.core.block_pool:BlockPool.free_blocks
-vllm.v1.core.block_pool:BlockPool.unpin_blocks
+vllm.v1.core.block_pool:BlockPool._insert_block_hash
+vllm.v1.core.block_pool:BlockPool.evict_blocks
+vllm.v1.core.block_pool:BlockPool.get_num_free_blocks
+vllm.v1.core.sched.scheduler:Scheduler.finish_requests
+vllm.v1.core.sched.request_queue:create_request_queue
+vllm.v1.core.sched.request_queue:RequestQueue.remove_request
+vllm.v1.core.sched.request_queue:RequestQueue.prepend_requests
 vllm.v1.core.sched.output:NewRequestData.from_request
 vllm.distributed.parallel_state:_register_group
 vllm.utils.ompmultiprocessing:OMPProcessManager.configure_omp_envs
@@ -68,15 +74,18 @@ vllm.v1.core.sched.output:NewRequestData
 vllm.v1.core.sched.output:CachedRequestData
 vllm.v1.core.sched.output:SchedulerOutput
 vllm.v1.outputs:ModelRunnerOutput
+vllm.v1.core.kv_cache_utils:KVCacheBlock
 vllm.v1.kv_cache_interface:KVCacheTensor
 vllm.v1.worker.gpu_input_batch:CachedRequestState
 """.split()  # noqa: SIM905
 
 ATTRIBUTES = {
-    "vllm.v1.core.sched.scheduler:Scheduler": "running requests prev_step_scheduled_req_ids kv_cache_manager "
-    "use_v2_model_runner model_uses_mrope",
-    "vllm.v1.core.kv_cache_manager:KVCacheManager": "block_pool",
-    "vllm.v1.core.block_pool:BlockPool": "blocks",
+    "vllm.v1.core.sched.scheduler:Scheduler": "running waiting requests prev_step_scheduled_req_ids kv_cache_manager "
+    "use_v2_model_runner model_uses_mrope policy grammar_compile_error_reqs",
+    "vllm.v1.core.kv_cache_manager:KVCacheManager": "block_pool coordinator",
+    "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator": "single_type_managers",
+    "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager": "req_to_blocks block_size",
+    "vllm.v1.core.block_pool:BlockPool": "blocks num_gpu_blocks",
     "vllm.v1.request:Request": "num_stale_output_tokens drop_stale_output num_in_flight_tokens status request_id",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": "requests input_batch kv_caches num_prompt_logprobs "
     "execute_model_state kv_connector_output",

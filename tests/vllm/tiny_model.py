@@ -22,13 +22,13 @@ SMALL = {
 }
 
 
-def make_model_dir(folder: Path, family: str = "Llama", **changes: Any) -> Path:
+def make_model_dir(folder: Path, family: str = "Llama", config_class: str = "", **changes: Any) -> Path:
     """Save a random model of `family` (a transformers class name less "ForCausalLM"); the same weights every time."""
     import torch
     import transformers
 
     make_tokenizer_dir(folder)
-    config = getattr(transformers, f"{family}Config")(**(SMALL | changes))
+    config = getattr(transformers, config_class or f"{family}Config")(**(SMALL | changes))
     torch.manual_seed(7)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     model.to(torch.float32).save_pretrained(folder)

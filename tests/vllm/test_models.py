@@ -1,0 +1,120 @@
+"""One kill for each kind of model, with the engine core in this process and ranks as always: the same tokens."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
+
+from tests.vllm.protected import cluster_of
+from tests.vllm.server import CLASSES, ENVIRONMENT, prompt
+from tests.vllm.tiny_model import make_model_dir
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
+
+SERVING_S, SPARE_S = 120.0, 90.0
+BLOCK, TOKENS = 32, 24
+
+
+@dataclass(frozen=True)
+class Family:
+    """A transformers model and what is changed of its small configuration. `alike`: a lost rank's KV is copied."""
+
+    name: str
+    config: str = ""
+    changes: tuple[tuple[str, Any], ...] = ()
+    unable: str = ""
+    """Why the CPU build can't run it."""
+
+
+FAMILIES = {
+    "qwen3": Family("Qwen3"),
+    "mixtral": Family("Mixtral", changes=(("num_local_experts", 3), ("num_experts_per_tok", 2))),
+    "qwen3-moe": Family("Qwen3Moe", changes=(("num_experts", 6), ("num_experts_per_tok", 2),
+                                             ("moe_intermediate_size", 96))),
+    "gemma3, sliding windows": Family("Gemma3", "Gemma3TextConfig", (("sliding_window", 64), ("num_hidden_layers", 6),
+                                      ("query_pre_attn_scalar", 32))),
+    "one KV head for all ranks": Family("Llama", changes=(("num_key_value_heads", 1),)),
+    "deepseek, latent attention": Family("DeepseekV2", changes=(
+        ("num_key_value_heads", 6), ("q_lora_rank", None), ("kv_lora_rank", 32), ("qk_nope_head_dim", 32),
+        ("qk_rope_head_dim", 32), ("v_head_dim", 32), ("first_k_dense_replace", 3), ("n_routed_experts", None))),
+    "gpt-oss": Family("GptOss", changes=(("num_local_experts", 3), ("num_experts_per_tok", 2),
+                                         ("sliding_window", 64))),
+}  # fmt: skip
+
+
+@contextmanager
+def _engine(model: Path, coordinator: str) -> Iterator[Any]:
+    """vLLM's engine, with its core in this process."""
+    os.environ.update(ENVIRONMENT)
+    changed = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "GHOST_COORDINATOR_URL": coordinator, "GHOST_SPARES": "1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in changed.items():
+            patch.setenv(name, value)
+        from vllm import EngineArgs, LLMEngine
+
+        names = {flag.removeprefix("--").replace("-", "_"): name for flag, name in CLASSES.items()}
+        engine = LLMEngine.from_engine_args(
+            EngineArgs(str(model), dtype="float32", tensor_parallel_size=3, enforce_eager=True, max_model_len=1024,
+                       block_size=BLOCK, max_num_seqs=4, max_num_batched_tokens=256, **names)
+        )  # fmt: skip
+        try:
+            yield engine
+        finally:
+            engine.engine_core.shutdown()
+
+
+def _run(engine: Any, name: str, kill_at: int = 0) -> list[list[int]]:
+    """Two requests with a common beginning; with `kill_at`, rank 1 is killed when one has so many tokens."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+    answers: dict[str, list[int]] = {}
+    for number in range(2):
+        ids = prompt(1, 100) + prompt(2 + number, 80)
+        engine.add_request(f"{name}-{number}", {"prompt_token_ids": ids}, parameters)
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            answers[output.request_id] = list(output.outputs[0].token_ids)
+        if kill_at and max(map(len, answers.values()), default=0) >= kill_at:
+            kill_at = 0
+            os.kill(engine.model_executor._ranks[1].pid, signal.SIGKILL)
+    return [answers[each] for each in sorted(answers)]
+
+
+def _wait(condition: Any, what: str, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_tokens_are_the_same_when_a_rank_dies(family: Family, tmp_path: Path) -> None:
+    if family.unable:
+        pytest.skip(family.unable)
+    model = make_model_dir(tmp_path / "model", family.name, family.config, **dict(family.changes))
+    with cluster_of(model, tmp_path) as (cluster, loop):
+
+        def status() -> dict[str, Any]:
+            return asyncio.run_coroutine_threadsafe(cluster.status(), loop).result(10)
+
+        with _engine(model, cluster.coordinator_url) as engine:
+            _wait(lambda: status()["state"] == "serving", "it does not serve", SERVING_S)
+            before = _run(engine, "before")
+            _wait(lambda: len(status()["workers"]) == 4, "no spare", SPARE_S)
+            _wait(lambda: not status()["stripes_pending"] + status()["stripes_unprotected"], "not protected", 30)
+            assert _run(engine, "after", kill_at=8) == before
+            assert all(len(tokens) == TOKENS for tokens in before)
+            _wait(lambda: status()["recoveries"], "no record", 30)
+            (record,) = status()["recoveries"]
+            assert record["restored_pages"] > 0
+            assert record["recomputed_tokens"] <= 2 * (BLOCK + 1)
