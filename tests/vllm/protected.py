@@ -131,7 +131,7 @@ def protected(
     faults = folder / "faults"
     faults.mkdir()
     with cluster_of(model, folder, size, parity) as (cluster, loop):
-        environment |= {"GHOST_SPARES": str(spares), FOLDER: str(faults), "GHOST_PATIENCE_S": "60"}
+        environment |= {"GHOST_SPARES": str(spares), FOLDER: str(faults), "GHOST_PATIENCE_S": "180"}
         environment["GHOST_COORDINATOR_URL"] = cluster.coordinator_url
         flags = ("--worker-cls", "tests.vllm.faults.FaultyWorker", *flags)
         with serving(model, folder / "vllm.log", *flags, size=size, **environment) as server:
