@@ -219,6 +219,8 @@ class GhostExecutor(MultiprocExecutor):
 
     def fail(self, reason: str) -> None:
         """The end that vLLM has for an engine whose workers died."""
+        if self.is_failed:
+            return
         log.error("%s", reason)
         self.is_failed = True
         self._link.fail(reason)

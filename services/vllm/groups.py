@@ -13,10 +13,26 @@ from services.vllm.communicator import RankCommunicator
 from services.worker.communicator.base import Communicator
 
 
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """In place of a torch ProcessGroup: mixtures of experts ask one for its size."""
+
+    in_group: int
+    members: int
+
+    def rank(self) -> int:
+        """This rank's number in the group."""
+        return self.in_group
+
+    def size(self) -> int:
+        """Ranks of the group."""
+        return self.members
+
+
 class RankGroup(GroupCoordinator):
     """A GroupCoordinator over our communicator; its __init__ sets what GroupCoordinator's sets, less torch's groups.
 
-    cpu_group and device_group don't exist: what would go past the communicator fails at once.
+    There is no cpu_group, and of device_group only what models ask of it: what would go past the communicator fails.
     """
 
     def __init__(self, name: str, ranks: list[int], rank: int):
@@ -27,6 +43,7 @@ class RankGroup(GroupCoordinator):
         self.group_ranks = [ranks]
         self.world_size = len(ranks)
         self.rank_in_group = ranks.index(rank)
+        self.device_group = _Shape(self.rank_in_group, self.world_size)
         self.backend = self.torch_distributed_backend = "ghostserve"
         self.device = torch.device("cpu")
         self.use_device_communicator = len(ranks) > 1

@@ -36,6 +36,8 @@ from shared.types import ModelInfo, unpack_ids
 log = logging.getLogger("vllm.ghostserve")
 
 LOAD_S = 1.0
+START_S = 600.0
+"""A worker that takes longer to load its weights is not waited for."""
 BLAME_S = 30.0
 LOST_S = 0.1
 """After a step failed: how long its reason may yet turn out to be a rank that died."""
@@ -66,7 +68,9 @@ class Hosted(Alone):
     _engine: HostedEngineCore
 
     def __init__(self, engine: HostedEngineCore, spares: int, kind: str, patience_s: float):
-        """`patience_s`: how long the engine stands still at most, before it ends as vLLM ends an engine."""
+        """`patience_s`: how long the engine stands still at most, with a worker for each rank, before it ends as vLLM
+        ends an engine.
+        """
         # A container that starts again has its host's name and process ids again.
         self.name = f"vllm-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self._kind = kind
@@ -81,6 +85,7 @@ class Hosted(Alone):
         self._raised_alone: tuple[Member | None, float] = (None, 0.0)
         self._failed_in = -1  # the epoch of which a failed step was told
         self._load_told = 0.0
+        self._waits_since = 0.0  # for a decision: no worker is being started for it
         super().__init__(engine, spares)
 
     def close(self) -> None:
@@ -234,8 +239,11 @@ class Hosted(Alone):
             return
         self._start_missing()
         now = time.monotonic()
-        if self._phase != "stepping" and now - self._since > self._patience_s:
-            self._engine.fail(f"the engine stood still for {self._patience_s:.0f} s: no coordinator, or no worker")
+        missing = self._ranks.count(None) > len(self._ready)
+        if self._phase == "stepping" or (missing and self._starting and now - self._since < START_S):
+            self._waits_since = now
+        elif now - self._waits_since > self._patience_s:
+            self._engine.fail(f"the engine stood still for {self._patience_s:.0f} s: nobody says how it goes on")
         if self._up and now - self._load_told > LOAD_S and (scheduler := self._engine.scheduler) is not None:
             self._load_told = now
             self._tell(scheduler.load())

@@ -18,6 +18,7 @@ from shared.messages import (
     EngineReady,
     EngineRun,
     EngineRuns,
+    GivenUp,
     Goodbye,
     Message,
     PagesDropped,
@@ -79,6 +80,7 @@ class SimEngine:
         self.withheld: dict[int, PageKey] = {}
         self.numbers = 0
         self.made = 0
+        self.given_up: set[str] = set()
 
     # -- what it says and hears --------------------------------------------------------------------------------------
 
@@ -383,6 +385,10 @@ class HostedWorld(World):
             assert engine.wire is not None
             message = engine.wire.sent.popleft()
             engine.receive(message)
+            if isinstance(message, GivenUp):
+                engine.given_up.update(message.workers)
+                for worker in [self.workers[name] for name in message.workers if name in self.workers]:
+                    self.kill(worker)
             if isinstance(message, Place):
                 for worker in [each for each in self.workers.values() if each.assign is not None]:
                     if worker.name not in message.workers:

@@ -194,6 +194,17 @@ def test_who_is_to_blame_for_a_failed_step_is_replaced() -> None:
     assert old not in world.workers
 
 
+def test_the_engine_is_told_of_workers_that_are_lost_for_those_that_are_stopped_hear_nothing() -> None:
+    world, engine = started()
+    lost = {rank(world, 2), next(name for name in world.workers if name not in engine.workers)}
+    for name in lost:
+        world.group.epochs.give_up(name, "no heartbeat", "silent")  # type: ignore[union-attr]
+    world.add_spare()
+    until(world, lambda: engine.given_up == lost)
+    finish(world)
+    assert engine.given_up == lost
+
+
 def test_a_coordinator_that_is_back_learns_all_from_the_engine_and_nothing_is_recomputed() -> None:
     world, engine = started(pages=64)
     decoding(world, engine, 10)
