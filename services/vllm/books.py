@@ -90,8 +90,8 @@ class Books:
     def _tell_recomputed(self) -> None:
         there = [each for each, (_, goal) in self._had.items() if self._computed.get(each, 0) >= goal]
         if there:
-            groups = range(len(self._managers))
-            numbers = pack_ids(self._had.pop(each)[0] + group for each in there for group in groups)
+            firsts = [self._had.pop(each)[0] for each in there]
+            numbers = pack_ids(first + group for first in firsts for group in range(len(self._managers)))
             self._tell(RunsRecomputed(self._hosted_epoch, numbers))
 
     # -- a loss ------------------------------------------------------------------------------------------------------
