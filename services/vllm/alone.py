@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any, Literal, Protocol
 
 from services.vllm.link import Loss
-from services.vllm.messages import Placed
+from services.vllm.messages import Draws, Placed
 
 log = logging.getLogger("vllm.ghostserve")
 
@@ -64,6 +64,8 @@ class Alone:
         self._ready: list[Member] = []
         self._starting: dict[Member, int | None] = {}
         self._placed: dict[int, Placed] = {}
+        self._draws: Draws = {}
+        """Generators' states before the steps that were lost."""
         self._attempts = 0
         self._closed = False
         self._stillborn = 0
@@ -149,6 +151,8 @@ class Alone:
             self._engine.fail(f"{self._stillborn} workers in a row died before they were ready")
 
     def _took(self, placed: Placed) -> None:
+        if len(placed.draws) > 1 and not self._draws:
+            self._draws = placed.draws  # it is not told again, should this epoch not come about
         if placed.epoch != self._epoch:
             return
         if placed.error:
@@ -183,7 +187,7 @@ class Alone:
             self._engine.place(self._epoch, members)
         elif self._phase == "placing" and len(self._placed) == self._engine.size:
             self._phase, self._attempts = "stepping", 0
-            draws = next((each.draws for each in self._placed.values() if len(each.draws) > 1), {})
+            draws, self._draws = self._draws, {}
             log.warning("epoch %d: stepping after %.3f s", self._epoch, time.monotonic() - self._since)
             self._engine.resume(Loss(self._epoch, False, (), (), draws))
 

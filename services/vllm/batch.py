@@ -1,6 +1,7 @@
 """What a worker's model runner (V1) knows of requests: wiped after a loss, and made known again by the scheduler."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,17 @@ def make_known(runner: Any, known: Sequence[Known]) -> None:
         if state.generator is not None and each.draw:
             state.generator.set_state(torch.frombuffer(bytearray(each.draw), dtype=torch.uint8))
         runner.input_batch.remove_request(each.request.req_id)  # added again by the step, with its output tokens
+
+
+@contextmanager
+def no_draws_for_partial_prompts(runner: Any) -> Iterator[None]:
+    """Whose prompt is not whole yet does not draw: vLLM would take the draw back, which a CPU's generator can't."""
+    generators, partial = runner.input_batch.generators, runner.discard_request_mask.np
+    kept = {row: generators.pop(row) for row in list(generators) if partial[row]}
+    try:
+        yield
+    finally:
+        generators.update(kept)
 
 
 def draws(runner: Any) -> dict[str, bytes]:

@@ -90,8 +90,8 @@ class Books:
     def _tell_recomputed(self) -> None:
         there = [each for each, (_, goal) in self._had.items() if self._computed.get(each, 0) >= goal]
         if there:
-            groups = range(len(self._managers))
-            numbers = pack_ids(self._had.pop(each)[0] + group for each in there for group in groups)
+            firsts = [self._had.pop(each)[0] for each in there]
+            numbers = pack_ids(first + group for first in firsts for group in range(len(self._managers)))
             self._tell(RunsRecomputed(self._hosted_epoch, numbers))
 
     # -- a loss ------------------------------------------------------------------------------------------------------
@@ -111,11 +111,11 @@ class Books:
                 next(self._numbers)
             self._had[request.request_id] = number, computed
             for group, manager in enumerate(self._managers):
-                table = [
-                    block.block_id for block in manager.req_to_blocks.get(request.request_id, []) if not block.is_null
-                ]
+                blocks = manager.req_to_blocks.get(request.request_id, [])
+                table = [block.block_id for block in blocks if not block.is_null]
+                there = computed - (len(blocks) - len(table)) * manager.block_size  # less what left a sliding window
                 keys = self._leading_keys(table)
-                runs.append(EngineRun(number + group, request.request_id, pack_ids(table), keys, computed))
+                runs.append(EngineRun(number + group, request.request_id, pack_ids(table), keys, there))
         return tuple(runs)
 
     def _leading_keys(self, table: list[int]) -> tuple[PageKey, ...]:

@@ -15,7 +15,7 @@ from typing import Protocol
 from services.vllm.alone import Alone, Engine, Member
 from services.vllm.dial import Dial
 from services.vllm.link import HostedScheduler, Loss
-from services.vllm.messages import Draws, Placed
+from services.vllm.messages import Placed
 from shared.config import WorkerSettings
 from shared.messages import (
     EngineReady,
@@ -79,7 +79,6 @@ class Hosted(Alone):
         self._up = False
         self._hosted_epoch = 0
         self._doubtful = False  # ranks were changed, and it is not told yet which blocks are whole
-        self._draws: Draws = {}
         self._failed_epoch = -1  # the last one in which a step failed; its errors by rank are in `_raised`
         self._raised: dict[Member, str] = {}
         self._raised_alone: tuple[Member | None, float] = (None, 0.0)
@@ -225,7 +224,7 @@ class Hosted(Alone):
             self._later(LOST_S, lambda: self._told_failed(placed.error))
 
     def _resume(self, message: Resume) -> None:
-        draws = next((each.draws for each in self._placed.values() if len(each.draws) > 1), {})
+        draws, self._draws = self._draws, {}
         self._phase, self._attempts, self._doubtful = "stepping", 0, False
         log.info("epoch %d: stepping after %.3f s", message.epoch, time.monotonic() - self._since)
         gone, withheld = unpack_ids(message.gone), unpack_ids(message.withheld)

@@ -38,6 +38,11 @@ class GhostCpuWorker(CPUWorker):
         batch.keep_draws(self.model_runner, self._draws, getattr(scheduler_output, "ghost_step", 0))
         return super().execute_model(scheduler_output)
 
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """As vLLM's, which fails on a CPU where a request with a seed is prefilled in pieces."""
+        with batch.no_draws_for_partial_prompts(self.model_runner):
+            return super().sample_tokens(grammar_output)
+
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """As CPUWorker's, after a few steps; the KV is zeros again, and takes no memory until it is written."""
         warm.run_steps(self)

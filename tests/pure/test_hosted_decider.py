@@ -11,7 +11,7 @@ import pytest
 from services.vllm import alone, hosted
 from services.vllm.hosted import Hosted
 from services.vllm.link import Loss
-from services.vllm.messages import Placed
+from services.vllm.messages import Draws, Placed
 from shared.messages import (
     EngineReady,
     EngineRuns,
@@ -63,7 +63,7 @@ class Engine:
         self.killed: list[Worker] = []
         self.failed = ""
         self.stillborn = False
-        self.broken = 0
+        self.draws: Draws = {}
         self.asked: queue.Queue[tuple[Any, ...]] = queue.Queue()
         self.resumed: queue.Queue[Loss] = queue.Queue()
         self.placed: queue.Queue[list[Worker]] = queue.Queue()
@@ -80,7 +80,8 @@ class Engine:
     def place(self, epoch: int, ranks: list[Worker], hosted_epoch: int = 0) -> None:
         assert self.decider is not None
         for rank in range(self.size):
-            self.decider.placed(Placed(epoch, rank, {1: {}, -1: {}}, 0.0))
+            self.decider.placed(Placed(epoch, rank, {**self.draws, -1: {}}, 0.0))
+        self.draws = {}
         self.placed.put(ranks)
 
     def resume(self, loss: Loss) -> None:
@@ -229,6 +230,22 @@ def test_blocks_are_not_told_as_whole_between_a_changed_place_and_its_resume() -
     case.coordinator.next(EngineReady)
     asked = case.engine.asked.get(timeout=SOON_S)
     assert asked == ("tell_all", False)
+
+
+def test_generators_states_are_kept_through_an_epoch_that_does_not_come_about() -> None:
+    case = Case()
+    case.form(7, case.ranks)
+    states = {3: {"request": b"state"}}
+    case.engine.draws = dict(states)
+    case.decider.gone(case.ranks[1])
+    case.coordinator.heard(Quiesce(7))
+    case.coordinator.heard(Place(8, tuple(map(case.name, (case.ranks[0], case.engine.started[3], case.ranks[2])))))
+    case.engine.placed.get(timeout=SOON_S)
+    soon(lambda: len(case.engine.started) == 5, "no further spare")
+    case.decider.gone(case.engine.started[3])
+    case.coordinator.next(EngineRuns)
+    loss = case.form(10, [case.ranks[0], case.engine.started[4], case.ranks[2]])
+    assert {step: of for step, of in loss.draws.items() if step > 0} == states
 
 
 def test_workers_that_are_given_up_are_ended_a_spare_too() -> None:

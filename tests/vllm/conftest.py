@@ -20,7 +20,8 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def guarded(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Protected]:
     """Three ranks and a spare, two of which may be lost at once."""
-    with protected(tiny_llama, tmp_path_factory.mktemp("guarded"), parity=PARITY) as running:
+    tools = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+    with protected(tiny_llama, tmp_path_factory.mktemp("guarded"), *tools, parity=PARITY) as running:
         yield running
 
 

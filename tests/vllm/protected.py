@@ -109,7 +109,7 @@ def cluster_of(
         port=0, tp=size, spares=0, parity=parity, stores=parity, store_memory_mb=64, restore="always",
         log_dir=str(folder / "services"),
     )  # fmt: skip
-    cluster = LocalCluster(settings, model, hosted=True, extra={"coordinator": ["--hang-timeout-s", "2"]})
+    cluster = LocalCluster(settings, model, hosted=True, extra={"coordinator": ["--hang-timeout-s", "5"]})
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="cluster", daemon=True)
     thread.start()

@@ -15,7 +15,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
@@ -44,12 +44,13 @@ def expected(prompt: list[int], count: int) -> list[int]:
 
 
 class Worker:
-    """All ranks as one. `blocks`: the token ids whose KV a block holds."""
+    """All ranks as one. `blocks`: the token ids whose KV a block holds; `windows`: what each KV cache group reads."""
 
-    def __init__(self, blocks: int):
+    def __init__(self, blocks: int, windows: list[int]):
         self.blocks = [[GARBAGE] * BLOCK for _ in range(blocks)]
+        self.windows = windows
         self.tokens: dict[str, list[int]] = {}
-        self.tables: dict[str, list[int]] = {}
+        self.tables: dict[str, list[list[int]]] = {}
 
     def wipe(self) -> None:
         self.tokens.clear()
@@ -64,16 +65,20 @@ class Worker:
             self.tokens[known.request.req_id] = [*known.request.prompt_token_ids, *known.output_token_ids]
         starts: dict[str, int] = {}
         for new in output.scheduled_new_reqs:
-            self.tokens[new.req_id], self.tables[new.req_id] = list(new.prompt_token_ids), list(new.block_ids[0])
+            self.tokens[new.req_id], self.tables[new.req_id] = (
+                list(new.prompt_token_ids),
+                list(map(list, new.block_ids)),
+            )
             starts[new.req_id] = new.num_computed_tokens
         cached = output.scheduled_cached_reqs
         for number, request in enumerate(cached.req_ids):
             starts[request] = cached.num_computed_tokens[number]
             blocks = cached.new_block_ids[number]
             if request in cached.resumed_req_ids:
-                self.tables[request] = list(blocks[0])
+                self.tables[request] = list(map(list, blocks))
             elif blocks is not None:
-                self.tables[request] += blocks[0]
+                for table, more in zip(self.tables[request], blocks, strict=True):
+                    table += more
         made = [self._compute(each, starts[each], count) for each, count in output.num_scheduled_tokens.items()]
         return ModelRunnerOutput(
             req_ids=list(output.num_scheduled_tokens),
@@ -82,11 +87,13 @@ class Worker:
         )
 
     def _compute(self, request: str, start: int, count: int) -> list[int]:
-        tokens, table = self.tokens[request], self.tables[request]
-        there = [self.blocks[table[at // BLOCK]][at % BLOCK] for at in range(start)]
-        assert there == tokens[:start], f"{request}: wrong KV before token {start}"
-        for at in range(start, start + count):
-            self.blocks[table[at // BLOCK]][at % BLOCK] = tokens[at]
+        tokens = self.tokens[request]
+        for table, window in zip(self.tables[request], self.windows, strict=True):
+            first = max(0, start - window + 1)
+            there = [self.blocks[table[at // BLOCK]][at % BLOCK] for at in range(first, start)]
+            assert there == tokens[first:start], f"{request}: wrong KV before token {start}"
+            for at in range(start, start + count):
+                self.blocks[table[at // BLOCK]][at % BLOCK] = tokens[at]
         if start + count < len(tokens):
             return []
         tokens.append(sampled(tokens))
@@ -125,14 +132,17 @@ class Mirror:
 class Core:
     """The engine core's loop, and a decider that loses steps and blocks when it is told to."""
 
-    def __init__(self, model: Path, *, blocks: int = 48, depth: int = 1, budget: int = 128):
+    def __init__(self, model: Path, *, blocks: int = 48, depth: int = 1, budget: int = 128, window: int = 0):
         arguments = EngineArgs(str(model), dtype="float32", max_model_len=1024, block_size=BLOCK, max_num_seqs=8,
                                max_num_batched_tokens=budget, enforce_eager=True)  # fmt: skip
         config = arguments.create_engine_config()
         config.cache_config.num_gpu_blocks = blocks
         config.scheduler_config.async_scheduling = depth > 1
-        group = KVCacheGroupSpec(["layer"], FullAttentionSpec(BLOCK, num_kv_heads=1, head_size=8, dtype="float32"))
-        self.worker = Worker(blocks)
+        groups = [KVCacheGroupSpec(["full"], FullAttentionSpec(BLOCK, num_kv_heads=1, head_size=8, dtype="float32"))]
+        if window:
+            sliding = SlidingWindowSpec(BLOCK, num_kv_heads=1, head_size=8, dtype="float32", sliding_window=window)
+            groups.append(KVCacheGroupSpec(["sliding"], sliding))
+        self.worker = Worker(blocks, [1024, window][: len(groups)])
         self.mirror = Mirror(self.worker)
         self.link = link_of(config.instance_id)
         self.link.tells(self.mirror.tell)
@@ -140,7 +150,7 @@ class Core:
         self.link.quiesce(1)
         self.link.resume(1)
         make = GhostAsyncScheduler if depth > 1 else GhostScheduler
-        self.scheduler: Any = make(config, KVCacheConfig(blocks, [], [group]), StructuredOutputManager(config), BLOCK,
+        self.scheduler: Any = make(config, KVCacheConfig(blocks, [], groups), StructuredOutputManager(config), BLOCK,
                                    log_stats=True)  # fmt: skip
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(BLOCK, sha256)

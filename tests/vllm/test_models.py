@@ -28,13 +28,13 @@ GROUPS = {"Gemma3": 2, "GptOss": 2}
 
 @dataclass(frozen=True)
 class Family:
-    """A transformers model and what is changed of its small configuration. `alike`: a lost rank's KV is copied."""
+    """A transformers model and what is changed of its small configuration."""
 
     name: str
     config: str = ""
     changes: tuple[tuple[str, Any], ...] = ()
-    unable: str = ""
-    """Why the CPU build can't run it."""
+    recomputed: str = ""
+    """Why nothing can be restored."""
 
 
 FAMILIES = {
@@ -46,9 +46,10 @@ FAMILIES = {
                                       ("query_pre_attn_scalar", 32))),
     "one KV head for all ranks": Family("Llama", changes=(("num_key_value_heads", 1),)),
     "deepseek, latent attention": Family("DeepseekV2", changes=(
-        ("num_key_value_heads", 6), ("q_lora_rank", None), ("kv_lora_rank", 32), ("qk_nope_head_dim", 32),
-        ("qk_rope_head_dim", 32), ("v_head_dim", 32), ("first_k_dense_replace", 3), ("n_routed_experts", 3),
-        ("moe_intermediate_size", 96), ("num_experts_per_tok", 2))),
+        ("num_key_value_heads", 6), ("q_lora_rank", None), ("kv_lora_rank", 512), ("qk_nope_head_dim", 32),
+        ("qk_rope_head_dim", 64), ("v_head_dim", 32), ("first_k_dense_replace", 3), ("n_routed_experts", 3),
+        ("moe_intermediate_size", 96), ("num_experts_per_tok", 2)),
+        recomputed="for latent attention vLLM's CPU build turns its prefix cache off: no block is found again"),
     "gpt-oss": Family("GptOss", changes=(("num_local_experts", 3), ("num_experts_per_tok", 2),
                                          ("sliding_window", 64))),
 }  # fmt: skip
@@ -113,8 +114,6 @@ def status(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_tokens_are_the_same_when_a_rank_dies(family: Family, status: tuple[str, Any], tmp_path: Path) -> None:
-    if family.unable:
-        pytest.skip(family.unable)
     coordinator, now = status
     model = make_model_dir(tmp_path / "model", family.name, family.config, **dict(family.changes))
     with _engine(model, coordinator) as engine:
@@ -124,6 +123,8 @@ def test_tokens_are_the_same_when_a_rank_dies(family: Family, status: tuple[str,
         _wait(lambda: not now()["stripes_pending"] + now()["stripes_unprotected"], "not protected", 30)
         known = len(now()["recoveries"])
         assert _run(engine, "after", kill_at=8) == before
+        if family.recomputed:
+            pytest.skip(f"the tokens are the same, but all is computed again: {family.recomputed}")
         _wait(lambda: len(now()["recoveries"]) > known, "no record", 30)
         record = now()["recoveries"][known]
         assert record["restored_pages"] > 0

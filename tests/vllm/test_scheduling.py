@@ -32,10 +32,11 @@ def test_no_loss_no_difference(core: Any, depth: int) -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("window", [0, 70])
 @pytest.mark.parametrize("seed", range(12))
-def test_tokens_are_the_same_whatever_is_lost_when(core: Any, depth: int, seed: int) -> None:
+def test_tokens_are_the_same_whatever_is_lost_when(core: Any, depth: int, window: int, seed: int) -> None:
     dice = random.Random(seed)
-    engine = core(depth=depth, blocks=dice.choice([24, 40, 80]))
+    engine = core(depth=depth, blocks=dice.choice([24, 40, 80]) * (2 if window else 1), window=window)
     names = (f"r{number}" for number in range(1000))
     for _ in range(4):
         for _ in range(dice.randrange(1, 6)):
