@@ -1,6 +1,7 @@
 """What of vLLM's configuration can be protected; what is refused at the start, each in one line. Imports no vllm."""
 
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 EXECUTOR = "services.vllm.executor.GhostExecutor"
@@ -59,8 +60,9 @@ def _refusals(config: Any, platform: str, layout: str | None) -> Iterator[str]:
         yield "one rank has no others that its KV could be decoded with: --tensor-parallel-size 2 or more is needed"
     if (backend := _name(parallel.distributed_executor_backend)) not in ("", "mp", EXECUTOR):
         yield f"--distributed-executor-backend {backend}: GhostServe starts the workers itself"
-    if (worker := _name(parallel.worker_cls)) not in ("auto", "", *WORKERS.values(), *VLLM_WORKERS):
-        yield f"--worker-cls {worker}: workers are of GhostServe's own class"
+    worker = _name(parallel.worker_cls)
+    if worker not in ("auto", "", *WORKERS.values(), *VLLM_WORKERS) and not _is_own(worker):
+        yield f"--worker-cls {worker}: workers are of GhostServe's own class, or of one made of it"
     if not config.cache_config.enable_prefix_caching:
         yield "without prefix caching (--no-enable-prefix-caching) no block has a name by which it could come back"
     if (runner := config.model_config.runner_type) != "generate":
@@ -88,6 +90,16 @@ def _get(config: Any, path: str) -> Any:
     for name in path.split("."):
         config = getattr(config, name, None)
     return config
+
+
+def _is_own(worker: str) -> bool:
+    """Whether a class, by its full name, is made of one of ours."""
+    module, _, name = worker.rpartition(".")
+    try:
+        kind = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return False
+    return any(f"{base.__module__}.{base.__qualname__}" in WORKERS.values() for base in kind.__mro__)
 
 
 def classes(platform: str, *, asynchronous: bool) -> tuple[str, ...]:
