@@ -42,6 +42,10 @@ SETUP = (
 STEP = ("execute_model", "sample_tokens", "take_draft_token_ids")
 
 
+class CallLost(EngineFailed):
+    """A call that is no step did not outlive its epoch."""
+
+
 class LostStep(ModelRunnerOutput):
     """The output of a step that its epoch did not outlive: nothing was computed."""
 
@@ -102,21 +106,37 @@ class GhostExecutor(MultiprocExecutor):
             lost.set_result(_lost(name))
             return lost if non_block else lost.result()
         sent = method if isinstance(method, str) else cloudpickle.dumps(method)
-        wanted = tuple(range(self.world_size)) if unique_reply_rank is None else (unique_reply_rank,)
+        while True:
+            future = self._issue(epoch, name, sent, args, kwargs or {}, unique_reply_rank)
+            if non_block:
+                return future
+            try:
+                value = future.result(None if name in STEP else timeout)
+            except CallLost:  # it is asked again, of those that are the ranks now
+                epoch = self._link.wait_open()
+                continue
+            if name in SETUP:
+                self._setup.append((name, args))
+                if name == SETUP[-1]:
+                    self._decider.may_spare()
+            return value
+
+    def _issue(
+        self,
+        epoch: int,
+        name: str,
+        sent: str | bytes,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        only: int | None,
+    ) -> Future[Any]:
+        wanted = tuple(range(self.world_size)) if only is None else (only,)
 
         def tell(number: int) -> None:
             for rank, member in enumerate(self._ranks):
-                member.tell(Call(epoch, number, sent, args, kwargs or {}, rank in wanted))
+                member.tell(Call(epoch, number, sent, args, kwargs, rank in wanted))
 
-        future = self._calls.issue(epoch, name, wanted, unique_reply_rank is not None, tell)
-        if non_block:
-            return future
-        value = future.result(None if name in STEP else timeout)
-        if name in SETUP:
-            self._setup.append((name, args))
-            if name == SETUP[-1]:
-                self._decider.may_spare()
-        return value
+        return self._calls.issue(epoch, name, wanted, only is not None, tell)
 
     def shutdown(self) -> None:
         """End all workers."""
@@ -134,7 +154,9 @@ class GhostExecutor(MultiprocExecutor):
         match message:
             case Answer() if member in self._ranks:
                 failed = self._calls.answered(self._ranks.index(member), message)
-                if failed is not None:
+                if message.error and message.own and message.method not in STEP:
+                    self._calls.fail_one(message.number, EngineFailed(message.error))  # whoever asked is told
+                elif failed is not None:
                     self._decider.failed(member, message.epoch, f"{failed}: {message.error}", message.own)
             case Built():
                 log.info(
@@ -235,4 +257,4 @@ def _lost(method: str) -> Any:
         return None
     if method in STEP:
         return LOST
-    raise EngineFailed(f"{method}: a rank was lost meanwhile; try again")
+    raise CallLost(f"{method}: a rank was lost meanwhile")

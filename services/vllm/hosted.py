@@ -83,6 +83,7 @@ class Hosted(Alone):
         self._raised: dict[Member, str] = {}
         self._raised_alone: tuple[Member | None, float] = (None, 0.0)
         self._failed_in = -1  # the epoch of which a failed step was told
+        self._asked: Resume | None = None
         self._load_told = 0.0
         self._waits_since = 0.0  # for a decision: no worker is being started for it
         super().__init__(engine, spares)
@@ -184,7 +185,7 @@ class Hosted(Alone):
             case Place(epoch, workers):
                 self._place(epoch, workers)
             case Resume() if message.epoch == self._hosted_epoch and self._phase == "placing":
-                self._resume(message)
+                self._asked = message
             case GivenUp(workers):
                 for member in (*filter(None, self._ranks), *self._ready):
                     if self._name_of(member) in workers:
@@ -215,7 +216,7 @@ class Hosted(Alone):
         self._ranks = list(members)
         if self._phase != "gathering":
             self._quiesce()
-        self._phase, self._placed = "placing", {}
+        self._phase, self._placed, self._asked = "placing", {}, None
         self._engine.place(self._epoch, members, epoch)
 
     def _took(self, placed: Placed) -> None:
@@ -237,6 +238,9 @@ class Hosted(Alone):
             super()._go_on()
             return
         self._start_missing()
+        # A rank tells the coordinator that it has joined, and the engine what it knew: on two ways.
+        if self._phase == "placing" and self._asked is not None and len(self._placed) == self._engine.size:
+            self._resume(self._asked)
         now = time.monotonic()
         missing = self._ranks.count(None) > len(self._ready)
         if self._phase == "stepping" or (missing and self._starting and now - self._since < START_S):

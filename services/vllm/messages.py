@@ -59,6 +59,8 @@ class Answer:
     error: str = ""
     own: bool = True
     """Whether the error is this rank's, not that its peers did not take part."""
+    method: str = ""
+    """What failed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,7 +156,7 @@ class Process:
         except Exception as error:
             own = not isinstance(error, GhostError)
             log.log(logging.ERROR if own else logging.INFO, "%s: %s", call.method, error, exc_info=own)
-            self._send(Answer(call.epoch, call.number, None, f"{type(error).__name__}: {error}", own))
+            self._send(Answer(call.epoch, call.number, None, f"{type(error).__name__}: {error}", own, str(call.method)))
         else:
             if isinstance(value, AsyncModelRunnerOutput):
                 self._late.put((call, value))
@@ -173,7 +173,8 @@ class Process:
             try:
                 answer = Answer(call.epoch, call.number, output.get_output())
             except Exception as error:
-                answer = Answer(call.epoch, call.number, None, f"{type(error).__name__}: {error}")
+                words = f"{type(error).__name__}: {error}"
+                answer = Answer(call.epoch, call.number, None, words, method=str(call.method))
             if call.answer or answer.error:
                 self._send(answer)
 

@@ -21,8 +21,8 @@ def run_steps(worker: Any) -> None:
         return
     sizes = [group.kv_cache_spec.block_size for group in groups]
     counts = [-(-(PROMPT_TOKENS + 2) // size) for size in sizes]
-    requests = min(REQUESTS, runner.max_num_reqs)
-    if 1 + requests * sum(counts) > runner.kv_cache_config.num_blocks:
+    requests = min(REQUESTS, runner.max_num_reqs, runner.max_num_tokens // PROMPT_TOKENS)
+    if not requests or 1 + requests * sum(counts) > runner.kv_cache_config.num_blocks:
         return
     ids = iter(range(1, 1 + requests * sum(counts)))  # block 0 is vLLM's null block
     names = [f"_warm_{number}" for number in range(requests)]

@@ -47,6 +47,7 @@ class GhostCpuWorker(CPUWorker):
         """As CPUWorker's, after a few steps; the KV is zeros again, and takes no memory until it is written."""
         warm.run_steps(self)
         batch.wipe(self.model_runner)
+        self._draws = {}  # who has computed nothing yet must not pass for one who knows the last steps
         for cache in self.model_runner.kv_caches:
             warm.give_back(cache)
         return super().compile_or_warm_up_model()

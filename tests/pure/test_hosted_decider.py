@@ -64,6 +64,8 @@ class Engine:
         self.failed = ""
         self.stillborn = False
         self.draws: Draws = {}
+        self.late = False
+        self.take: Callable[[], object] = lambda: None
         self.asked: queue.Queue[tuple[Any, ...]] = queue.Queue()
         self.resumed: queue.Queue[Loss] = queue.Queue()
         self.placed: queue.Queue[list[Worker]] = queue.Queue()
@@ -79,9 +81,12 @@ class Engine:
 
     def place(self, epoch: int, ranks: list[Worker], hosted_epoch: int = 0) -> None:
         assert self.decider is not None
-        for rank in range(self.size):
-            self.decider.placed(Placed(epoch, rank, {**self.draws, -1: {}}, 0.0))
-        self.draws = {}
+        self.take = lambda: [
+            self.decider.placed(Placed(epoch, rank, {**self.draws, -1: {}}, 0.0)) for rank in range(self.size)
+        ]
+        if not self.late:
+            self.take()
+            self.draws = {}
         self.placed.put(ranks)
 
     def resume(self, loss: Loss) -> None:
@@ -246,6 +251,21 @@ def test_generators_states_are_kept_through_an_epoch_that_does_not_come_about() 
     case.coordinator.next(EngineRuns)
     loss = case.form(10, [case.ranks[0], case.engine.started[4], case.ranks[2]])
     assert {step: of for step, of in loss.draws.items() if step > 0} == states
+
+
+def test_no_step_begins_before_all_ranks_have_said_what_they_knew() -> None:
+    case = Case()
+    case.form(7, case.ranks)
+    case.engine.late, case.engine.draws = True, {3: {"request": b"state"}}
+    case.coordinator.heard(Quiesce(7))
+    case.coordinator.heard(Place(8, tuple(map(case.name, case.ranks))))
+    case.coordinator.heard(Resume(8, b"", b""))
+    case.coordinator.heard(PagesWhole(8, b""))
+    while case.engine.asked.get(timeout=SOON_S)[0] != "back":
+        pass
+    assert case.engine.resumed.empty()
+    case.engine.take()
+    assert case.engine.resumed.get(timeout=SOON_S).draws == {3: {"request": b"state"}, -1: {}}
 
 
 def test_workers_that_are_given_up_are_ended_a_spare_too() -> None:

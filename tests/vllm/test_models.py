@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
 
 SERVING_S = 180.0
 BLOCK, TOKENS = 32, 24
-GROUPS = {"Gemma3": 2, "GptOss": 2}
+GROUPS = {"Gemma3": 6, "GptOss": 3}
 """KV cache groups: a record counts the tokens of each."""
 
 
