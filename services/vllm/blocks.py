@@ -170,4 +170,4 @@ class Blocks:
         """Blocks that somebody holds, and those that only the prefix cache has."""
         free = self._pool.get_num_free_blocks()
         cached = sum(self._pool.blocks[block].ref_cnt == 0 for block in self._keys)
-        return self._pool.num_gpu_blocks - free, cached
+        return self._pool.num_gpu_blocks - 1 - free, cached  # the null block is nobody's

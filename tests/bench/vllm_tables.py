@@ -206,8 +206,8 @@ def in_short(figures: Figures) -> str:
         ["a rank of three gets SIGKILL at 4,096 tokens: the client waits",
          *(f"{'**' if mode == PROTECTED else ''}{kill.stall_s:.2f} s{'**' if mode == PROTECTED else ''}" if kill else ""
            for mode, kill in kills.items())],
-        ["its stream", "goes on, same tokens" if (own := kills[PROTECTED]) and own.same else "", "goes on, recomputed",
-         "breaks off; restarted by hand"],
+        ["its stream", "goes on, same tokens" if (own := kills[PROTECTED]) and own.same else "",
+         "goes on, all of it recomputed", "breaks off; restarted by hand"],
     ]  # fmt: skip
     for what, streams in dict.fromkeys((each.what, each.streams) for each in figures.speeds):
         rates = {each.mode: each.rate for each in figures.speeds if (each.what, each.streams) == (what, streams)}

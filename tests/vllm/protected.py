@@ -68,10 +68,13 @@ class Protected:
 
         await self.until(ready, "not whole")
 
-    async def records(self, count: int) -> list[dict[str, Any]]:
-        """The recoveries that were recorded since there were `count`: at least one, whose last one is over."""
-        status = await self.until(lambda status: len(status["recoveries"]) > count, "no recovery was recorded")
-        return list(status["recoveries"][count:])
+    async def records(self, since: float) -> list[dict[str, Any]]:
+        """The recoveries that began since, by the cluster's clock: at least one, whose last one is over."""
+
+        def found(status: dict[str, Any]) -> list[dict[str, Any]]:
+            return [record for record in status["recoveries"] if record["started"] >= since]
+
+        return found(await self.until(lambda status: bool(found(status)), "no recovery was recorded"))
 
     async def on_loop(self, work: Coroutine[Any, Any, T]) -> T:
         """Wait for what runs on the cluster's loop."""

@@ -113,7 +113,7 @@ async def runs(guarded: Protected) -> AsyncIterator[tuple[dict[str, Result], dic
     stop = next(said[at : at + 3] for at in range(len(said) // 2, len(said)) if said.index(said[at : at + 3]) == at)
     before = await _all(guarded, stop)
     await guarded.protected()
-    known = len((await guarded.status())["recoveries"])
+    known = (await guarded.status())["now"]
     after = await _all(guarded, stop, Breaks(10, lambda: guarded.server.kill(1)))
     (record,) = await guarded.records(known)
     assert record["restored_pages"] > 0

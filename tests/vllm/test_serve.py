@@ -134,6 +134,8 @@ def test_one_command_serves_loses_a_rank_in_mid_stream_and_leaves_no_process(run
     wait(lambda: running.status()["generated_tokens"] >= 2 * 48, SEEN_S, running)  # told once a second
     assert running.status()["recoveries"][-1]["restored_pages"] > 0
 
+    wait(lambda: running.status()["running"] == running.status()["pages_held"] == 0, SEEN_S, running)
+
     running.process.send_signal(signal.SIGINT)
     assert running.process.wait(STOP_S) == 0, running.log.read_text()[-3000:]
     assert running.left() == []
