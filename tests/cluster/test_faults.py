@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import time
 from dataclasses import replace
@@ -146,10 +147,15 @@ async def test_weights_that_are_gone_cost_spares_but_no_rank_and_are_read_when_t
     status = await whole(cluster)
     log = cluster.processes["workers"].command.log
     seen = len(log.read_text())
+    spare = next(worker["name"] for worker in status["workers"] if worker["rank"] is None)
+    async with asyncio.timeout(60):  # it reads what it may need when nothing else is to do
+        while not re.search(rf"{re.escape(spare)} .*holds the slices", log.read_text()):
+            await asyncio.sleep(0.05)
     weights = small_model_dir / "model.safetensors"
     weights.rename(small_model_dir / "gone")
     try:
-        report = await run_drill(cluster, replace(BASE, fault="kill", targets=("rank:1",)))
+        async with asyncio.timeout(60):
+            report = await run_drill(cluster, replace(BASE, fault="kill", targets=("rank:1",)))
         assert report.identical
         async with asyncio.timeout(60):
             while "died with exit code 78" not in log.read_text()[seen:]:

@@ -201,6 +201,8 @@ class Runner:
         while self._jobs.empty() and self._place is None and self._unprepared:
             try:
                 self._with_weights(self._unprepared.pop(0), self.model.prepare)
+                if not self._unprepared:
+                    log.info("it holds the slices of all %d ranks", self.config.size)
             except Exception:
                 log.exception("a spare can't hold all slices")
                 self._unprepared = []
