@@ -5,6 +5,7 @@ Named to vLLM by --worker-cls instead of GhostCpuWorker, so that nothing of this
 
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from services.vllm.pages import BlockPages
 from services.vllm.worker import GhostCpuWorker
 from services.worker.memory import Memory
-from tests.vllm.orders import CRASH, FOLDER, ON_ALL, ON_ONE, ONCE
+from tests.vllm.orders import CRASH, FOLDER, ON_ALL, ON_ONE, ONCE, SLOW_S
 
 
 class FaultyWorker(GhostCpuWorker):
@@ -21,6 +22,8 @@ class FaultyWorker(GhostCpuWorker):
 
     def execute_model(self, scheduler_output: Any) -> Any:
         self._hang_if_told()
+        if scheduler_output.total_num_scheduled_tokens > 1 and Path(os.environ[FOLDER], "slow").exists():
+            time.sleep(SLOW_S)
         self._spoil(scheduler_output)
         return super().execute_model(scheduler_output)
 

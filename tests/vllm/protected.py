@@ -95,8 +95,10 @@ class Protected:
         """As long as this is entered, the order is there."""
         order = self.faults / fault
         order.touch()
-        yield
-        order.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            order.unlink(missing_ok=True)
 
     def log(self) -> str:
         """All that vLLM's processes have said."""

@@ -18,8 +18,6 @@ from tests.vllm.streams import Breaks, run_streams, same
 pytestmark = pytest.mark.timeout(300)
 
 TOKENS = 40
-NULL = 1
-"""Blocks that vLLM holds when nothing runs: that which stands for none."""
 SWITCHES = {
     "type": "object",
     "properties": {"on": {"type": "array", "items": {"type": "boolean"}, "minItems": 10, "maxItems": 10}},
@@ -161,4 +159,4 @@ async def test_cancelled_streams_leave_no_block_behind_during_a_recovery_either(
     cancelled.cancel()
     prefilling.cancel()
     same(await reading, before)
-    await whole.until(lambda status: not status["running"] and status["pages_held"] == NULL, "blocks are held")
+    await whole.until(lambda status: not status["running"] and not status["pages_held"], "blocks are held")

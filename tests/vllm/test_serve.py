@@ -116,6 +116,7 @@ def chat(command: Running, words: int, *, kill_at: int = -1) -> tuple[str, int]:
 
 def test_one_command_serves_loses_a_rank_in_mid_stream_and_leaves_no_process(running: Running) -> None:
     before, pieces = chat(running, 200)
+    wait(lambda: not running.status()["stripes_pending"] + running.status()["stripes_unprotected"], SEEN_S, running)
     assert running.status()["recoveries"] == []
     after, _ = chat(running, 200, kill_at=pieces // 2)
     assert after == before
@@ -132,7 +133,7 @@ def test_one_command_serves_loses_a_rank_in_mid_stream_and_leaves_no_process(run
     assert "rank 1 lost" in shown.stdout
     assert "vLLM" in shown.stdout
     wait(lambda: running.status()["generated_tokens"] >= 2 * 48, SEEN_S, running)  # told once a second
-    assert running.status()["recoveries"][-1]["restored_pages"] > 0
+    assert running.status()["recoveries"][-1]["restored_pages"] > 0, running.status()["recoveries"][-1]
 
     wait(lambda: running.status()["running"] == running.status()["pages_held"] == 0, SEEN_S, running)
 
