@@ -25,6 +25,7 @@ def arm(worker: "Worker", folder: str) -> None:
         faults.folder(folder),
         {
             "hang": breakage.hang,
+            "raise": breakage.raise_error,
             "cut:peers": breakage.cut_peers,
             "cut:coordinator": breakage.cut_coordinator,
             "cut:store": breakage.cut_store,
@@ -53,6 +54,25 @@ class _Breakage:
     def hang(self) -> None:
         """The compute thread never comes back from its next step."""
         self._worker._runner.model.forward = lambda *_: threading.Event().wait()
+
+    def raise_error(self, token: str = "", place: str = "before") -> None:
+        """Steps raise an error in which this token id is computed (any, without one), before the model or after it.
+
+        `after`: once all collectives are done but those of the logits.
+        """
+        model = self._worker._runner.model
+        forward = model.forward
+
+        def failing(chunks: Any, *others: Any) -> Any:
+            hit = not token or any(int(token) in each.tokens for each in chunks)
+            if hit and place == "before":
+                raise RuntimeError(f"a step with token {token}, on demand")
+            hidden = forward(chunks, *others)
+            if hit:
+                raise RuntimeError(f"a step with token {token}, on demand")
+            return hidden
+
+        self._replace(model, "forward", failing)
 
     def cut_peers(self) -> None:
         """No communicator with the peers works, and none can be made."""
