@@ -27,7 +27,7 @@ class Brake:
 
     def progressed(self) -> None:
         """A step came back in it, or it was found out which request makes steps fail."""
-        self._began, self._barren = None, 0
+        self._began, self._barren, self._until = None, 0, 0.0
 
     def ended(self, now: float, reason: str) -> None:
         """The epoch is over. Of no effect on one that made progress."""
