@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import services.worker.communicator.meeting
 from shared import faults
 from shared.errors import CommunicatorAborted, DeadlineExceeded
+from shared.types import pack_ids
 
 if TYPE_CHECKING:
     from services.worker.agent.app import Worker
@@ -55,21 +56,21 @@ class _Breakage:
         """The compute thread never comes back from its next step."""
         self._worker._runner.model.forward = lambda *_: threading.Event().wait()
 
-    def raise_error(self, token: str = "", place: str = "before") -> None:
-        """Steps raise an error in which this token id is computed (any, without one), before the model or after it.
+    def raise_error(self, tokens: str, place: str = "before") -> None:
+        """Steps raise an error that compute these token ids, say 17,4, one after the other: before the model, or after.
 
         `after`: once all collectives are done but those of the logits.
         """
         model = self._worker._runner.model
-        forward = model.forward
+        forward, wanted = model.forward, pack_ids(int(each) for each in tokens.split(","))
 
         def failing(chunks: Any, *others: Any) -> Any:
-            hit = not token or any(int(token) in each.tokens for each in chunks)
+            hit = any(wanted in each.tokens.tobytes() for each in chunks)
             if hit and place == "before":
-                raise RuntimeError(f"a step with token {token}, on demand")
+                raise RuntimeError(f"a step with {tokens}, on demand")
             hidden = forward(chunks, *others)
             if hit:
-                raise RuntimeError(f"a step with token {token}, on demand")
+                raise RuntimeError(f"a step with {tokens}, on demand")
             return hidden
 
         self._replace(model, "forward", failing)
