@@ -21,7 +21,7 @@ POISON = (397, 3, 398, 5)
 """Steps raise errors in which these tokens stand one after the other; no answer has them by chance."""
 ANSWER_S = 60.0
 """In which whoever asks has an answer, whatever breaks meanwhile; or finds the connection closed."""
-STRANGER_S = 60.0
+STRANGER_S = 90.0
 """In which a stranger that says nothing of use is shown out."""
 AWAY = {429, 503}
 
@@ -67,9 +67,10 @@ class Hostile:
     async def _poison(self, status: dict[str, Any], ranks: set[int]) -> str:
         orders = Path(self._cluster.settings.fault_dir)
         pids = [each["pid"] for each in status["workers"] if each["rank"] in ranks]
+        order = f"raise {','.join(map(str, POISON))} {self._dice.choice(('before', 'after'))}"
         for pid in pids:
             with contextlib.suppress(GhostError):  # it hangs, or is stopped
-                await tell(orders, pid, f"raise {','.join(map(str, POISON))} {self._dice.choice(('before', 'after'))}")
+                await tell(orders, pid, order)
         try:
             return await self._asked([7, *POISON] * self._dice.choice((1, 30)))
         finally:
