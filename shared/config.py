@@ -126,6 +126,12 @@ class CoordinatorSettings(CommonSettings):
         5.0, description="a rank that beats, but stands still for so long while the others wait for it, is lost"
     )
     replace_stragglers: bool = Field(False, description="move a rank that is far slower than the others to a spare")
+    step_tries: int = Field(
+        2,
+        ge=1,
+        le=100,
+        description="failures of a step before its requests run apart, and the one that fails alone ends",
+    )
     collective_timeout_s: Seconds = Field(60.0, description="bound of every wait inside a collective")
     join_timeout_s: Seconds = Field(60.0, description="time for a rank to load its slice and join, before it is lost")
     record_dir: str = Field(

@@ -28,16 +28,20 @@ def folder(name: str) -> Path:
     return path
 
 
-def obey(orders: Path, actions: Mapping[str, Callable[[], None]]) -> None:
-    """From now on, do what the files in `orders` say. To be called on the event loop, in the main thread."""
+def obey(orders: Path, actions: Mapping[str, Callable[..., None]]) -> None:
+    """From now on, do what the files in `orders` say: an action's name, and after it words that the action is given.
+
+    To be called on the event loop, in the main thread.
+    """
     order = orders / str(os.getpid())
 
     def take() -> None:
         with contextlib.suppress(FileNotFoundError):
-            name = order.read_text()
-            log.warning("fault on demand: %s", name)
+            text = order.read_text()
+            log.warning("fault on demand: %s", text)
+            name, *words = text.split() or [""]
             if name in actions:
-                actions[name]()
+                actions[name](*words)
             order.unlink()
 
     asyncio.get_running_loop().add_signal_handler(SIGNAL, take)

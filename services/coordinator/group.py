@@ -60,6 +60,7 @@ from shared.messages import (
     StatusChanged,
     StepDone,
     StepFailed,
+    StepRaised,
     StoreDrains,
     StoreHello,
     Welcome,
@@ -278,8 +279,13 @@ class Group:
                 engine.protection.copied(message)
             case StepDone(epoch=of) if of == epoch:
                 self.detector.step_done(name, message)
+                epochs.brake.progressed()
                 engine.rank_said(name, message)
+            case StepRaised(epoch=of) if of == epoch:
+                epochs.step_raised(name, message)
             case DigestDone(epoch=of) | Heartbeat(epoch=of) if of == epoch:
+                if isinstance(message, Heartbeat) and message.step:
+                    epochs.brake.progressed()
                 engine.rank_said(name, message)
             case _:
                 pass
@@ -420,8 +426,9 @@ class Group:
         """The group's state when the last event was dealt with."""
         now = self.outbox.now
         return cluster_status(
-            self.config, self.membership, self.stores, self.engine, self.protection, self.detector.paces(now), now
-        )
+            self.config, self.membership, self.stores, self.engine, self.protection, self.detector.paces(now), now,
+            self.epochs.brake.why(now) if self.epochs is not None else "",
+        )  # fmt: skip
 
     def check(self) -> None:
         """Raise AssertionError unless pages, page tables, ranks and members agree."""

@@ -18,8 +18,8 @@ from services.vllm.batch import Known
 from services.vllm.books import Books
 from services.vllm.executor import LostStep
 from services.vllm.link import Loss, link_of
-from services.vllm.suspects import Suspects
 from shared.messages import EngineLoad, EngineRun
+from shared.suspects import Suspects
 from shared.types import PageKey
 
 log = logging.getLogger("vllm.ghostserve")

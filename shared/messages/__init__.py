@@ -19,6 +19,7 @@ from shared.messages.engine import (
     SequenceStep,
     StepDone,
     StepPlan,
+    StepRaised,
     Submit,
     Tokens,
 )
@@ -145,6 +146,7 @@ __all__ = [
     "StatusChanged",
     "StepDone",
     "StepPlan",
+    "StepRaised",
     "StoreDrains",
     "StoreHello",
     "StripeRestore",

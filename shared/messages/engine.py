@@ -38,6 +38,20 @@ class StepDone(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class StepRaised(Message):
+    """A step raised an error on this rank, which has all that it had before it, and is ready for another step.
+
+    Until then it had entered so many `collectives` of the epoch: if that is so on all ranks, they are still in step.
+    """
+
+    epoch: int
+    step: int
+    rank: int
+    reason: str
+    collectives: int
+
+
+@dataclass(frozen=True, slots=True)
 class DigestDone(Message):
     """The hash of one sequence's KV on this rank."""
 

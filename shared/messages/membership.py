@@ -117,7 +117,7 @@ class Joined(Message):
 
 @dataclass(frozen=True, slots=True)
 class RankFailed(Message):
-    """This rank can't go on in this epoch: a collective was aborted, or its device failed (`fatal`).
+    """This rank can't go on in this epoch: a collective was aborted, or its device failed (`fatal`); see StepRaised.
 
     `cut_off`: because it can't reach rank 0's meeting point.
     """

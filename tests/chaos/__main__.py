@@ -7,6 +7,7 @@ coordinators saw, which can be replayed. Each run replays its own: a coordinator
 import argparse
 import asyncio
 import random
+import secrets
 import shutil
 import statistics
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from pydantic import SecretStr
 
 from services.cli.local import LocalCluster, ServeSettings
 from services.cli.serve import fetch_model
@@ -80,7 +82,7 @@ async def run(arguments: argparse.Namespace, folder: Path) -> list[str]:
     settings = (VllmSettings if of_vllm else ServeSettings)(
         port=0, tp=3, spares=1 if of_vllm else 2, stores=2, parity=2, dtype="float32",
         kv_memory_mb=arguments.kv_memory_mb, store_memory_mb=256, fault_dir=str(orders), log_dir=str(folder / "logs"),
-        max_waiting=64, record=True, served_name=model_dir.name,
+        max_waiting=64, record=True, served_name=model_dir.name, token=SecretStr(secrets.token_hex(8)),
     )  # fmt: skip
     told: list[str] = []
     async with _cluster(settings, model_dir, told) as cluster:
@@ -108,7 +110,7 @@ async def run(arguments: argparse.Namespace, folder: Path) -> list[str]:
                     tasks.create_task(clients.run(arguments.seed, stop))
                     if arguments.pause:
                         tasks.create_task(mayhem.run(stop))
-                wrong = clients.tally.wrong + watcher.wrong + await check(cluster, SERVING_S)
+                wrong = clients.tally.wrong + mayhem.hostile.wrong + watcher.wrong + await check(cluster, SERVING_S)
                 if watcher.recoveries and not arguments.pause:
                     wrong.append(f"{watcher.recoveries} false alarms")
             except* GhostError as errors:
@@ -155,6 +157,8 @@ def _report(
     tally = clients.tally
     for kind, count in sorted(mayhem.injected.items()):
         print(f"  {count:4} x {kind}")
+    for outcome, count in sorted(mayhem.hostile.outcomes.items()):
+        print(f"  {count:4} x {outcome}")
     for promise in wrong:
         print(f"BROKEN PROMISE: {promise}")
     stalls = sorted(tally.stalls) or [0.0]

@@ -11,6 +11,7 @@ import aiohttp
 from services.cli.drill.faults import inflict
 from services.cli.local import LocalCluster
 from shared.errors import GhostError
+from tests.chaos.hostile import Hostile
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,9 @@ class Kind:
     weight: float
     longest_s: float = 0.0
 
+
+HOSTILE = "from outside"
+"""No fault, but a request or a peer that is wrong; see Hostile."""
 
 KINDS = (
     Kind("kill", "rank", 6),
@@ -51,6 +55,14 @@ KINDS = (
     Kind("kill", "gateway", 1),
     Kind("kill", "all", 0.3),
     Kind("replace", "rank", 2),
+    Kind(HOSTILE, "poison on all", 2),
+    Kind(HOSTILE, "poison on one", 1),
+    Kind(HOSTILE, "too many tokens", 1),
+    Kind(HOSTILE, "7 MB of text", 1),
+    Kind(HOSTILE, "floats", 1),
+    Kind(HOSTILE, "garbage", 1),
+    Kind(HOSTILE, "wrong token", 1),
+    Kind(HOSTILE, "silence", 0.5),
 )
 
 OF_VLLM = tuple(
@@ -69,6 +81,7 @@ class Mayhem:
 
     def __init__(self, cluster: LocalCluster, seed: int, pause_s: float, before: Callable[[tuple[str, ...]], None]):
         self.injected: Counter[str] = Counter()
+        self.hostile = Hostile(cluster, random.Random(f"{seed}/hostile"))
         self._cluster = cluster
         self._dice = random.Random(seed)
         self._pause_s = pause_s
@@ -113,7 +126,9 @@ class Mayhem:
                 flush=True,
             )
             self._before(targets)
-            if kind.fault == "replace":
+            if kind.fault == HOSTILE:
+                await self.hostile.do(kind.target, status)
+            elif kind.fault == "replace":
                 await self._replace(targets[0])
             else:
                 await inflict(self._cluster, kind.fault, targets, status, for_s)

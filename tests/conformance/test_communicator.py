@@ -1,6 +1,7 @@
 """The contract of a communicator, over every backend that runs without a GPU, between real processes."""
 
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._C import _distributed_c10d as c10d
 
 from services.worker.communicator import Communicator, Kind, create, open_rendezvous
 from services.worker.communicator.base import cut
@@ -252,6 +254,33 @@ def test_pieces_cover_the_range_once() -> None:
             pieces = cut(sizes, start, length)
             seen = [(p.buffer, p.offset + i) for p in pieces for i in range(p.length)]
             assert seen == flat[start : start + length]
+
+
+def test_an_abort_of_gloo_cuts_no_connection_that_was_opened_while_its_ranks_connected(
+    ranks: RankProcesses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store's, say, which has nothing to do with the epoch that ends."""
+    make, pairs = c10d.ProcessGroupGloo, []
+
+    def beside(*arguments: object) -> object:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            pairs.append((socket.create_connection(server.getsockname()), server.accept()[0]))
+        return make(*arguments)
+
+    beside.create_device, beside._Options = make.create_device, make._Options  # type: ignore[attr-defined]
+    monkeypatch.setattr(c10d, "ProcessGroupGloo", beside)
+    run = ranks.start("gloo", one_sum_part, absent=(0,))
+    communicator = create("gloo", run._handle.address, 0, SIZE, timeout=30)
+    assert one_sum_part(communicator) == SIZE
+    communicator.abort()
+    ((client, server),) = pairs
+    client.settimeout(5)
+    server.sendall(b"still here")
+    assert client.recv(10) == b"still here"
+    communicator.close()
+    client.close()
+    server.close()
+    run.outcomes()
 
 
 def test_connecting_ends_when_the_epoch_does() -> None:

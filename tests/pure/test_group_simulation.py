@@ -9,7 +9,17 @@ from services.coordinator.events import Came
 from services.coordinator.membership.epochs import BROKEN_GRACE_S
 from services.coordinator.protection.ledger import Parity
 from services.coordinator.scheduling.scheduler import Request
-from shared.messages import TOLD_TO_STOP, Applied, Goodbye, RankFailed, Refused, StoreDrains, StoreHello
+from shared.messages import (
+    TOLD_TO_STOP,
+    Applied,
+    Goodbye,
+    RankFailed,
+    Refused,
+    StepDone,
+    StepRaised,
+    StoreDrains,
+    StoreHello,
+)
 from shared.types import OperatorAction, StoreInfo
 from tests.pure.world import TICK_S, World
 
@@ -64,7 +74,8 @@ def mayhem(world: World, *, silent_loss: bool) -> None:
         elif what < 0.015 and len(world.workers) < world.size + 2:
             world.add_worker()
         elif what < 0.03:
-            world.submit(shared_prefix=dice.random() < 0.5, digest=dice.random() < 0.5)
+            poison = dice.random() < 0.1
+            world.submit(shared_prefix=dice.random() < 0.5, digest=dice.random() < 0.5, poison=poison)
         elif what < 0.034:
             world.abort()
         elif what < 0.036:
@@ -99,6 +110,7 @@ def mayhem(world: World, *, silent_loss: bool) -> None:
 @pytest.mark.parametrize("seed", range(40))
 def test_streams_are_right_whatever_dies_when(seed: int, parity: int) -> None:
     world = World(seed, parity=parity, protect_tail=seed % 8 >= 4)
+    world.poisoned_ranks = range(seed % 3 == 0, world.size if seed % 2 else 2)
     world.room = 5 if seed % 5 == 2 else world.room
     mayhem(world, silent_loss=seed % 4 == 3)
     finish(world)
@@ -494,6 +506,94 @@ def test_an_epoch_that_is_broken_though_nobody_is_lost_is_formed_again() -> None
     until(world, lambda: world.group.membership.epoch > 1)
     finish(world)
     assert world.group.membership.epoch == 2
+
+
+@pytest.mark.parametrize("ranks", [(0, 1, 2), (1, 2), (1,)])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_request_with_which_steps_fail_ends_and_all_others_go_on(seed: int, ranks: tuple[int, ...]) -> None:
+    """Where they fail on all ranks alike no new epoch is needed for it, and in no case is a worker given up."""
+    world = World(seed, pages=64)
+    for _ in range(world.size + 1):
+        world.add_worker()
+    world.add_store()
+    serving(world)
+    members, epoch = list(world.group.membership.ranks), world.group.membership.epoch
+    good = [world.submit(length=12, max_tokens=20) for _ in range(3)]
+    until(world, lambda: all(len(world.received[name]) > 2 for name in good[:2]))
+    world.poisoned_ranks = ranks
+    bad = world.submit(length=9, poison=True)
+    good.append(world.submit(length=5, max_tokens=8))
+    finish(world)
+    assert world.finished[bad] == "the request failed 3 times, and is not tried again"
+    assert [world.finished[name] for name in good] == ["length"] * 4
+    assert world.group.membership.ranks == members
+    assert (world.group.membership.epoch == epoch) == (len(ranks) == world.size)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_of_several_requests_with_which_steps_fail_each_one_ends(seed: int) -> None:
+    world = World(seed, pages=64)
+    for _ in range(world.size):
+        world.add_worker()
+    serving(world)
+    bad = [world.submit(poison=True) for _ in range(5)]
+    good = [world.submit(max_tokens=20) for _ in range(3)]
+    finish(world)
+    assert all("failed" in world.finished[name] for name in bad)
+    assert all(world.finished[name] == "length" for name in good)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_worker_on_which_every_step_fails_is_replaced_and_no_request_ends(seed: int) -> None:
+    """It alone raises errors, whatever it computes, and nothing says that a request is to blame."""
+    world = World(seed)
+    for _ in range(world.size):
+        world.add_worker()
+    serving(world)
+    broken = str(world.group.membership.ranks[1])
+    world.broken_workers = {broken}
+    world.add_worker()
+    names = [world.submit(max_tokens=8) for _ in range(3)]
+    until(world, lambda: broken not in world.group.membership.ranks)
+    world.broken_workers = set()
+    finish(world)
+    assert [world.finished[name] for name in names] == ["length"] * 3
+
+
+def test_a_rank_that_fails_in_a_step_which_another_has_finished_is_given_up() -> None:
+    world = World(3)
+    for _ in range(world.size + 1):
+        world.add_worker()
+    serving(world)
+    world.submit(length=4, max_tokens=8)
+    until(world, lambda: any(isinstance(each, StepDone) for each in world.workers["w2"].out))
+    done = next(each for each in world.workers["w2"].out if isinstance(each, StepDone))
+    world.workers["w2"].out.remove(done)
+    world.workers["w2"].out.append(StepRaised(done.epoch, done.step, done.rank, "no memory to sample", 0))
+    until(world, lambda: world.group.membership.ranks[done.rank] != "w2")
+    finish(world)
+
+
+def test_epochs_that_end_without_progress_are_spaced_out_and_the_status_says_why() -> None:
+    world = World(6)
+    for _ in range(world.size):
+        world.add_worker()
+    began, epochs = world.now, 0
+    pauses = set()
+    while world.now - began < 60.0:
+        if world.group.membership.state in ("restoring", "serving"):
+            epochs += 1
+            world.says("w0", RankFailed(world.group.membership.epoch, 0, "the driver is gone", fatal=True))
+        world.move()
+        detail = world.group.status().detail
+        if "without progress" in detail:
+            assert "the driver is gone" in detail
+            pauses.add(detail.partition(" epochs")[0])
+    assert 5 <= epochs <= 14
+    assert len(pauses) > 3
+    world.submit(length=4, max_tokens=4)
+    finish(world)
+    assert world.group.membership.state == "serving"
 
 
 def test_a_rank_that_is_cut_off_from_the_others_gives_its_place_to_a_spare() -> None:

@@ -1,6 +1,6 @@
 """Who is blamed for steps that are lost again and again."""
 
-from services.vllm.suspects import Suspects
+from shared.suspects import Suspects
 
 
 def lose(suspects: Suspects, step: int, *requests: str) -> tuple[str, int] | None:

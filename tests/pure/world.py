@@ -48,6 +48,7 @@ from shared.messages import (
     DigestDone,
     DigestPlan,
     EpochNow,
+    Failed,
     GatewayHello,
     Goodbye,
     Join,
@@ -71,6 +72,7 @@ from shared.messages import (
     StandBy,
     StepDone,
     StepPlan,
+    StepRaised,
     StoreHello,
     StripeRestore,
     Submit,
@@ -96,6 +98,8 @@ from shared.types import (
 
 VOCABULARY = 1000
 EOS = 7
+POISON = 6
+"""A token with which steps raise errors; no model says it."""
 MODEL = ModelInfo("/nowhere", "fingerprint", "Sim", "float32", VOCABULARY, 4096, 2, 6, 4, (EOS,), 10_000_000)
 GARBAGE = -1
 TICK_S = 0.05
@@ -219,6 +223,10 @@ class World:
         self.requests: dict[str, GenerationRequest] = {}
         self.received: dict[str, list[int]] = {}
         self.finished: dict[str, str] = {}
+        self.poisoned_ranks = range(size)
+        """Where POISON raises errors."""
+        self.broken_workers: set[str] = set()
+        """Where each step does."""
         self.restored = 0
         self.room = 1 << 30  # stripes that the store has room for
         self.prepared_switches = 0
@@ -396,11 +404,21 @@ class World:
                 self.gateway_dials()
             self._breaks(old, "cut off")
 
-    def submit(self, *, length: int = 0, max_tokens: int = 0, shared_prefix: bool = False, digest: bool = False) -> str:
+    def submit(
+        self,
+        *,
+        length: int = 0,
+        max_tokens: int = 0,
+        shared_prefix: bool = False,
+        digest: bool = False,
+        poison: bool = False,
+    ) -> str:
         name = f"r{len(self.requests)}"
         length = length or self.dice.randrange(1, 30)
         prompt = [9] * min(16, length) if shared_prefix else []
         prompt += [self.dice.randrange(8, VOCABULARY) for _ in range(length - len(prompt))]
+        if poison:
+            prompt[self.dice.randrange(length)] = POISON
         request = GenerationRequest(
             name,
             pack_ids(prompt),
@@ -522,6 +540,10 @@ class World:
                 assert not isinstance(message, Refused), f"an accepted request is refused: {message}"
                 if isinstance(message, Tokens):
                     self._client_receives(message)
+                elif isinstance(message, Failed):
+                    assert POISON in unpack_ids(self.requests[message.request_id].prompt), "an innocent request ends"
+                    assert message.request_id not in self.finished
+                    self.finished[message.request_id] = message.message
 
     def _store_receives(self, message: Message) -> None:
         match message:
@@ -636,6 +658,11 @@ class World:
         if isinstance(plan, StepPlan):
             for part in plan.sequences:
                 self.write(worker, unpack_ids(part.pages), part.start, unpack_ids(part.tokens))
+            assert worker.assign is not None
+            poisoned = any(POISON in unpack_ids(part.tokens) for part in plan.sequences)
+            if (poisoned and worker.assign.rank in self.poisoned_ranks) or worker.name in self.broken_workers:
+                worker.out.append(StepRaised(plan.epoch, plan.step, worker.assign.rank, "poison", 0))
+                return
         worker.stalled[lane] = plan
         peers = [each for each in self.workers.values() if each.stalled.get(lane) == plan]
         if len(peers) == self.size:

@@ -1,17 +1,35 @@
 """The compute thread outlives what it can't do, and says what that is."""
 
+import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from services.worker.agent.inventory import Inventory
+from services.worker.communicator import Communicator
+from services.worker.engine.model import RankModel
 from services.worker.engine.runner import Runner
 from shared.errors import ModelError
-from shared.messages import Assign, Message, Prepare, Prepared, StandBy
-from shared.types import GroupConfig
+from shared.messages import (
+    Assign,
+    Join,
+    Joined,
+    Message,
+    Prepare,
+    Prepared,
+    RankFailed,
+    Rendezvous,
+    SequenceStep,
+    StandBy,
+    StepDone,
+    StepPlan,
+    StepRaised,
+)
+from shared.types import GroupConfig, SamplingParams, pack_ids
 from tests.worker.rank_threads import small_model
 
 WAIT_S = 20.0
@@ -22,6 +40,8 @@ class NoShadow:
 
     def interrupt(self, epoch: int) -> None: ...
     def close(self) -> None: ...
+    def enter(self, epoch: int, communicator: Communicator, pool: object, tokens: object) -> None: ...
+    def step_done(self, step: int) -> None: ...
 
 
 class Ranked:
@@ -85,3 +105,123 @@ def test_a_worker_that_can_not_load_the_slice_it_is_given_says_so(
         assert not any(isinstance(message, Prepared) for message in spare.told)
     finally:
         spare.runner.close()
+
+
+POISON = 13
+
+
+class Pair:
+    """Two ranks of a small model, as their coordinator sees them."""
+
+    def __init__(self, model_dir: Path) -> None:
+        config = GroupConfig(
+            "g", str(model_dir), "small", "float32", 2, 1, "parity", 16, 1 << 20, 64, 4, "shm", 0.2, 3.0, 60.0
+        )
+        self.told: list[queue.Queue[Message]] = [queue.Queue(), queue.Queue()]
+        self.runners = [
+            Runner(
+                model_dir, config, torch.device("cpu"), NoShadow(), Inventory(), told.put, hold_weights=False,  # type: ignore[arg-type]
+            )
+            for told in self.told
+        ]  # fmt: skip
+
+    def submit(self, *jobs: Assign | Join | StepPlan) -> None:
+        """One job for each rank, or the same for both."""
+        for runner, job in zip(self.runners, jobs * (2 if len(jobs) == 1 else 1), strict=True):
+            runner.submit(job)
+
+    def next(self, rank: int) -> Message:
+        return self.told[rank].get(timeout=WAIT_S)
+
+    def assigned(self, epoch: int) -> Join:
+        """Both have their rank in an epoch; where they meet."""
+        self.submit(Assign(epoch, 0, 2, "shm"), Assign(epoch, 1, 2, "shm"))
+        meets = self.next(0)
+        assert isinstance(meets, Rendezvous)
+        assert meets.epoch == epoch, meets
+        return Join(epoch, meets.model_address, meets.exchange_address)
+
+    def begin(self, epoch: int) -> None:
+        """Both are connected in an epoch."""
+        self.submit(self.assigned(epoch))
+        assert [type(self.next(rank)) for rank in range(2)] == [Joined, Joined]
+
+    def step(self, epoch: int, step: int, *tokens: int) -> list[Message]:
+        """Prefill of some tokens and one more drawn; what the ranks say of it."""
+        part = SequenceStep(1, pack_ids(tokens), 0, len(tokens), pack_ids([0]), "last", SamplingParams(temperature=0.0))
+        self.submit(StepPlan(epoch, step, (part,)))
+        return [self.next(rank) for rank in range(2)]
+
+    def close(self) -> None:
+        for runner in self.runners:
+            runner.close()
+        assert all(told.empty() for told in self.told)
+
+
+@pytest.fixture
+def pair(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
+    """After the first of its collectives, or before, as POISON stands in the prompt first or not, a step raises."""
+    forward, logits = RankModel.forward, RankModel.logits_in_pieces
+    poisoned = threading.local()
+
+    def before(model: RankModel, chunks: Any, *others: Any) -> Any:
+        if chunks[0].tokens[0] == POISON:
+            raise RuntimeError("poison")
+        poisoned.last = chunks[0].tokens[-1] == POISON
+        return forward(model, chunks, *others)
+
+    def after(model: RankModel, *arguments: Any) -> Any:
+        if poisoned.last:
+            raise MemoryError("no room for logits")
+        return logits(model, *arguments)
+
+    monkeypatch.setattr(RankModel, "forward", before)
+    monkeypatch.setattr(RankModel, "logits_in_pieces", after)
+    made = Pair(model_dir)
+    yield made
+    made.close()
+
+
+def drawn(told: list[Message]) -> int:
+    """The token that both ranks drew in a step."""
+    assert all(isinstance(each, StepDone) for each in told), told
+    (sample,) = {sample for each in told if isinstance(each, StepDone) for sample in each.samples}
+    return sample.token
+
+
+def test_after_a_step_that_raised_an_error_on_all_ranks_the_next_one_is_as_ever(pair: Pair) -> None:
+    """In the same epoch, over the same communicator, and with the KV that was there."""
+    pair.begin(1)
+    expected = drawn(pair.step(1, 1, 3, 4, 5))
+    for step, tokens in ((2, (POISON, 1)), (3, (1, 2, POISON))):
+        told = pair.step(1, step, *tokens)
+        assert all(isinstance(each, StepRaised) and each.step == step for each in told), told
+        assert len({each.collectives for each in told if isinstance(each, StepRaised)}) == 1
+    assert isinstance(told[0], StepRaised)
+    assert "no room for logits" in told[0].reason
+    assert drawn(pair.step(1, 4, 3, 4, 5)) == expected
+
+
+def test_an_epoch_that_ends_while_ranks_connect_or_compute_leaves_them_fit_for_the_next_one(pair: Pair) -> None:
+    join = pair.assigned(1)
+    pair.runners[0].submit(join)  # the other one never comes
+    pair.begin(2)
+    expected = drawn(pair.step(2, 1, 3, 4))
+    part = SequenceStep(1, pack_ids([3, 4]), 0, 2, pack_ids([0]), "last", SamplingParams(temperature=0.0))
+    pair.runners[0].submit(StepPlan(2, 2, (part,)))  # nor does it here
+    pair.begin(3)
+    assert drawn(pair.step(3, 1, 3, 4)) == expected
+
+
+def test_an_error_that_is_none_of_a_step_is_told_as_the_end_of_the_rank(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*_: object) -> None:
+        raise RuntimeError("no shared memory")
+
+    monkeypatch.setattr("services.worker.engine.runner.Meeting.open", breaks)
+    pair.submit(Assign(1, 0, 2, "shm"), Assign(1, 1, 2, "shm"))
+    told = pair.next(0)
+    assert isinstance(told, RankFailed)
+    assert told.fatal
+    assert "no shared memory" in told.reason

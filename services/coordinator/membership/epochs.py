@@ -7,6 +7,7 @@ what can be restored; the answer and the ranks that join bring it back through `
 import logging
 
 from services.coordinator.events import NextEpoch
+from services.coordinator.membership.brake import Brake
 from services.coordinator.membership.detector import Detector
 from services.coordinator.membership.members import Formation, Membership
 from services.coordinator.membership.workers import Workers
@@ -17,13 +18,15 @@ from services.coordinator.protection.stores import Stores
 from services.coordinator.views.metrics import LossKind, Metrics
 from services.coordinator.views.timeline import Recovery
 from shared import logs
-from shared.messages import Assign, EpochNow, Join, Joined, RankFailed, Rendezvous, StandBy, StepFailed
+from shared.messages import Assign, EpochNow, Join, Joined, RankFailed, Rendezvous, StandBy, StepFailed, StepRaised
 from shared.types import GroupConfig
 
 log = logging.getLogger(__name__)
 
 BROKEN_GRACE_S = 1.0
 """After a rank's collective failed: how long to wait for news of who is lost, before all ranks join anew."""
+RAISED_GRACE_S = 0.2
+"""After a step raised an error on a rank: how long the others have to say that it did there too, or to be lost."""
 
 
 class Epochs:
@@ -55,6 +58,9 @@ class Epochs:
         self._fencing: float | None = None  # since when an epoch is asked for
         self._broken_since: float | None = None
         self._cut_off: set[int] = set()  # ranks that can't reach rank 0, in this epoch
+        self._raised: dict[str, StepRaised] = {}  # by worker, of the step in flight
+        self._raised_since = 0.0
+        self.brake = Brake()
 
     # -- an epoch ends -----------------------------------------------------------------------------------------------
 
@@ -79,6 +85,30 @@ class Epochs:
             if message.cut_off:
                 self._cut_off.add(message.rank)
 
+    def step_raised(self, name: str, message: StepRaised) -> None:
+        """A step raised an error on a rank. Where it did so on all, at the same place, the epoch goes on."""
+        if not self._membership.stepping:
+            return
+        self._raised_since = self._raised_since if self._raised else self._outbox.now
+        self._raised[name] = message
+        places = {(each.step, each.collectives) for each in self._raised.values()}
+        if len(self._raised) == self._config.size and len(places) == 1:
+            self._one_failed(goes_on=True)
+
+    def _one_failed(self, *, goes_on: bool) -> None:
+        """A step has failed, and no process is lost: all but what is to blame try again, in a new epoch if need be."""
+        raised, self._raised = self._raised, {}
+        first = next(iter(raised.values()))
+        log.warning("step %d failed on %d rank(s): %s", first.step, len(raised), first.reason)
+        self._metrics.failed_steps.inc()
+        blame = self._engine.step_failed(first.step, raised.keys(), first.reason)
+        if blame.ended:
+            self.brake.progressed()
+        for name in blame.workers:
+            self.give_up(name, first.reason, "failed")
+        if not goes_on and self._membership.state != "forming":
+            self.broken(f"step {first.step} failed: {first.reason}")
+
     def step_failed(self, message: StepFailed) -> None:
         """A hosted engine could not finish a step: its workers that are to blame are lost, or all form again."""
         for name in message.culprits:
@@ -93,6 +123,8 @@ class Epochs:
             self.broken(stuck)
         if self._broken_since is not None and self._outbox.now - self._broken_since > BROKEN_GRACE_S:
             self._collective_failed()
+        if self._raised and self._outbox.now - self._raised_since > RAISED_GRACE_S:
+            self._one_failed(goes_on=False)
 
     def _collective_failed(self) -> None:
         """Ranks could not go on, and nobody is known to be lost: one is cut off from the others, or all try again."""
@@ -123,6 +155,7 @@ class Epochs:
             return
         moves.close()
         if (move := moves.switch()) is not None:
+            self.brake.progressed()
             recovery = self._interrupt(f"rank {move.rank} moves from {move.old} to {move.new}")
             recovery.planned, recovery.started = True, move.held_since
 
@@ -130,6 +163,8 @@ class Epochs:
         """The epoch is over: nothing in flight counts any more."""
         self._broken_since = None
         self._cut_off.clear()
+        self._raised.clear()
+        self.brake.ended(self._outbox.now, reason)
         self._engine.quiesce()
         self._protection.interrupted()
         return self._protection.timeline.interrupted(reason, self._membership.epoch, self._outbox.now)
@@ -139,8 +174,10 @@ class Epochs:
     def go_on(self) -> None:
         """After each event: what can begin begins, a move, an epoch or a step."""
         self._hand_over()
-        if self._fencing is None and self._engine.ready and self._membership.can_form(self._outbox.now):
-            self._fencing = self._outbox.now
+        now = self._outbox.now
+        may_begin = self._engine.ready and not self.brake.holds(now) and self._membership.can_form(now)
+        if self._fencing is None and may_begin:
+            self._fencing = now
             self._outbox.ask(NextEpoch(self._membership.newest_epoch))
         self._engine.go_on()
 
@@ -162,6 +199,7 @@ class Epochs:
         epoch, members = formation.epoch, self._membership.members.values()
         logs.epoch_is(epoch)
         self._detector.epoch_begins()
+        self.brake.began(self._outbox.now)
         self._protection.formed(formation, self._born)
         self._engine.place(formation)
         self._stores.send(EpochNow(self._config.group, epoch))

@@ -80,6 +80,14 @@ class Returned:
 
 
 @dataclass(frozen=True, slots=True)
+class Blame:
+    """What was found to be to blame for a failed step: workers, which are given up; or a request, which has ended."""
+
+    workers: tuple[str, ...] = ()
+    ended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStatus:
     """What an engine shows of itself."""
 
@@ -160,6 +168,10 @@ class Host(Protocol):
     def stuck(self) -> str:
         """Why the step in flight is to be given up; empty while it is not."""
         ...
+
+    def step_failed(self, step: int, workers: Collection[str], reason: str) -> Blame:
+        """A step raised errors on these ranks, and no process is lost: it counts no more, and may be tried again."""
+        return Blame()
 
     def excuse(self, away_s: float) -> None:
         """This process was away for so long: no step was late meanwhile."""

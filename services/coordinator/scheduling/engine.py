@@ -4,20 +4,21 @@
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from services.coordinator.membership.members import Formation, Held, Membership
 from services.coordinator.outbox import Outbox
-from services.coordinator.protection.host import EngineStatus, Host, IdlePages, Returned
+from services.coordinator.protection.host import Blame, EngineStatus, Host, IdlePages, Returned
 from services.coordinator.protection.protection import Protection
 from services.coordinator.protection.stores import Stores
+from services.coordinator.scheduling.failed_steps import FailedSteps
 from services.coordinator.scheduling.prefix_cache import PrefixCache
 from services.coordinator.scheduling.requests import Requests
 from services.coordinator.scheduling.scheduler import Request, Scheduler
 from services.coordinator.views.metrics import Metrics
 from services.coordinator.views.traces import Traces
 from shared.config import CoordinatorSettings
-from shared.messages import DigestDone, Heartbeat, StepDone, StepPlan, WorkerReady
+from shared.messages import DigestDone, Heartbeat, SequenceStep, StepDone, StepPlan, WorkerReady
 from shared.tracing import Tracing
 from shared.types import GroupConfig, PageKey
 
@@ -61,6 +62,8 @@ class EmbeddedEngine(Host):
         )
         self.traces = Traces(tracing, self.protection.ledger, outbox)
         self.requests = Requests(self.scheduler, self.model, config.size, outbox, self.traces)
+        self._failed_steps = FailedSteps(settings.step_tries)
+        self._ranks = config.size
         self._membership = membership
         self._outbox = outbox
         self._metrics = metrics
@@ -78,13 +81,36 @@ class EmbeddedEngine(Host):
         if not self._membership.stepping or self.scheduler.busy or self.protection.moves.closing:
             return
         self.requests.ask_digests(self._membership.epoch)
-        requests = self.scheduler.plan(RESTORING_STEP_TOKENS if self._membership.state == "restoring" else None)
+        requests = self._plan(RESTORING_STEP_TOKENS if self._membership.state == "restoring" else None)
         if requests:
             self._step += 1
+            self._failed_steps.sent(self._step, self.scheduler.in_flight)
             self.traces.planned(self.scheduler.running)
             self._step_started = self._outbox.now
             self._step_tokens = sum(len(each.tokens) // 4 for each in requests)
             self._outbox.to_ranks(StepPlan(self._membership.epoch, self._step, requests))
+
+    def _plan(self, limit: int | None) -> tuple[SequenceStep, ...]:
+        """The next step: of all that can run, or, after steps that failed, of one request that may be to blame."""
+        if self._failed_steps.doubted():
+            known = {each.request_id for each in self.scheduler.requests()}
+            able = {each.request_id: each for each in self.scheduler.running if each.remaining and not each.held}
+            if (suspect := self._failed_steps.next(known, able)) is not None:
+                return self.scheduler.plan_alone(able[suspect], limit)
+        return self.scheduler.plan(limit)
+
+    def step_failed(self, step: int, workers: Collection[str], reason: str) -> Blame:
+        """See `Host`. Who raised an error in a step that another rank has finished, alike in all, is broken itself."""
+        if step != self._step or not self.scheduler.busy:
+            return Blame(tuple(workers))
+        verdict = self._failed_steps.failed(workers, ranks=self._ranks)
+        self.scheduler.rollback()
+        if verdict.request:
+            log.error("it failed %d times, at last alone, and ends: %s", verdict.times, reason,
+                      extra={"request": verdict.request})  # fmt: skip
+            self._metrics.failed_requests.inc()
+            self.requests.fail(verdict.request, f"the request failed {verdict.times} times, and is not tried again")
+        return Blame((verdict.worker,) if verdict.worker else (), bool(verdict.request))
 
     def step_done(self, done: StepDone) -> None:
         """The first rank's answer counts: all ranks draw the same."""
@@ -93,6 +119,7 @@ class EmbeddedEngine(Host):
         self._metrics.step_done(done)
         if not self.scheduler.busy:
             return
+        self._failed_steps.came_back(self._step)
         self.protection.rates.saw_prefill(self._step_tokens, done.seconds)
         for output in self.scheduler.complete(done.samples):
             self.requests.deliver(output)
@@ -189,6 +216,7 @@ class EmbeddedEngine(Host):
 
     def quiesce(self) -> None:
         """See `Host`."""
+        self._failed_steps.dropped()
         self.scheduler.rollback()
         self.requests.interrupted()
 

@@ -7,7 +7,7 @@ from services.coordinator.events import Peer
 from services.coordinator.outbox import Outbox
 from services.coordinator.scheduling.scheduler import NewTokens, Request, Scheduler
 from services.coordinator.views.traces import Traces
-from shared.messages import Accepted, DigestDone, DigestPlan, Refused, Submit, Tokens
+from shared.messages import Accepted, DigestDone, DigestPlan, Failed, Refused, Submit, Tokens
 from shared.types import ModelInfo, pack_ids, root_key, unpack_ids
 
 log = logging.getLogger(__name__)
@@ -99,6 +99,13 @@ class Requests:
             )
             return Refused(name, 400, "context_length_exceeded", text, "max_tokens")
         return None
+
+    def fail(self, request_id: str, reason: str) -> None:
+        """A request can't be finished: its client is told, and it ends."""
+        ticket = self._tickets.get(request_id)
+        if ticket is not None:
+            self._outbox.send(ticket.gateway, Failed(request_id, reason))
+            self._end(ticket)
 
     def abort(self, gateway: Peer, request_id: str) -> None:
         """Nobody waits for this request any more."""

@@ -171,6 +171,18 @@ class Scheduler:
             budget -= self._schedule(request, min(request.remaining, budget))
         return tuple(self._step(part) for part in self._in_flight)
 
+    def plan_alone(self, request: Request, limit: int | None = None) -> tuple[SequenceStep, ...]:
+        """A step of one running request, where pages can be had for it; see `plan`."""
+        if self._in_flight:
+            raise AssertionError("a step is in flight")
+        self._schedule(request, min(request.remaining, self.max_step_tokens, limit or self.max_step_tokens))
+        return tuple(self._step(part) for part in self._in_flight)
+
+    @property
+    def in_flight(self) -> tuple[str, ...]:
+        """The requests in the step in flight, by their clients' ids."""
+        return tuple(part.request.request_id for part in self._in_flight)
+
     def complete(self, samples: tuple[Sample, ...]) -> list[NewTokens]:
         """Take the result of the step in flight: KV is valid, pages seal, tokens are appended."""
         drawn = {sample.sequence: sample for sample in samples}
@@ -203,7 +215,7 @@ class Scheduler:
                 yield Span(request.pages[first // size], first % size, (end - 1) % size + 1)
 
     def rollback(self) -> None:
-        """Forget the step in flight: its epoch has ended, so nothing of it counts."""
+        """Forget the step in flight: it failed, or its epoch has ended, so nothing of it counts."""
         self._in_flight = []
 
     # -- recovery ----------------------------------------------------------------------------------------------------

@@ -59,6 +59,12 @@ class Metrics:
             "ghostserve:checksum_failures", "Stripes whose bytes were not those recorded, by where it was seen",
             ["where"], registry=registry,
         )  # fmt: skip
+        self.failed_steps = Counter(
+            "ghostserve:failed_steps", "Steps that raised an error, though no process was lost", registry=registry
+        )
+        self.failed_requests = Counter(
+            "ghostserve:failed_requests", "Requests that ended because steps failed with them alone", registry=registry
+        )
         self.step = Histogram(
             "ghostserve:rank_step_seconds", "Steps as each rank tells them", ["rank"], buckets=_STEPS_S,
             registry=registry,

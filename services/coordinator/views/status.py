@@ -26,12 +26,13 @@ def cluster_status(
     protection: Protection | None,
     paces: Mapping[str, Pace],
     now: float,
+    held_back: str = "",
 ) -> ClusterStatus:
-    """The group's state now. `engine` once the model is known."""
+    """The group's state now. `engine` once the model is known; `held_back`: why no epoch begins though one could."""
     told = ClusterStatus(
         group=config.group,
         state=members.state,
-        detail=detail(members),
+        detail=held_back or detail(members),
         epoch=members.epoch,
         served_name=config.served_name,
         model=None,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import services.worker.communicator.meeting
 from shared import faults
 from shared.errors import CommunicatorAborted, DeadlineExceeded
+from shared.types import pack_ids
 
 if TYPE_CHECKING:
     from services.worker.agent.app import Worker
@@ -25,6 +26,7 @@ def arm(worker: "Worker", folder: str) -> None:
         faults.folder(folder),
         {
             "hang": breakage.hang,
+            "raise": breakage.raise_error,
             "cut:peers": breakage.cut_peers,
             "cut:coordinator": breakage.cut_coordinator,
             "cut:store": breakage.cut_store,
@@ -53,6 +55,25 @@ class _Breakage:
     def hang(self) -> None:
         """The compute thread never comes back from its next step."""
         self._worker._runner.model.forward = lambda *_: threading.Event().wait()
+
+    def raise_error(self, tokens: str, place: str = "before") -> None:
+        """Steps raise an error that compute these token ids, say 17,4, one after the other: before the model, or after.
+
+        `after`: once all collectives are done but those of the logits.
+        """
+        model = self._worker._runner.model
+        forward, wanted = model.forward, pack_ids(int(each) for each in tokens.split(","))
+
+        def failing(chunks: Any, *others: Any) -> Any:
+            hit = any(wanted in each.tokens.tobytes() for each in chunks)
+            if hit and place == "before":
+                raise RuntimeError(f"a step with {tokens}, on demand")
+            hidden = forward(chunks, *others)
+            if hit:
+                raise RuntimeError(f"a step with {tokens}, on demand")
+            return hidden
+
+        self._replace(model, "forward", failing)
 
     def cut_peers(self) -> None:
         """No communicator with the peers works, and none can be made."""

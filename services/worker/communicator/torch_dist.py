@@ -5,6 +5,7 @@ can still be dying beside those of a new one.
 """
 
 import contextlib
+import json
 import os
 import select
 import socket
@@ -27,7 +28,7 @@ _LEAVING = 0.2  # seconds between a peer's leaving and an abort: others may stil
 _CONNECT = 10.0  # seconds for ranks that have met to connect; nothing can end that wait sooner
 _LOOK = 0.01  # seconds between looks for ranks that have not come yet
 _CUT = 5.0  # seconds without an acknowledgement after which a peer's host counts as cut off
-_opening = threading.Lock()  # one group at a time, so that the sockets it opens can be told
+_opening = threading.Lock()  # one device at a time, so that the listener it opens can be told
 _Start = Callable[[], c10d.Work]
 
 
@@ -169,12 +170,18 @@ class GlooCommunicator(_GroupCommunicator):
 
     def _open(self, store: c10d.Store, host: str, timeout: timedelta) -> Any:
         options: Any = c10d.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._devices = [c10d.ProcessGroupGloo.create_device(hostname=_own_address(host))]
-        options._timeout = min(timeout, timedelta(seconds=_CONNECT))
         with _opening:
             before = _open_sockets()
-            group = c10d.ProcessGroupGloo(store, self.rank, self.size, options)
-            self._sockets = [_duplicate(fd) for fd, inode in _open_sockets().items() if before.get(fd) != inode]
+            options._devices = [c10d.ProcessGroupGloo.create_device(hostname=_own_address(host))]
+            opened = [fd for fd, inode in _open_sockets().items() if before.get(fd) != inode]
+        mine = json.dumps([address for fd in opened for address in _ends(fd, listening=True)])
+        store.set(f"listens/{self.rank}", mine)
+        options._timeout = min(timeout, timedelta(seconds=_CONNECT))
+        group = c10d.ProcessGroupGloo(store, self.rank, self.size, options)
+        listening = {tuple(end) for rank in range(self.size) for end in json.loads(store.get(f"listens/{rank}"))}
+        self._sockets = [_duplicate(fd) for fd in _open_sockets() if listening & set(_ends(fd, listening=False))]
+        if len(self._sockets) != self.size - 1:
+            raise RuntimeError(f"gloo has {len(self._sockets)} connections to {self.size - 1} peers")
         group.set_timeout(timeout)
         for one in self._sockets:
             _notice_cuts(one)
@@ -283,6 +290,19 @@ def _open_sockets() -> dict[int, str]:
             if target.startswith("socket:"):
                 found[int(name)] = target
     return found
+
+
+def _ends(fd: int, *, listening: bool) -> list[tuple[str, int]]:
+    """Where a socket listens; or else both ends of its connection. Nothing for sockets of other kinds."""
+    try:
+        with _duplicate(fd) as one:
+            if one.family not in (socket.AF_INET, socket.AF_INET6):
+                return []
+            if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                return [one.getsockname()[:2]] if listening else []
+            return [] if listening else [one.getsockname()[:2], one.getpeername()[:2]]
+    except OSError:  # closed, or not connected any more
+        return []
 
 
 def _notice_cuts(one: socket.socket) -> None:

@@ -37,12 +37,14 @@ from shared.messages import (
     StandBy,
     StepDone,
     StepPlan,
+    StepRaised,
 )
 from shared.types import GroupConfig, unpack_keys
 
 log = logging.getLogger(__name__)
 
 MAX_JOBS = 1024
+REASON_CHARS = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +186,7 @@ class Runner:
                     case Join():
                         self._join(job)
                     case StepPlan():
-                        self._report(self.step(job))
+                        self._report(self._try_step(job))
                     case DigestPlan():
                         self._report(self._digest(job))
             except (CommunicatorAborted, DeadlineExceeded) as error:
@@ -262,6 +264,23 @@ class Runner:
             self._communicator.close()
             self._communicator = None
         self._meeting.close()
+
+    def _try_step(self, plan: StepPlan) -> StepDone | StepRaised:
+        """A step's result; or that it raised an error, by which nothing is lost but the step, if the device works."""
+        try:
+            return self.step(plan)
+        except (CommunicatorAborted, DeadlineExceeded):
+            raise
+        except Exception as error:
+            if self._place is None:
+                raise
+            log.exception("step %d failed", plan.step)
+            reason = f"{type(error).__name__}: {error}"[:REASON_CHARS]
+        if self.pool.kv.is_cuda:  # not before now: the error kept what the step had made
+            torch.cuda.empty_cache()
+            torch.cuda.synchronize()  # raises an error if the device is of no use any more
+        entered = self._communicator.entered if self._communicator is not None else 0
+        return StepRaised(plan.epoch, plan.step, self._place.assign.rank, reason, entered)
 
     def step(self, plan: StepPlan) -> StepDone:
         """Run the model over a step's chunks and draw the next tokens; KV goes to the pool."""

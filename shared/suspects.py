@@ -27,6 +27,10 @@ class Suspects:
         for request in self._flying.pop(step, ()):
             self._lost.pop(request, None)
 
+    def dropped(self) -> None:
+        """The steps in flight are lost, and it is known why: no request is blamed."""
+        self._flying.clear()
+
     def lost(self) -> tuple[str, int] | None:
         """The steps in flight are lost, of which the first one failed. Returns who is to blame, and its lost steps."""
         failed = self._flying.get(min(self._flying, default=0), ())
@@ -37,8 +41,17 @@ class Suspects:
             return failed[0], self._lost.pop(failed[0])
         return None
 
-    def next(self, requests: Collection[str]) -> str | None:
-        """Which of the requests that there are is to run alone now, if one is."""
+    def again(self, request: str, lost: int) -> None:
+        """One that was said to be to blame, after so many lost steps, is to run alone once more."""
+        self._lost[request] = lost
+
+    def any(self) -> bool:
+        """Whether a step was lost that has not been made good yet."""
+        return bool(self._lost)
+
+    def next(self, requests: Collection[str], able: Collection[str] | None = None) -> str | None:
+        """Which of the requests that there are is to run alone now, if one is. `able`: those that can, if not all."""
         for request in [each for each in self._lost if each not in requests]:
             del self._lost[request]  # it has ended otherwise
-        return next((request for request, lost in self._lost.items() if lost >= self._tries), None)
+        able = requests if able is None else able
+        return next((name for name, lost in self._lost.items() if lost >= self._tries and name in able), None)
