@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from services.worker.agent.inventory import Inventory
+from services.worker.device import Fence, HostDevice
 from services.worker.engine.runner import Runner
 from shared.errors import ModelError
 from shared.messages import Assign, Message, Prepare, Prepared, StandBy
@@ -19,6 +20,9 @@ WAIT_S = 20.0
 
 class NoShadow:
     """Protects nothing."""
+
+    device = HostDevice()
+    restored = Fence(device)
 
     def interrupt(self, epoch: int) -> None: ...
     def close(self) -> None: ...

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from kernels.codec import DecodePlan
+from services.worker.device import Device
 from services.worker.memory import Memory, write
 from services.worker.shadow.coder import Coder
 from services.worker.shadow.exchange import Exchange
@@ -27,9 +28,9 @@ Trouble = dict[bytes, str]
 class Restorer:
     """One rank's part in restoring: a sender where it survived, a decoder where it is new."""
 
-    def __init__(self, group: str, coder: Coder, stores: StoreClients, loop: asyncio.AbstractEventLoop):
+    def __init__(self, group: str, coder: Coder, stores: StoreClients, loop: asyncio.AbstractEventLoop, device: Device):
         self._coder = coder
-        self._parity = ParityReader(group, stores, loop)
+        self._parity = ParityReader(group, stores, loop, device)
 
     def prefetch(self, plan: RestorePlan, rank: int, length: int) -> None:
         """Begin to read what `rank` has lost, before its turn comes or the ranks are even connected."""
@@ -49,11 +50,10 @@ class Restorer:
         Raises CommunicatorAborted when the epoch ends; nothing is written to the pool any more then.
         """
         decodes = any(exchange.rank in stripe.lost for stripe in plan.stripes)
-        with self._coder.working():
-            for start in range(0, len(plan.stripes), exchange.round_pages):
-                done = self._window(plan, start, exchange)
-                if decodes:
-                    report(done)
+        for start in range(0, len(plan.stripes), exchange.round_pages):
+            done = self._window(plan, start, exchange)
+            if decodes:
+                report(done)
 
     def _window(self, plan: RestorePlan, start: int, exchange: Exchange) -> RestoreDone:
         stripes = plan.stripes[start : start + exchange.round_pages]
