@@ -53,8 +53,13 @@ def test_reads_one_stream_and_other_bytes_need_no_order() -> None:
 
 @pytest.mark.parametrize(
     ("first", "second", "meets"),
-    [([(0, 4), (8, 12)], [(4, 8)], False), ([(0, 4), (8, 12)], [(3, 5)], True), ([(5, 6)], [(0, 9)], True), ([], [(0, 1)], False)],
-)  # fmt: skip
+    [
+        ([(0, 4), (8, 12)], [(4, 8)], False),
+        ([(0, 4), (8, 12)], [(3, 5)], True),
+        ([(5, 6)], [(0, 9)], True),
+        ([], [(0, 1)], False),
+    ],
+)
 def test_ranges_meet_where_they_have_a_byte_in_common(
     first: list[tuple[int, int]], second: list[tuple[int, int]], meets: bool
 ) -> None:

@@ -320,10 +320,13 @@ class NcclCommunicator(_GroupCommunicator):
 
     def _watch(self) -> None:
         """Abort when an operation is not done within the timeout: whoever waits for the device then is free."""
-        watched, since = None, 0.0
+        seen = watched = None
+        since = 0.0
         while not self._aborted.wait(_WATCH):
             if watched is None:
-                watched, self._latest, since = self._latest, None, time.monotonic()
+                if self._latest is not seen:
+                    seen = watched = self._latest
+                    since = time.monotonic()
             elif _is_done(watched):
                 watched = None
             elif time.monotonic() - since > self.timeout:

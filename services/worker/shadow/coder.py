@@ -106,9 +106,9 @@ class CudaCoder(Coder):
         return Encoded(host.numpy(), [tuple(map(int, row)) for row in _unsigned(told)[:, : self.k]])
 
     def decode(self, plan: DecodePlan, sources: Sequence[Sequence[Memory]], targets: Sequence[Memory]) -> Sequence[int]:
-        here = iter(
-            self._copy_in([each for stripe in sources for each in stripe if not isinstance(each, torch.Tensor)])
-        )
+        from_host = [each for stripe in sources for each in stripe if not isinstance(each, torch.Tensor)]
+        copied = self._copy_in(from_host)
+        here = iter(copied)
         sums = self._empty(len(targets), self.k + 1, dtype=torch.int64)
         addresses = _addresses(
             [

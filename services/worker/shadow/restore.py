@@ -78,6 +78,7 @@ class Restorer:
             except Exception as error:  # the exchange goes on: what could not be decoded is recomputed
                 log.exception("pages could not be decoded")
                 decoded_wrong = {stripe.key: f"{type(error).__name__}: {error}" for stripe, _, _ in ready}
+            exchange.communicator.check()  # else these may be bytes that never came
         failed |= decoded_wrong
         return RestoreDone(
             epoch=plan.epoch,

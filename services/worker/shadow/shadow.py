@@ -3,7 +3,8 @@
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from services.worker.agent.inventory import Inventory
 from services.worker.communicator.base import Communicator
@@ -116,17 +117,23 @@ class Shadow:
                     if isinstance(plan, ProtectPlan):
                         self._protector.protect(plan, exchange)
                     else:
-                        self._restore(plan, exchange)
+                        with self._leaving_mark():
+                            self._restore(plan, exchange)
                 except (CommunicatorAborted, DeadlineExceeded) as error:
                     self._failed(plan.epoch, exchange.rank, f"exchange: {error}", fatal=False)
                 except Exception as error:  # the ranks are out of step: they connect anew, and nothing else is lost
                     log.exception("%s failed", type(plan).__name__)
                     exchange.communicator.abort()
                     self._failed(plan.epoch, exchange.rank, f"shadow: {type(error).__name__}: {error}", fatal=False)
-                finally:
-                    self.restored.leave()
             self._drop_stale()
         self._drop_stale()
+
+    @contextmanager
+    def _leaving_mark(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self.restored.leave()  # however it ended: what was begun may be on its way still
 
     def _restore(self, plan: RestorePlan, exchange: Exchange) -> None:
         def tell(done: RestoreDone) -> None:
