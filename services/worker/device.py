@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from services.worker.device_health import DeviceWatch, failure
+
 Mark = Any
 """A place in a stream; None in host memory."""
 Stream = Any
@@ -48,6 +50,10 @@ class Device(ABC):
     @abstractmethod
     def wait(self, mark: Mark) -> None:
         """What is asked of the current stream from now on is done behind the mark; the thread goes on at once."""
+
+    def trouble(self) -> str:
+        """Why the device can't be used any more, as the beginning of a line; empty if nothing is known against it."""
+        return ""
 
     @abstractmethod
     def finish(self) -> None:
@@ -117,6 +123,11 @@ class CudaDevice(Device):
 
     def wait(self, mark: Mark) -> None:
         self._cuda.current_stream(self.where).wait_event(mark)
+
+    def trouble(self) -> str:
+        index = int(self.where.index)
+        known = failure(DeviceWatch([index]).health(index))
+        return f"{known}; " if known else ""
 
     def finish(self) -> None:
         self._cuda.current_stream(self.where).synchronize()
