@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from services.worker.device_health import DeviceWatch, failure
+from shared.types.keys import ROUND_BYTES
 
 Mark = Any
 """A place in a stream; None in host memory."""
@@ -22,6 +23,9 @@ Stream = Any
 class Device(ABC):
     """One device. All is about the calling thread's current stream, which is the device's default one
     until `on` says otherwise."""
+
+    round_bytes = ROUND_BYTES
+    """What a rank sends of its pages in one round of exchange; equal on all ranks of a group."""
 
     def __init__(self, where: torch.device):
         self.where = where
@@ -99,6 +103,8 @@ class HostDevice(Device):
 
 class CudaDevice(Device):
     """One GPU, by torch."""
+
+    round_bytes = 64 << 20  # about a millisecond of NVLink and PCIe, beside which launches and waits are little
 
     def __init__(self, where: torch.device):
         super().__init__(torch.device("cuda", where.index or 0))

@@ -157,7 +157,7 @@ async def test_a_rank_that_decodes_tells_after_each_window_how_far_it_is(
     ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (exchange, restore):
-        monkeypatch.setattr(module, "round_pages", lambda page_bytes: 2)
+        monkeypatch.setattr(module, "round_pages", lambda page_bytes, _: 2)
     places, keys = [*range(5)], [bytes([place]) * 16 for place in range(5)]
     before = ranks.pools[1].kv.clone()
     await ranks.protect(places, keys, tail=False)
@@ -176,7 +176,7 @@ async def test_a_window_in_which_a_rank_has_lost_nothing_is_told_all_the_same(
     ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (exchange, restore):
-        monkeypatch.setattr(module, "round_pages", lambda page_bytes: 1)
+        monkeypatch.setattr(module, "round_pages", lambda page_bytes, _: 1)
     places, keys = [3, 0], [b"a" * 16, b"b" * 16]
     before = [pool.kv.clone() for pool in ranks.pools]
     await ranks.protect(places, keys, tail=False)

@@ -1,6 +1,7 @@
 """The worker's own shadow, coder, restorer and NCCL communicator on fake GPUs: all in order, and each wait needed."""
 
 import asyncio
+import copy
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -201,6 +202,14 @@ def no_wait_for_the_coder(ranks: Ranks, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(FakeCuda, "finish", lambda self: None)
 
 
+def no_wait_for_parity_to_be_copied(ranks: Ranks, patch: pytest.MonkeyPatch) -> None:
+    for rank in ranks.ranks:
+        coder: Any = rank.shadow._restorer._coder
+        coder._device = copy.copy(coder._device)
+        patch.setattr(coder._device, "wait", lambda mark: None)
+        patch.setattr(coder._device.world, "check_bound", lambda device: None)
+
+
 def kernels_on_another_stream(ranks: Ranks, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(FakeCuda, "address", 0)
 
@@ -217,6 +226,7 @@ def shards_left_in_host_memory(ranks: Ranks, patch: pytest.MonkeyPatch) -> None:
         (no_restored_fence, True, "hazard"),
         (no_wait_for_nccl, False, "hazard"),
         (no_wait_for_the_coder, False, "other bytes"),
+        (no_wait_for_parity_to_be_copied, False, "copy from the host"),
         (kernels_on_another_stream, False, "hazard"),
         (shards_left_in_host_memory, False, "illegal memory access"),
     ],

@@ -91,6 +91,7 @@ class CudaCoder(Coder):
         """A `device` without CUDA is for tests, whose codec runs the kernel's source on the CPU."""
         super().__init__(codec)
         self._device = device
+        self._copies = device.stream()
 
     def _prepare(self, plans: Sequence[DecodePlan]) -> None:
         self.codec.prepare(plans, sums=True)
@@ -122,14 +123,20 @@ class CudaCoder(Coder):
         return [int(each) for each in _unsigned(told)[:, self.k]]
 
     def _copy_in(self, shards: Sequence[Bytes]) -> torch.Tensor:
-        """Shards from host memory, [shards, length] on the device; those that lie side by side in one copy."""
-        there = self._empty(len(shards), len(shards[0]) if shards else 0)
-        start = 0
-        for at in range(1, len(shards) + 1):
-            if at == len(shards) or shards[at].ctypes.data != shards[at - 1].ctypes.data + len(shards[0]):
-                run = _side_by_side(shards[start], at - start)
-                there[start:at].copy_(torch.from_numpy(run), non_blocking=True)
-                start = at
+        """Shards from host memory, [shards, length] on the device; those that lie side by side in one copy.
+
+        On a stream of its own, beside the exchange that brings the others.
+        """
+        with self._device.on(self._copies):
+            there = self._empty(len(shards), len(shards[0]) if shards else 0)
+            start = 0
+            for at in range(1, len(shards) + 1):
+                if at == len(shards) or shards[at].ctypes.data != shards[at - 1].ctypes.data + len(shards[0]):
+                    run = _side_by_side(shards[start], at - start)
+                    there[start:at].copy_(torch.from_numpy(run), non_blocking=True)
+                    start = at
+            copied = self._device.mark()
+        self._device.wait(copied)
         return there
 
     def _copy_out(self, tensor: torch.Tensor) -> torch.Tensor:

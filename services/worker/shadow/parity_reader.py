@@ -17,6 +17,7 @@ from shared.transport.base import GetShards, ShardRef
 
 AHEAD_BYTES = 64 << 20
 """Of windows that are read, or on their way, before their turn has come."""
+_AHEAD_ROUNDS = 3
 DAMAGED = "differs from its recorded checksum"
 
 
@@ -76,6 +77,7 @@ class ParityReader:
     def __init__(self, group: str, stores: StoreClients, loop: asyncio.AbstractEventLoop, device: Device):
         self._group = group
         self._device = device
+        self._ahead_bytes = max(AHEAD_BYTES, _AHEAD_ROUNDS * device.round_bytes)
         self._stores = stores
         self._loop = loop
         self._windows: dict[WindowId, Window] = {}
@@ -118,7 +120,7 @@ class ParityReader:
         with self._lock:
             taken = 0
             for window in self._windows.values():
-                if taken and taken + window.nbytes > AHEAD_BYTES:
+                if taken and taken + window.nbytes > self._ahead_bytes:
                     return
                 taken += window.nbytes
                 if window.reading is None:

@@ -30,11 +30,12 @@ class Restorer:
 
     def __init__(self, group: str, coder: Coder, stores: StoreClients, loop: asyncio.AbstractEventLoop, device: Device):
         self._coder = coder
+        self._device = device
         self._parity = ParityReader(group, stores, loop, device)
 
     def prefetch(self, plan: RestorePlan, rank: int, length: int) -> None:
         """Begin to read what `rank` has lost, before its turn comes or the ranks are even connected."""
-        window = round_pages(length)
+        window = round_pages(length, self._device.round_bytes)
         for start in range(0, len(plan.stripes), window):
             stripes = plan.stripes[start : start + window]
             if mine := {stripe.key: self._share(stripe, rank) for stripe in stripes if rank in stripe.lost}:

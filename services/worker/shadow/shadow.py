@@ -71,8 +71,8 @@ class Shadow:
                 self._stale.append(communicator)
                 return
             self.computed.leave()  # what is left of the epoch before may be on its way still
-            self._exchange = Exchange(communicator, pool)
-            self._tail_exchange = Exchange(communicator, tokens)
+            self._exchange = Exchange(communicator, pool, self.device.round_bytes)
+            self._tail_exchange = Exchange(communicator, tokens, self.device.round_bytes)
             self._step = 0
             self._state.notify_all()
 
