@@ -51,13 +51,19 @@ class World:
         self.lock = threading.RLock()
         self.order = Ordering()
         self.counts: Counter[str] = Counter()
-        """Launches, copies, waits of the host; and bytes of each kind of copy."""
+        """Launches, copies, collectives, waits of the host; and bytes of each kind of copy."""
+        self.by_thread: dict[str, Counter[str]] = {}
         self._kept: list[object] = []  # memory is never used again, so that an address says what it is
         self._host: set[int] = set()
         self._storages: dict[int, int] = {}  # where it begins -> its bytes
         self._late: list[_Late] = []
         self._here = threading.local()
         self._streams = 0
+
+    def count(self, what: str, times: int = 1) -> None:
+        with self.lock:
+            self.counts[what] += times
+            self.by_thread.setdefault(self.thread, Counter())[what] += times
 
     def hazards(self) -> list[Hazard]:
         """What nothing orders."""
@@ -133,7 +139,7 @@ class World:
     def finish(self, stream: int) -> None:
         """The calling thread waits for a stream."""
         with self.lock:
-            self.counts["waits"] += 1
+            self.count("waits")
             line = f"stream {stream}"
             self.order.join(line, self.order.clock(self.thread))
             reached = self.order.clock(line)
@@ -199,7 +205,7 @@ class _Noted(TorchDispatchMode):
                 self._world.keep(each, host=False)
         access = self._accesses(name, args, given, written, made)
         if access:
-            self._world.counts["launches"] += 1
+            self._world.count("launches")
             self._world.do(self._world.stream, name, access)
         if self._is_read_back(name) or (name == "copy_" and not all(map(self._world.on_device, args[:2]))):
             self._world.finish(self._world.stream)
@@ -235,14 +241,14 @@ class _Noted(TorchDispatchMode):
         if sides[0] == sides[1]:
             return False
         if not self._world.pinned(args[sides.index(False)]):
-            self._world.counts["copies that are not pinned"] += 1
+            self._world.count("copies that are not pinned")
             return False
         return bool(asked)
 
     def _copy_late(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         out = self._world.on_device(source)
-        self._world.counts["copies out" if out else "copies in"] += 1
-        self._world.counts["bytes out" if out else "bytes in"] += target.nbytes
+        self._world.count("copies out" if out else "copies in")
+        self._world.count("bytes out" if out else "bytes in", target.nbytes)
         access = [self._world.access(source, False), self._world.access(target, True)]
 
         def land() -> None:
@@ -342,7 +348,7 @@ class _Group:
     def _meet(self, label: str, sent: torch.Tensor, out: torch.Tensor, make: Any, parts: Any = None) -> "_Queued":
         wire, world, line = self._wire, self._wire.world, f"stream {self._stream}"
         with world.lock:
-            world.counts["collectives"] += 1
+            world.count("collectives")
             world.order.join(line, world.order.clock(f"stream {world.stream}"))
             world.do(self._stream, f"{label} sends", [world.access(sent, False)])
             wire.sent[self._rank] = parts if parts is not None else sent.detach().numpy().copy()
@@ -411,7 +417,7 @@ class Kernels(CpuRunner):
                     sums = column >= program.sources + program.targets
                     size = 8 * (program.sources + program.targets) if sums else length
                     access.append(self._world.at(address, size, writes=column >= program.sources))
-            self._world.counts["launches"] += 1
+            self._world.count("launches")
             self._world.do(stream, "codec", access)
             super().run(program, [launch], stream)
 
