@@ -156,7 +156,7 @@ class WorkerSettings(CommonSettings):
         "", description="address by which other ranks reach this host; empty: the one that reaches the coordinator"
     )
     threads: int = Field(1, ge=0, description="compute threads of a CPU worker; 0: cores / workers, at least 1")
-    transport: Literal["auto", "tcp", "ucx"] = Field("auto", description="bulk transport; auto: ucx with RDMA or CUDA")
+    transport: Literal["auto", "tcp", "ucx"] = Field("auto", description="bulk transport; auto: ucx with RDMA")
     hold_weights: bool = Field(
         True, description="a spare holds all ranks' slices ready, for the memory of a whole model"
     )
@@ -180,7 +180,7 @@ class ParityStoreSettings(CommonSettings):
     advertise_host: str = Field(
         "", description="address by which workers reach this host; empty: the one that reaches the coordinator"
     )
-    transport: Literal["auto", "tcp", "ucx"] = Field("auto", description="bulk transport; auto: ucx with RDMA or CUDA")
+    transport: Literal["auto", "tcp", "ucx"] = Field("auto", description="bulk transport; auto: ucx with RDMA")
     capacity_mb: int = Field(1024, ge=1, description="memory for parity, MiB")
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis of the stripe index")
 

@@ -56,7 +56,7 @@ class ServeSettings(CommonSettings):
     page_tokens: int = Field(16, ge=1, le=1024, description="tokens a page")
     kv_memory_mb: int = Field(384, ge=1, description="KV pool of each rank, MiB")
     store_memory_mb: int = Field(1024, ge=1, description="memory of each parity store, MiB")
-    transport: Literal["auto", "tcp", "ucx"] = Field("auto", description="bulk transport; auto: ucx with RDMA or CUDA")
+    transport: Literal["auto", "tcp", "ucx"] = Field("auto", description="bulk transport; auto: ucx with RDMA")
     max_model_len: int = Field(0, ge=0, description="longest sequence; 0: what model and pool allow")
     max_step_tokens: int = Field(512, ge=1, le=65536, description="tokens a step (chunked prefill)")
     max_batch: int = Field(32, ge=1, le=1024, description="sequences a step")

@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
-
 from services.vllm.pages import BlockPages
 from services.worker.agent.app import Worker
 from services.worker.agent.assembly import make_shadow
@@ -18,6 +16,7 @@ from services.worker.agent.inventory import Inventory
 from services.worker.agent.rank_engine import Job, Load
 from services.worker.communicator import RendezvousHandle, create, open_rendezvous
 from services.worker.communicator.base import Communicator
+from services.worker.device import HostDevice
 from services.worker.shadow.exchange import PageBytes
 from services.worker.shadow.shadow import SLOT_BYTES
 from services.worker.shadow.stores import StoreClients
@@ -82,7 +81,7 @@ class HostedRank:
         self.at_rest.set()
         self.unfit = ""
         self.overstay_s = 0.0
-        self.shadow = make_shadow(settings.transport, torch.device("cpu"), config, inventory, stores, loop, report)
+        self.shadow = make_shadow(settings.transport, HostDevice(), config, inventory, stores, loop, report)
         self._steps = steps
         self._pool_of = pool
         self._pool: BlockPages | None = None

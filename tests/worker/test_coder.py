@@ -7,6 +7,7 @@ import torch
 from kernels.checksum import sum_checksum
 from kernels.codec import checksum, make_codec
 from kernels.cuda import CudaCodec
+from services.worker.device import HostDevice
 from services.worker.memory import Memory
 from services.worker.shadow.coder import CudaCoder, HostCoder, make_coder
 from tests.pure.kernels_on_cpu import COMPILER, CpuRunner
@@ -25,7 +26,7 @@ def stripes() -> list[list[torch.Tensor]]:
 def on_gpu() -> CudaCoder:
     if COMPILER is None:
         pytest.skip("NO C++ COMPILER: the CUDA kernel's source can't be run on the CPU")
-    return CudaCoder(CudaCodec(K, M, CpuRunner()), torch.device("cpu"))
+    return CudaCoder(CudaCodec(K, M, CpuRunner()), HostDevice())
 
 
 @pytest.fixture
@@ -79,6 +80,6 @@ def test_a_damaged_survivor_shows_in_the_checksum_of_its_stripe_alone(
 
 
 def test_a_cpu_gets_the_coder_of_host_memory() -> None:
-    coder = make_coder(K, 1, torch.device("cpu"))
+    coder = make_coder(K, 1, HostDevice())
     coder.prepare()
     assert isinstance(coder, HostCoder)

@@ -11,6 +11,7 @@ import torch
 
 from services.worker.agent.inventory import Inventory
 from services.worker.communicator import Communicator
+from services.worker.device import Fence, HostDevice
 from services.worker.engine.model import RankModel
 from services.worker.engine.runner import Runner
 from shared.errors import ModelError
@@ -37,6 +38,9 @@ WAIT_S = 20.0
 
 class NoShadow:
     """Protects nothing."""
+
+    device = HostDevice()
+    restored = Fence(device)
 
     def interrupt(self, epoch: int) -> None: ...
     def close(self) -> None: ...
@@ -103,6 +107,25 @@ def test_a_worker_that_can_not_load_the_slice_it_is_given_says_so(
         assert spare.lives_on()
         assert "rank 1" in spare.runner.unfit
         assert not any(isinstance(message, Prepared) for message in spare.told)
+    finally:
+        spare.runner.close()
+
+
+def test_after_an_error_of_the_device_the_process_says_that_it_has_to_end(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spare = Ranked(model_dir, monkeypatch, "prepare")
+    try:
+
+        def fail(job: object) -> None:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+        monkeypatch.setattr(spare.runner, "_stand_by", fail)
+        monkeypatch.setattr(spare.runner.shadow.device, "trouble", lambda: "the device failed: Xid 79; ")
+        assert spare.asked.wait(WAIT_S)
+        assert spare.lives_on()
+        assert spare.lives_on()  # so the first job has been looked at
+        assert spare.runner.unfit.startswith("the device failed: Xid 79; StandBy: AcceleratorError: CUDA error")
     finally:
         spare.runner.close()
 

@@ -10,6 +10,7 @@ import pytest_asyncio
 import torch
 
 from services.worker.communicator import create, open_rendezvous
+from services.worker.device import HostDevice
 from services.worker.engine.kv_pool import KVPool
 from services.worker.shadow import exchange, restore
 from services.worker.shadow.coder import make_coder
@@ -23,7 +24,7 @@ from shared.types import StoreInfo, encoding_rank, pack_ids
 
 K, M, PAGE_TOKENS = 3, 2, 4
 STORE = StoreInfo("store", "one", "tcp://store:1", "http://store:1", 1)
-CPU = torch.device("cpu")
+HOST = HostDevice()
 
 
 class Stores:
@@ -69,10 +70,10 @@ class Ranks:
         self.communicators = [future.result(30) for future in connecting]
         handle.close()
         loop = asyncio.get_running_loop()
-        coders = [make_coder(K, M, CPU) for _ in range(K)]
+        coders = [make_coder(K, M, HOST) for _ in range(K)]
         stores = self.stores
         self.protectors = [Protector("g", coder, stores, loop, self.told.append) for coder in coders]  # type: ignore[arg-type]
-        self.restorers = [Restorer("g", coder, stores, loop) for coder in coders]  # type: ignore[arg-type]
+        self.restorers = [Restorer("g", coder, stores, loop, HOST) for coder in coders]  # type: ignore[arg-type]
 
     def _exchange(self, rank: int, *, tail: bool) -> Exchange:
         pool = self.pools[rank]
@@ -156,7 +157,7 @@ async def test_a_rank_that_decodes_tells_after_each_window_how_far_it_is(
     ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (exchange, restore):
-        monkeypatch.setattr(module, "round_pages", lambda page_bytes: 2)
+        monkeypatch.setattr(module, "round_pages", lambda page_bytes, _: 2)
     places, keys = [*range(5)], [bytes([place]) * 16 for place in range(5)]
     before = ranks.pools[1].kv.clone()
     await ranks.protect(places, keys, tail=False)
@@ -175,7 +176,7 @@ async def test_a_window_in_which_a_rank_has_lost_nothing_is_told_all_the_same(
     ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (exchange, restore):
-        monkeypatch.setattr(module, "round_pages", lambda page_bytes: 1)
+        monkeypatch.setattr(module, "round_pages", lambda page_bytes, _: 1)
     places, keys = [3, 0], [b"a" * 16, b"b" * 16]
     before = [pool.kv.clone() for pool in ranks.pools]
     await ranks.protect(places, keys, tail=False)

@@ -144,7 +144,7 @@ class Worker:
         self._channel = channel
         runner = await self._load(welcome.config)
         runner.address = self._address
-        pages = PageServer(runner.pool, runner.pages)
+        pages = PageServer(runner.pool, runner.pages, runner.shadow.restored)
         broken: GhostError | None = None
         async with serve(f"tcp://{bracketed(self._own_address)}:0", pages, token=self._settings.secret or "") as bulk:
             where = f"tcp://{bracketed(self._address)}:{bulk.address.rpartition(':')[2]}"
@@ -175,6 +175,7 @@ class Worker:
         self._runner = await asyncio.to_thread(
             self._load_engine, config, self._inventory, self._stores, self._loop, self._report
         )
+        self._runner.shadow.device.bind()
         log.info("ready in %.2f s: %d pages", time.monotonic() - began, self._runner.pages)
         return self._runner
 
@@ -212,6 +213,7 @@ class Worker:
 
     async def _copy(self, runner: RankEngine, message: CopyPages) -> None:
         copied = await copy_pages(message, runner.pool, self._stores, self._group)
+        runner.shadow.computed.leave()
         if not copied.reason:
             self._inventory.copied(unpack_ids(message.pages), message.keys)
         self._report(copied)

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from services.worker.agent.inventory import Inventory
+from services.worker.device import Device, make_device
 from services.worker.engine.model_files import resolve_model
 from services.worker.engine.runner import Runner
 from services.worker.shadow.coder import make_coder
@@ -38,14 +39,14 @@ def make_runner(
     """
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {device}: no CUDA device here")
-    shadow = make_shadow(settings.transport, device, config, inventory, stores, loop, report)
+    shadow = make_shadow(settings.transport, make_device(device), config, inventory, stores, loop, report)
     model_dir = resolve_model(settings.model or config.model)
     return Runner(model_dir, config, device, shadow, inventory, report, hold_weights=settings.hold_weights)
 
 
 def make_shadow(
     transport: Literal["auto", "tcp", "ucx"],
-    device: torch.device,
+    device: Device,
     config: GroupConfig,
     inventory: Inventory,
     stores: StoreClients,
@@ -60,5 +61,5 @@ def make_shadow(
         coder.prepare()
     copies = config.protection == "replicate"
     protector = (Replicator if copies else Protector)(config.group, coder, stores, loop, report)
-    restorer = (CopyRestorer if copies else Restorer)(config.group, coder, stores, loop)
-    return Shadow(protector, restorer, inventory, report)
+    restorer = (CopyRestorer if copies else Restorer)(config.group, coder, stores, loop, device)
+    return Shadow(protector, restorer, inventory, report, device)

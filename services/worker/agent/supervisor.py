@@ -10,6 +10,7 @@ import os
 import signal
 import time
 
+from services.worker.device_health import DeviceWatch, failure
 from shared import logs
 from shared.config import WorkerSettings, default_name
 from shared.service import EXIT_CONFIG, die_with_parent, run_service
@@ -36,6 +37,8 @@ def supervise(settings: WorkerSettings) -> int:
     import services.worker.agent.app  # noqa: F401  what the forks share
 
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    if settings.device.startswith("cuda"):
+        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as NVML counts them
     host = _Host(settings)
     for place in range(settings.count):
         host.start(place)
@@ -47,6 +50,12 @@ class _Host:
 
     def __init__(self, settings: WorkerSettings):
         self._settings = settings
+        self._devices = {
+            place: int(_device(settings.device, place).partition(":")[2] or 0)
+            for place in range(settings.count)
+            if settings.device != "cpu"
+        }
+        self._watch = DeviceWatch(set(self._devices.values()))
         self._prefix = settings.name or f"{default_name('worker')}-{os.urandom(2).hex()}"  # others may be on this host
         self._pids: dict[int, int] = {}
         self._started: dict[int, float] = {}
@@ -82,6 +91,9 @@ class _Host:
             if self._reap():
                 self._stop()
                 return EXIT_CONFIG
+            if not self._pids and not self._due:
+                log.error("no device is left")
+                return 1
             if grace_s:
                 self._kill_stopped(time.monotonic() - grace_s)
 
@@ -115,8 +127,11 @@ class _Host:
             elif lived < QUICK_DEATH_S:
                 pause = min(MAX_BACKOFF_S, max(2 * RESTART_PAUSE_S, 2 * self._backoff.get(place, 0.0)))
             self._backoff[place] = 0.0 if pause == RESTART_PAUSE_S else pause
-            self._due[place] = time.monotonic() + pause
             how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            if why := failure(self._watch.health(self._devices[place])) if place in self._devices else "":
+                log.error("worker %d (pid %d) died with %s: %s. It is not started again", place, pid, how, why)
+                continue
+            self._due[place] = time.monotonic() + pause
             log.warning(
                 "worker %d (pid %d) died with %s after %.1f s; restarted in %.1f s", place, pid, how, lived, pause
             )

@@ -38,7 +38,8 @@ class Communicator(ABC):
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Replace a contiguous tensor by the sum of all ranks' tensors.
 
-        Added in rank order, in float32 at least: the same bits on all ranks, and for each element whatever the size.
+        The same bits on all ranks; and, but for NCCL, added in rank order, in float32 at least, so that each element's
+        bits are the same whatever the size. NCCL adds as it likes: equal bits for an equal size of tensor and group.
         """
 
     @abstractmethod
@@ -52,6 +53,10 @@ class Communicator(ABC):
         Buffers are contiguous uint8 [n], in host memory, or for NCCL on its device. The totals must agree between the
         two ranks; how they are cut need not.
         """
+
+    def check(self) -> None:  # noqa: B027  most operations have come to their end when they return
+        """Raise as an operation would if one that was asked for did not come to its end. To be called before anything
+        leaves this rank that was computed from what others sent: over NCCL, operations only queue."""
 
     @abstractmethod
     def abort(self) -> None:

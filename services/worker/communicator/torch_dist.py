@@ -6,12 +6,14 @@ can still be dying beside those of a new one.
 
 import contextlib
 import json
+import logging
 import os
 import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
 
@@ -20,14 +22,27 @@ import torch
 from torch._C import _distributed_c10d as c10d
 
 from services.worker.communicator.base import Communicator, cut
+from services.worker.device import CudaDevice, Device
 from services.worker.memory import Memory, to_host
 from shared.errors import CommunicatorAborted, CutOff, DeadlineExceeded, ProtocolError
+
+log = logging.getLogger(__name__)
 
 _ROUND_BYTES = 8 << 20  # all_to_all: how much one rank sends at a time
 _LEAVING = 0.2  # seconds between a peer's leaving and an abort: others may still be in the last operation
 _CONNECT = 10.0  # seconds for ranks that have met to connect; nothing can end that wait sooner
 _LOOK = 0.01  # seconds between looks for ranks that have not come yet
 _CUT = 5.0  # seconds without an acknowledgement after which a peer's host counts as cut off
+_NCCL_CONNECT = 30.0  # the same for NCCL, which looks at links and devices first
+_WATCH = 0.05  # seconds between looks at NCCL's operations
+_ABORT = 5.0  # seconds that NCCL's abort is waited for
+_LEAVE_US_ALONE = {  # PyTorch's own handling of errors ends the process, or aborts: both are done here
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_BLOCKING_WAIT": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_PROPAGATE_ERROR": "0",
+}
 _opening = threading.Lock()  # one device at a time, so that the listener it opens can be told
 _Start = Callable[[], c10d.Work]
 
@@ -213,17 +228,60 @@ class GlooCommunicator(_GroupCommunicator):
         self._sockets = []
 
 
+def _nccl_group(store: c10d.Store, rank: int, size: int, timeout: timedelta, device: torch.device) -> Any:
+    """A process group over NCCL whose ranks are connected: NCCL would wait for the first operation otherwise, and rank
+    0's store is closed by then. Also keeps PyTorch from ending the process where an operation fails."""
+    os.environ.update(_LEAVE_US_ALONE)
+    options = c10d.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    group = c10d.ProcessGroupNCCL(store, rank, size, options)
+    group.eager_connect_single_device(device)
+    return group
+
+
 class NcclCommunicator(_GroupCommunicator):
-    """Ranks on GPUs, each on the device that is current when it connects. Not tried yet: it needs two GPUs."""
+    """Ranks on GPUs, each on the device that is current when it connects. Not run yet: it needs a GPU.
+
+    Operations only queue: the thread's current stream waits for them, the host does not. What goes wrong shows in the
+    next operation, or in `check`. A thread of its own sees to the timeout; it ends the device's waits by an abort.
+    """
 
     def _open(self, store: c10d.Store, host: str, timeout: timedelta) -> Any:
-        options = c10d.ProcessGroupNCCL.Options()
-        options._timeout = timeout
-        return c10d.ProcessGroupNCCL(store, self.rank, self.size, options)
+        self._on = self._own_device()
+        self._late = False
+        self._ending: threading.Thread | None = None
+        self._abort_once = threading.Lock()
+        self._latest: c10d.Work | None = None
+        group = self._connect(store, timeout)
+        threading.Thread(target=self._watch, name="nccl-watch", daemon=True).start()
+        return group
+
+    def _own_device(self) -> Device:
+        return CudaDevice(torch.device("cuda", torch.cuda.current_device()))
+
+    def _connect(self, store: c10d.Store, timeout: timedelta) -> Any:
+        """NCCL's own wait for the ranks can't be stopped: it is left behind when it takes too long."""
+        made: Future[Any] = Future()
+
+        def connect() -> None:
+            try:
+                self._on.bind()
+                made.set_result(_nccl_group(store, self.rank, self.size, timeout, self._device))
+            except Exception as error:  # raised below, in the thread that waits
+                made.set_exception(error)
+
+        threading.Thread(target=connect, name="nccl-connect", daemon=True).start()
+        try:
+            return made.result(min(self.timeout, _NCCL_CONNECT))
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"NCCL did not connect rank {self.rank} of {self.size} in time") from error
 
     @property
     def _device(self) -> torch.device:
-        return torch.device("cuda", torch.cuda.current_device())
+        return self._on.where
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        self._run(lambda: self._group.allreduce([tensor], c10d.AllreduceOptions()))
 
     def all_gather(self, tensor: torch.Tensor, out: torch.Tensor) -> None:
         self._check_gather(tensor, out)
@@ -233,8 +291,6 @@ class NcclCommunicator(_GroupCommunicator):
         self._check_exchange(send, receive)
         lengths_out = [sum(map(len, buffers)) for buffers in send]
         lengths_in = [sum(map(len, buffers)) for buffers in receive]
-        if not self._agree(lengths_out, lengths_in):
-            return
         sent = self._flat(buffer for buffers in send for buffer in buffers)
         came = self._exchange(sent, lengths_out, lengths_in)
         into = [self._here(buffer) for buffers in receive for buffer in buffers]
@@ -252,25 +308,60 @@ class NcclCommunicator(_GroupCommunicator):
         return buffer
 
     def _run(self, start: _Start) -> None:
-        """Start an operation and wait until the device has done it: the host polls, so that it can see an abort."""
-        super()._run(start)
-        done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record()
-        deadline = time.monotonic() + self.timeout
-        while not done.query():
-            if self._aborted.is_set():
-                raise CommunicatorAborted("the epoch was aborted")
-            if time.monotonic() > deadline:
+        """Queue an operation, and let the current stream go on behind it."""
+        self.check()
+        self.entered += 1
+        try:
+            work = start()
+            work.wait()
+        except RuntimeError as error:
+            self.abort()
+            raise CommunicatorAborted(f"a peer is gone, or the epoch ended: {error}") from error
+        self._latest = work
+
+    def check(self) -> None:
+        if self._late:
+            raise DeadlineExceeded(f"a peer did not take part within {self.timeout} s")
+        if self._aborted.is_set():
+            raise CommunicatorAborted("the epoch was aborted")
+
+    def _watch(self) -> None:
+        """Abort when an operation is not done within the timeout: whoever waits for the device then is free."""
+        seen = watched = None
+        since = 0.0
+        while not self._aborted.wait(_WATCH):
+            if watched is None:
+                if self._latest is not seen:
+                    seen = watched = self._latest
+                    since = time.monotonic()
+            elif _is_done(watched):
+                watched = None
+            elif time.monotonic() - since > self.timeout:
+                self._late = True
                 self.abort()
-                raise DeadlineExceeded(f"a peer did not take part within {self.timeout} s")
 
     def abort(self) -> None:
-        if not self._aborted.is_set():
+        """NCCL's own abort may wait for the device: it has a thread of its own, and nobody here waits for it."""
+        with self._abort_once:
+            if self._aborted.is_set():
+                return
             self._aborted.set()
-            self._group.abort()
+            self._ending = threading.Thread(target=self._group.abort, name="nccl-abort", daemon=True)
+            self._ending.start()
 
     def close(self) -> None:
         self.abort()
+        if self._ending is not None:
+            self._ending.join(_ABORT)
+            if self._ending.is_alive():
+                log.error("NCCL's abort does not come back within %.0f s: the device may be stuck", _ABORT)
+
+
+def _is_done(work: c10d.Work) -> bool:
+    try:
+        return work.is_completed()
+    except RuntimeError:  # it failed: what follows will tell
+        return True
 
 
 def _own_address(host: str) -> str:

@@ -58,16 +58,16 @@ class RankModel:
     def load(self, rank: int) -> None:
         """Take `rank`'s slice, which is read (and no other) unless `prepare` has. May be called again for another."""
         self.load_shared()
-        slices = self._ready.get(rank) or self._read(rank)
+        slices = self._ready.get(rank) or self._read(rank, self.device)
         for linear, packed in zip(self._all_linears(), slices, strict=True):
             linear.take(packed)
         self.rank = rank
 
     def prepare(self, rank: int) -> None:
-        """Hold `rank`'s slice ready, for the memory it takes, so that `load` need only take it."""
+        """Hold `rank`'s slice ready in host memory, for what it takes, so that `load` need only take it."""
         self.load_shared()
         if rank not in self._ready:
-            self._ready[rank] = self._read(rank)
+            self._ready[rank] = self._read(rank, torch.device("cpu"))
 
     def forget_prepared(self) -> None:
         """Give back the memory of slices that were prepared; the one that is loaded stays."""
@@ -90,11 +90,11 @@ class RankModel:
     def _all_linears(self) -> list[PackedLinear]:
         return [*(sharded.linear for sharded in self._sharded), self._head]
 
-    def _read(self, rank: int) -> list[Packed]:
-        """Read and pack a rank's slices of all linears, the head's last."""
+    def _read(self, rank: int, where: torch.device) -> list[Packed]:
+        """Read and pack a rank's slices of all linears, the head's last; on a GPU only if it is to be taken at once."""
         if not 0 <= rank < self.size:
             raise ValueError(f"rank {rank} of {self.size}")
-        with Weights(self._dir, self.device, self.dtype) as weights, torch.inference_mode():
+        with Weights(self._dir, where, self.dtype) as weights, torch.inference_mode():
             slices = [self._read_linear(weights, sharded, rank) for sharded in self._sharded]
             return [*slices, self._read_head(weights, rank)]
 

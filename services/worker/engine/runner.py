@@ -169,12 +169,14 @@ class Runner:
 
     def _run(self) -> None:
         torch.set_grad_enabled(False)
+        self.shadow.device.bind()
         while (entry := self._next_job()) is not None:
             job, received = entry
             epoch = self._epoch if isinstance(job, Prepare) else job.epoch
             if epoch != self._epoch:
                 continue
             self._marks += 1
+            self.shadow.restored.wait()
             try:
                 match job:
                     case StandBy():
@@ -193,7 +195,10 @@ class Runner:
                 self._failed(epoch, f"{type(job).__name__}: {error}", cut_off=isinstance(error, CutOff))
             except Exception as error:
                 log.exception("%s failed", type(job).__name__)
-                self._failed(epoch, f"{type(job).__name__}: {type(error).__name__}: {error}", fatal=True)
+                reason = f"{self.shadow.device.trouble()}{type(job).__name__}: {type(error).__name__}: {error}"
+                if isinstance(error, torch.AcceleratorError):
+                    self.unfit = reason  # nothing works any more in a process after an error of CUDA's
+                self._failed(epoch, reason, fatal=True)
             finally:
                 self.in_flight = False
         self._leave()
@@ -299,6 +304,8 @@ class Runner:
             hidden = self.model.forward(chunks, self.pool, self._communicator)
             pieces = self.model.logits_in_pieces(hidden, self.config.logits_bytes)
             samples = draw(plan.sequences, chunks, pieces)
+        if self._communicator is not None:
+            self._communicator.check()
         for part, chunk in zip(plan.sequences, chunks, strict=True):
             filled = (int(page) for page in chunk.pages[chunk.start // size :])
             self._inventory.note(plan.epoch, zip(filled, unpack_keys(part.seals), strict=False))

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from services.worker.communicator.base import Communicator
+from services.worker.device import make_device
 from shared.errors import ModelError
 
 Style = Literal["colwise", "rowwise", "replicated"]
@@ -75,21 +76,37 @@ class PackedLinear(nn.Module):
         self._packed: torch.Tensor | None = None
         self._weight: torch.Tensor | None = None  # where oneDNN is not to be had: the plain one
         self._bias: torch.Tensor | None = None
-        self._least_rows = _least_rows(inputs, outputs, dtype) if torch.device(device).type == "cpu" else 1
+        self._where = torch.device(device)
+        self._packs = self._where.type == "cpu"
+        self._least_rows = _least_rows(inputs, outputs, dtype) if self._packs else 1
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> "Packed":
-        """Weight [outputs, inputs] and bias [outputs], of the model's dtype and on its device, ready to be taken."""
+        """Weight [outputs, inputs] and bias [outputs], of the model's dtype, ready to be taken.
+
+        On the model's device; or in host memory, from where `take` brings them to a GPU.
+        """
         if weight.shape != (self.outputs, self.inputs):
             raise ModelError(f"a weight has shape {tuple(weight.shape)}, not {(self.outputs, self.inputs)}")
         bias = None if bias is None else bias.contiguous().clone()
-        if weight.device.type == "cpu":
+        if self._packs:
             computed = _computed_in(weight.dtype)
             return Packed(_pack(weight.to(computed)), None, None if bias is None else bias.to(computed))
+        if weight.device.type == "cpu":
+            return Packed(None, self._held(weight), None if bias is None else self._held(bias))
         return Packed(None, weight.contiguous(), bias)
+
+    def _held(self, tensor: torch.Tensor) -> torch.Tensor:
+        return make_device(self._where).host(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
 
     def take(self, slice_: "Packed") -> None:
         """Compute with these weights from now on."""
         self._packed, self._weight, self._bias = slice_.packed, slice_.weight, slice_.bias
+        if not self._packs:
+            self._weight = self._here(slice_.weight)
+            self._bias = self._here(slice_.bias)
+
+    def _here(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.to(self._where, non_blocking=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         packed = self._packed

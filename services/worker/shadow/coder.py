@@ -6,15 +6,14 @@ model's, and only parity crosses to host memory, through pinned buffers.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from kernels.codec import Codec, DecodePlan, checksum, make_codec
 from kernels.cuda import CudaCodec
+from services.worker.device import Device
 from services.worker.memory import Bytes, Memory, to_host
 
 
@@ -44,10 +43,6 @@ class Coder(ABC):
     def _prepare(self, plans: Sequence[DecodePlan]) -> None: ...
 
     @abstractmethod
-    def working(self) -> AbstractContextManager[object]:
-        """While this coder, and the exchange that feeds it, work."""
-
-    @abstractmethod
     def encode(self, stripes: Sequence[Sequence[Memory]]) -> Encoded:
         """The parity of a batch of stripes, at least one, each of k pages on this coder's device."""
 
@@ -65,9 +60,6 @@ class HostCoder(Coder):
 
     def _prepare(self, plans: Sequence[DecodePlan]) -> None:
         self.codec.prepare(plans)
-
-    def working(self) -> AbstractContextManager[object]:
-        return nullcontext()
 
     def encode(self, stripes: Sequence[Sequence[Memory]]) -> Encoded:
         parity = np.empty((len(stripes), self.m, len(stripes[0][0])), dtype=np.uint8)
@@ -88,53 +80,80 @@ class HostCoder(Coder):
 
 
 class CudaCoder(Coder):
-    """Pages on a GPU: one launch for a batch of stripes, checksums made in the same pass."""
+    """Pages on a GPU: one launch for a batch of stripes, checksums made in the same pass.
+
+    All is asked of the current stream, and done when `encode` or `decode` returns.
+    """
 
     codec: CudaCodec
 
-    def __init__(self, codec: CudaCodec, device: torch.device):
+    def __init__(self, codec: CudaCodec, device: Device):
         """A `device` without CUDA is for tests, whose codec runs the kernel's source on the CPU."""
         super().__init__(codec)
         self._device = device
-        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._copies = device.stream()
 
     def _prepare(self, plans: Sequence[DecodePlan]) -> None:
         self.codec.prepare(plans, sums=True)
 
-    def working(self) -> AbstractContextManager[object]:
-        return torch.cuda.stream(self._stream)  # does nothing with none
-
     def encode(self, stripes: Sequence[Sequence[Memory]]) -> Encoded:
         length = len(stripes[0][0])
-        parity = torch.empty(len(stripes), self.m, length, dtype=torch.uint8, device=self._device)
-        sums = torch.empty(len(stripes), self.k + self.m, dtype=torch.int64, device=self._device)
+        parity = self._empty(len(stripes), self.m, length)
+        sums = self._empty(len(stripes), self.k + self.m, dtype=torch.int64)
         addresses = _addresses([[*data, *rows] for data, rows in zip(stripes, parity, strict=True)])
-        self.codec.encode_at(addresses, length, stream=self._stream_address, sums=sums.data_ptr())
-        host = torch.empty(parity.shape, dtype=torch.uint8, pin_memory=self._stream is not None)
-        host.copy_(parity, non_blocking=True)
-        told = self._read(sums[:, : self.k])
-        return Encoded(host.numpy(), [tuple(map(int, row)) for row in told])
+        self.codec.encode_at(addresses, length, stream=self._device.address, sums=sums.data_ptr())
+        host, told = self._copy_out(parity), self._copy_out(sums)
+        self._device.finish()
+        return Encoded(host.numpy(), [tuple(map(int, row)) for row in _unsigned(told)[:, : self.k]])
 
     def decode(self, plan: DecodePlan, sources: Sequence[Sequence[Memory]], targets: Sequence[Memory]) -> Sequence[int]:
-        here = [[self._on_device(source) for source in stripe] for stripe in sources]
-        sums = torch.empty(len(targets), self.k + 1, dtype=torch.int64, device=self._device)
-        addresses = _addresses([[*stripe, target] for stripe, target in zip(here, targets, strict=True)])
-        self.codec.reconstruct_at(plan, addresses, len(targets[0]), stream=self._stream_address, sums=sums.data_ptr())
-        return [int(each) for each in self._read(sums)[:, self.k]]
+        from_host = [each for stripe in sources for each in stripe if not isinstance(each, torch.Tensor)]
+        copied = self._copy_in(from_host)
+        here = iter(copied)
+        sums = self._empty(len(targets), self.k + 1, dtype=torch.int64)
+        addresses = _addresses(
+            [
+                [*(each if isinstance(each, torch.Tensor) else next(here) for each in stripe), target]
+                for stripe, target in zip(sources, targets, strict=True)
+            ]
+        )
+        self.codec.reconstruct_at(plan, addresses, len(targets[0]), stream=self._device.address, sums=sums.data_ptr())
+        told = self._copy_out(sums)
+        self._device.finish()
+        return [int(each) for each in _unsigned(told)[:, self.k]]
 
-    def _on_device(self, shard: Memory) -> Memory:
-        return shard if isinstance(shard, torch.Tensor) else torch.from_numpy(shard).to(self._device)
+    def _copy_in(self, shards: Sequence[Bytes]) -> torch.Tensor:
+        """Shards from host memory, [shards, length] on the device; those that lie side by side in one copy.
 
-    @property
-    def _stream_address(self) -> int:
-        return int(self._stream.cuda_stream) if self._stream is not None else 0
+        On a stream of its own, beside the exchange that brings the others.
+        """
+        with self._device.on(self._copies):
+            there = self._empty(len(shards), len(shards[0]) if shards else 0)
+            start = 0
+            for at in range(1, len(shards) + 1):
+                if at == len(shards) or shards[at].ctypes.data != shards[at - 1].ctypes.data + len(shards[0]):
+                    run = _side_by_side(shards[start], at - start)
+                    there[start:at].copy_(torch.from_numpy(run), non_blocking=True)
+                    start = at
+            copied = self._device.mark()
+        self._device.wait(copied)
+        return there
 
-    def _read(self, sums: torch.Tensor) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint64]]":
-        """Sums in host memory, once all that was asked of the stream is done."""
-        told = sums.contiguous().cpu()
-        if self._stream is not None:
-            self._stream.synchronize()
-        return told.numpy().view(np.uint64)
+    def _copy_out(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same in host memory once the stream has got there."""
+        return self._device.host(*tensor.shape, dtype=tensor.dtype).copy_(tensor, non_blocking=True)
+
+    def _empty(self, *shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=self._device.where)
+
+
+def _side_by_side(first: Bytes, count: int) -> Bytes:
+    """Shards in host memory that follow each other without gaps: uint8 [count, length]."""
+    return np.lib.stride_tricks.as_strided(first, (count, len(first)), (len(first), 1))
+
+
+def _unsigned(sums: torch.Tensor) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint64]]":
+    return sums.numpy().view(np.uint64)
 
 
 def _addresses(stripes: Sequence[Sequence[Memory]]) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint64]]":
@@ -145,7 +164,7 @@ def _addresses(stripes: Sequence[Sequence[Memory]]) -> "np.ndarray[tuple[int, ..
     )
 
 
-def make_coder(k: int, m: int, device: torch.device) -> Coder:
+def make_coder(k: int, m: int, device: Device) -> Coder:
     """The coder for a device's pages. Raises CodecError where there is none."""
-    codec = make_codec(k, m, str(device))
+    codec = make_codec(k, m, str(device.where))
     return CudaCoder(codec, device) if isinstance(codec, CudaCodec) else HostCoder(codec)

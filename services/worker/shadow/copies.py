@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kernels.codec import checksum
+from services.worker.device import Fence
 from services.worker.memory import Bytes, to_host, write
 from services.worker.shadow.exchange import PageBytes
 from services.worker.shadow.stores import StoreClients
@@ -29,8 +30,10 @@ def _refs(page: int, page_bytes: int) -> list[ShardRef]:
 class PageServer:
     """Gives this worker's pages to who knows the token (a BulkHandler)."""
 
-    def __init__(self, pool: PageBytes, pages: int):
+    def __init__(self, pool: PageBytes, pages: int, restored: Fence):
+        """`restored`: behind it are the pages that the shadow has written."""
         self._pool = pool
+        self._restored = restored
         self._pages = pages
 
     def put(self, request: PutShards) -> "_Refusal":
@@ -39,6 +42,7 @@ class PageServer:
 
     def get(self, request: GetShards) -> "_Views":
         """Pages as they are now. ShardMissing is in the places of what is no page of this pool."""
+        self._restored.wait()
         return _Views([self._place(ref) for ref in request.shards])
 
     def _place(self, ref: ShardRef) -> memoryview | GhostError:

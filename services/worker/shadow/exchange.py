@@ -12,6 +12,7 @@ from services.worker.communicator.base import Communicator
 from services.worker.memory import Memory
 from shared.errors import CommunicatorAborted
 from shared.types import round_pages
+from shared.types.keys import ROUND_BYTES
 
 
 class PageBytes(Protocol):
@@ -35,12 +36,12 @@ class PageBytes(Protocol):
 class Exchange:
     """The exchange of one epoch. Used by one thread, the shadow; all ranks call `gather` with the same arguments."""
 
-    def __init__(self, communicator: Communicator, pool: PageBytes):
+    def __init__(self, communicator: Communicator, pool: PageBytes, round_bytes: int = ROUND_BYTES):
         self.communicator = communicator
         self.pool = pool
         self.rank = communicator.rank
         self.size = communicator.size
-        self.round_pages = round_pages(pool.page_bytes)
+        self.round_pages = round_pages(pool.page_bytes, round_bytes)
         """Pages a call may name."""
         self._staging: dict[int, Memory] = {}
         self._writing = threading.Lock()

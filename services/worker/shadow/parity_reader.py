@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from kernels.codec import checksum
+from services.worker.device import Device
 from services.worker.memory import Bytes
 from services.worker.shadow.stores import StoreClients
 from shared.errors import CommunicatorAborted
@@ -18,6 +17,7 @@ from shared.transport.base import GetShards, ShardRef
 
 AHEAD_BYTES = 64 << 20
 """Of windows that are read, or on their way, before their turn has come."""
+_AHEAD_ROUNDS = 3
 DAMAGED = "differs from its recorded checksum"
 
 
@@ -74,8 +74,10 @@ class Window:
 class ParityReader:
     """Windows in the order in which they will be wanted. `ask` comes from the event loop, `take` from the shadow."""
 
-    def __init__(self, group: str, stores: StoreClients, loop: asyncio.AbstractEventLoop):
+    def __init__(self, group: str, stores: StoreClients, loop: asyncio.AbstractEventLoop, device: Device):
         self._group = group
+        self._device = device
+        self._ahead_bytes = max(AHEAD_BYTES, _AHEAD_ROUNDS * device.round_bytes)
         self._stores = stores
         self._loop = loop
         self._windows: dict[WindowId, Window] = {}
@@ -118,7 +120,7 @@ class ParityReader:
         with self._lock:
             taken = 0
             for window in self._windows.values():
-                if taken and taken + window.nbytes > AHEAD_BYTES:
+                if taken and taken + window.nbytes > self._ahead_bytes:
                     return
                 taken += window.nbytes
                 if window.reading is None:
@@ -129,7 +131,7 @@ class ParityReader:
         """Read as many rows of each stripe as are wanted; another one for each that is damaged or can't be had."""
         while True:
             wanted = [(key, stored, shard) for key, stored in stripes.items() for shard in stored.next()]
-            rows = np.empty((len(wanted), length), dtype=np.uint8)  # in one piece, which may be in huge pages
+            rows = self._device.host(len(wanted), length).numpy()  # in one piece: huge pages, and one copy to a GPU
             batches: dict[str, list[Read]] = {}
             for (key, stored, shard), row in zip(wanted, rows, strict=True):
                 read = Read(stored, shard, ShardRef(key, shard.shard, length), row)

@@ -47,10 +47,9 @@ class Protector:
     def protect(self, plan: ProtectPlan, exchange: Exchange) -> None:
         """Protect the pages of a plan. Returns when all is encoded; acknowledgements are reported as they come."""
         pages = unpack_ids(plan.pages)
-        with self._coder.working():
-            for start in range(0, len(pages), exchange.round_pages):
-                end = start + exchange.round_pages
-                self._round(plan, exchange, pages[start:end], plan.keys[start:end])
+        for start in range(0, len(pages), exchange.round_pages):
+            end = start + exchange.round_pages
+            self._round(plan, exchange, pages[start:end], plan.keys[start:end])
 
     def _round(self, plan: ProtectPlan, exchange: Exchange, pages: Sequence[int], keys: Sequence[bytes]) -> None:
         """One round of exchange, which all ranks take part in, and this rank's share of what follows.
@@ -84,6 +83,7 @@ class Protector:
         self._take_room(size, exchange)
         try:
             encoded = self._coder.encode([[by_rank[rank] for rank in range(k)] for by_rank in slices])
+            exchange.communicator.check()  # what came may be nothing if it did not come to its end
             labels = [
                 tuple(
                     ShardLabel(key, k + number, k, m, length, checksum(shard), sums)

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from kernels.codec import DecodePlan
+from services.worker.device import Device
 from services.worker.memory import Memory, write
 from services.worker.shadow.coder import Coder
 from services.worker.shadow.exchange import Exchange
@@ -27,13 +28,14 @@ Trouble = dict[bytes, str]
 class Restorer:
     """One rank's part in restoring: a sender where it survived, a decoder where it is new."""
 
-    def __init__(self, group: str, coder: Coder, stores: StoreClients, loop: asyncio.AbstractEventLoop):
+    def __init__(self, group: str, coder: Coder, stores: StoreClients, loop: asyncio.AbstractEventLoop, device: Device):
         self._coder = coder
-        self._parity = ParityReader(group, stores, loop)
+        self._device = device
+        self._parity = ParityReader(group, stores, loop, device)
 
     def prefetch(self, plan: RestorePlan, rank: int, length: int) -> None:
         """Begin to read what `rank` has lost, before its turn comes or the ranks are even connected."""
-        window = round_pages(length)
+        window = round_pages(length, self._device.round_bytes)
         for start in range(0, len(plan.stripes), window):
             stripes = plan.stripes[start : start + window]
             if mine := {stripe.key: self._share(stripe, rank) for stripe in stripes if rank in stripe.lost}:
@@ -49,11 +51,10 @@ class Restorer:
         Raises CommunicatorAborted when the epoch ends; nothing is written to the pool any more then.
         """
         decodes = any(exchange.rank in stripe.lost for stripe in plan.stripes)
-        with self._coder.working():
-            for start in range(0, len(plan.stripes), exchange.round_pages):
-                done = self._window(plan, start, exchange)
-                if decodes:
-                    report(done)
+        for start in range(0, len(plan.stripes), exchange.round_pages):
+            done = self._window(plan, start, exchange)
+            if decodes:
+                report(done)
 
     def _window(self, plan: RestorePlan, start: int, exchange: Exchange) -> RestoreDone:
         stripes = plan.stripes[start : start + exchange.round_pages]
@@ -78,6 +79,7 @@ class Restorer:
             except Exception as error:  # the exchange goes on: what could not be decoded is recomputed
                 log.exception("pages could not be decoded")
                 decoded_wrong = {stripe.key: f"{type(error).__name__}: {error}" for stripe, _, _ in ready}
+            exchange.communicator.check()  # else these may be bytes that never came
         failed |= decoded_wrong
         return RestoreDone(
             epoch=plan.epoch,

@@ -3,10 +3,12 @@
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from services.worker.agent.inventory import Inventory
 from services.worker.communicator.base import Communicator
+from services.worker.device import Device, Fence
 from services.worker.shadow.exchange import Exchange, PageBytes
 from services.worker.shadow.protect import Protector
 from services.worker.shadow.restore import Restorer
@@ -25,8 +27,18 @@ class Shadow:
     """Runs ProtectPlans and RestorePlans in order, over the exchange communicator of the epoch."""
 
     def __init__(
-        self, protector: Protector, restorer: Restorer, inventory: Inventory, report: Callable[[Message], None]
+        self,
+        protector: Protector,
+        restorer: Restorer,
+        inventory: Inventory,
+        report: Callable[[Message], None],
+        device: Device,
     ):
+        self.device = device
+        self.computed = Fence(device)
+        """Left by who computes, or copies pages in: the shadow reads and writes pages behind it."""
+        self.restored = Fence(device)
+        """Left by the shadow: who reads or writes pages on another stream goes behind it."""
         self._protector = protector
         self._restorer = restorer
         self._inventory = inventory
@@ -58,8 +70,9 @@ class Shadow:
             if epoch != self._epoch:
                 self._stale.append(communicator)
                 return
-            self._exchange = Exchange(communicator, pool)
-            self._tail_exchange = Exchange(communicator, tokens)
+            self.computed.leave()  # what is left of the epoch before may be on its way still
+            self._exchange = Exchange(communicator, pool, self.device.round_bytes)
+            self._tail_exchange = Exchange(communicator, tokens, self.device.round_bytes)
             self._step = 0
             self._state.notify_all()
 
@@ -76,7 +89,8 @@ class Shadow:
             self._state.notify_all()
 
     def step_done(self, step: int) -> None:
-        """KV of all steps up to this one is in the pool."""
+        """KV of all steps up to this one is in the pool, once the calling thread's stream gets there."""
+        self.computed.leave()
         with self._state:
             self._step = step
             self._state.notify_all()
@@ -90,14 +104,21 @@ class Shadow:
     # -- the shadow thread -------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        self.device.bind()
+        with self.device.on(self.device.stream()):
+            self._work()
+
+    def _work(self) -> None:
         while (plan := self._jobs.get()) is not None:
             exchange = self._ready(plan)
             if exchange is not None:
+                self.computed.wait()
                 try:
                     if isinstance(plan, ProtectPlan):
                         self._protector.protect(plan, exchange)
                     else:
-                        self._restore(plan, exchange)
+                        with self._leaving_mark():
+                            self._restore(plan, exchange)
                 except (CommunicatorAborted, DeadlineExceeded) as error:
                     self._failed(plan.epoch, exchange.rank, f"exchange: {error}", fatal=False)
                 except Exception as error:  # the ranks are out of step: they connect anew, and nothing else is lost
@@ -107,9 +128,20 @@ class Shadow:
             self._drop_stale()
         self._drop_stale()
 
+    @contextmanager
+    def _leaving_mark(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self.restored.leave()  # however it ended: what was begun may be on its way still
+
     def _restore(self, plan: RestorePlan, exchange: Exchange) -> None:
+        def tell(done: RestoreDone) -> None:
+            self.restored.leave()
+            self._report(done)
+
         if plan.tail:  # no sealed pages
-            self._restorer.restore(plan, exchange, self._report)
+            self._restorer.restore(plan, exchange, tell)
             return
         mine = {stripe.key: stripe.page for stripe in plan.stripes if exchange.rank in stripe.lost}
         self._inventory.strike(plan.epoch, mine.values())
@@ -120,7 +152,7 @@ class Shadow:
             window, told = plan.stripes[told : done.upto], done.upto
             whole = ((each.page, each.key) for each in window if each.key in mine and each.key not in done.failed)
             self._inventory.note(plan.epoch, whole)
-            self._report(done)
+            tell(done)
 
         self._restorer.restore(plan, exchange, report)
 

@@ -1,0 +1,167 @@
+"""What a worker asks of its device: order between streams, memory that copies reach by themselves, one way to wait.
+
+In host memory everything is done when a call returns, so there is nothing to order. On CUDA a call only queues; what it
+does is done when the stream gets there. The tests have a third device, which checks that order (tests/worker).
+"""
+
+import math
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+
+from services.worker.device_health import DeviceWatch, failure
+from shared.types.keys import ROUND_BYTES
+
+Mark = Any
+"""A place in a stream; None in host memory."""
+Stream = Any
+
+
+class Device(ABC):
+    """One device. All is about the calling thread's current stream, which is the device's default one
+    until `on` says otherwise."""
+
+    round_bytes = ROUND_BYTES
+    """What a rank sends of its pages in one round of exchange; equal on all ranks of a group."""
+
+    def __init__(self, where: torch.device):
+        self.where = where
+
+    @abstractmethod
+    def bind(self) -> None:
+        """The calling thread is about to use the device: to be called first in each that does."""
+
+    @abstractmethod
+    def stream(self) -> Stream:
+        """A new stream, beside all others."""
+
+    @abstractmethod
+    def on(self, stream: Stream) -> AbstractContextManager[object]:
+        """Let this stream be the current one."""
+
+    @property
+    @abstractmethod
+    def address(self) -> int:
+        """The current stream, as CUDA's own calls want it."""
+
+    @abstractmethod
+    def mark(self) -> Mark:
+        """The place behind all that was asked of the current stream so far."""
+
+    @abstractmethod
+    def wait(self, mark: Mark) -> None:
+        """What is asked of the current stream from now on is done behind the mark; the thread goes on at once."""
+
+    def trouble(self) -> str:
+        """Why the device can't be used any more, as the beginning of a line; empty if nothing is known against it."""
+        return ""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Wait until all is done that was asked of the current stream."""
+
+    @abstractmethod
+    def host(self, *shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+        """New host memory, uninitialised, which copies from and to the device (`non_blocking`) don't wait for."""
+
+
+class HostDevice(Device):
+    """Host memory: every call is done when it returns."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+
+    def bind(self) -> None:
+        pass
+
+    def stream(self) -> Stream:
+        return None
+
+    def on(self, stream: Stream) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    @property
+    def address(self) -> int:
+        return 0
+
+    def mark(self) -> Mark:
+        return None
+
+    def wait(self, mark: Mark) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+    def host(self, *shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+        content = np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)  # NumPy asks for huge pages
+        return torch.from_numpy(content).view(dtype).view(shape)
+
+
+class CudaDevice(Device):
+    """One GPU, by torch."""
+
+    round_bytes = 64 << 20  # about a millisecond of NVLink and PCIe, beside which launches and waits are little
+
+    def __init__(self, where: torch.device):
+        super().__init__(torch.device("cuda", where.index or 0))
+        self._cuda: Any = torch.cuda
+
+    def bind(self) -> None:
+        self._cuda.set_device(self.where)
+
+    def stream(self) -> Stream:
+        return self._cuda.Stream(self.where)
+
+    def on(self, stream: Stream) -> AbstractContextManager[object]:
+        chosen: AbstractContextManager[object] = self._cuda.stream(stream)
+        return chosen
+
+    @property
+    def address(self) -> int:
+        return int(self._cuda.current_stream(self.where).cuda_stream)
+
+    def mark(self) -> Mark:
+        return self._cuda.current_stream(self.where).record_event()
+
+    def wait(self, mark: Mark) -> None:
+        self._cuda.current_stream(self.where).wait_event(mark)
+
+    def trouble(self) -> str:
+        index = int(self.where.index)
+        known = failure(DeviceWatch([index]).health(index))
+        return f"{known}; " if known else ""
+
+    def finish(self) -> None:
+        self._cuda.current_stream(self.where).synchronize()
+
+    def host(self, *shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+
+class Fence:
+    """Order between two streams that touch the same pages: who has written leaves a mark, the other goes on behind it.
+
+    For any thread. Neither side waits on the host.
+    """
+
+    def __init__(self, device: Device):
+        self._device = device
+        self._mark: Mark = None
+
+    def leave(self) -> None:
+        """All that was asked of this thread's stream so far comes before what `wait` is called for next."""
+        self._mark = self._device.mark()
+
+    def wait(self) -> None:
+        """What is asked of this thread's stream from now on comes after what the last `leave` was called for."""
+        if (mark := self._mark) is not None:
+            self._device.wait(mark)
+
+
+def make_device(where: torch.device) -> Device:
+    """The device of this name."""
+    return CudaDevice(where) if where.type == "cuda" else HostDevice()
