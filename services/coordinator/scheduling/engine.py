@@ -4,7 +4,7 @@
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from services.coordinator.membership.members import Formation, Held, Membership
 from services.coordinator.outbox import Outbox
@@ -19,7 +19,7 @@ from services.coordinator.views.traces import Traces
 from shared.config import CoordinatorSettings
 from shared.messages import DigestDone, Heartbeat, StepDone, StepPlan, WorkerReady
 from shared.tracing import Tracing
-from shared.types import GroupConfig, PageKey
+from shared.types import GroupConfig, PageKey, id_array
 
 log = logging.getLogger(__name__)
 
@@ -78,13 +78,14 @@ class EmbeddedEngine(Host):
         if not self._membership.stepping or self.scheduler.busy or self.protection.moves.closing:
             return
         self.requests.ask_digests(self._membership.epoch)
-        requests = self.scheduler.plan(RESTORING_STEP_TOKENS if self._membership.state == "restoring" else None)
-        if requests:
+        batch = self.scheduler.plan(RESTORING_STEP_TOKENS if self._membership.state == "restoring" else None)
+        if batch.sequences:
             self._step += 1
-            self.traces.planned(self.scheduler.running)
+            if self.traces.on:
+                self.traces.planned(self.scheduler.in_step)
             self._step_started = self._outbox.now
-            self._step_tokens = sum(len(each.tokens) // 4 for each in requests)
-            self._outbox.to_ranks(StepPlan(self._membership.epoch, self._step, requests))
+            self._step_tokens = len(batch.tokens) // 4
+            self._outbox.to_ranks(StepPlan(self._membership.epoch, self._step, batch))
 
     def step_done(self, done: StepDone) -> None:
         """The first rank's answer counts: all ranks draw the same."""
@@ -94,16 +95,16 @@ class EmbeddedEngine(Host):
         if not self.scheduler.busy:
             return
         self.protection.rates.saw_prefill(self._step_tokens, done.seconds)
-        for output in self.scheduler.complete(done.samples):
-            self.requests.deliver(output)
+        drawn = dict(zip(id_array(done.sequences), id_array(done.drawn), strict=True))
+        self.requests.deliver(self.scheduler.complete(drawn, done.samples))
         self.protection.step_done(self._step, self.scheduler.spans())
         self.protection.progressed()
 
     # -- the host: pages ---------------------------------------------------------------------------------------------
 
-    def runs(self) -> list[Request]:
+    def runs(self) -> Collection[Request]:
         """See `Host`."""
-        return self.scheduler.running
+        return self.scheduler.running.values()
 
     def idle(self) -> IdlePages:
         """See `Host`."""
@@ -138,7 +139,7 @@ class EmbeddedEngine(Host):
 
     def returned(self, run: int, valid: int) -> Returned:
         """See `Host`."""
-        request = next(each for each in self.scheduler.running if each.number == run)
+        request = self.scheduler.running[run]
         recomputed = self.scheduler.truncate(request, valid)
         if valid % self.scheduler.page_tokens and recomputed:
             self.protection.rewound(request.pages[-1], valid % self.scheduler.page_tokens)
@@ -208,8 +209,8 @@ class EmbeddedEngine(Host):
 
     def status(self) -> EngineStatus:
         """See `Host`."""
-        ledger, size, running = self.protection.ledger, self.scheduler.page_tokens, self.scheduler.running
-        protected = [ledger.protected_run(run) for run in running]
+        size, running = self.scheduler.page_tokens, self.scheduler.running.values()
+        exposed = [run.computed - self._protected(run) * size for run in running]
         return EngineStatus(
             kind="embedded",
             model=self.model,
@@ -219,17 +220,25 @@ class EmbeddedEngine(Host):
             pages_total=self.pages,
             pages_held=self.cache.in_use,
             pages_cached=len(self.cache.idle()),
-            runs_protected=all(pages == len(run.keys) for pages, run in zip(protected, running, strict=True)),
-            unprotected_tokens=sum(
-                max(0, run.computed - pages * size) for pages, run in zip(protected, running, strict=True)
-            ),
+            runs_protected=all(run.protected == len(run.keys) for run in running),
+            unprotected_tokens=sum(max(0, tokens) for tokens in exposed),
             prompt_tokens=self.scheduler.prompt_tokens,
             generated_tokens=self.scheduler.generated_tokens,
             preemptions=self.scheduler.preemptions,
         )
 
+    def _protected(self, run: Request) -> int:
+        """How many pages from a run's start are protected. Counted on from the last time, as long as none lost it."""
+        ledger = self.protection.ledger
+        known = run.protected if run.protected_at == ledger.setbacks else 0
+        run.protected, run.protected_at = ledger.protected_run(run, known), ledger.setbacks
+        return run.protected
+
     def check(self) -> None:
         """Raise AssertionError unless pages, page tables and the ledger agree."""
+        for run in self.scheduler.running.values():
+            known, counted = self._protected(run), self.protection.ledger.protected_run(run)
+            assert known == counted, f"request {run.number}: {counted} pages are protected, not {known}"
         self.scheduler.check()
         self.protection.check()
         for page in self.protection.ledger.sealed_pages:
