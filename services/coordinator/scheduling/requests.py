@@ -4,6 +4,8 @@ import logging
 from array import array
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from services.coordinator.events import Peer
 from services.coordinator.outbox import Outbox
 from services.coordinator.scheduling.scheduler import Completed, NewTokens, Request, Scheduler
@@ -198,5 +200,6 @@ class Requests:
 
 
 def _within(ids: "array[int]", vocabulary: int) -> bool:
-    """Whether all are tokens of the model."""
-    return not ids or (min(ids) >= 0 and max(ids) < vocabulary)
+    """Whether all are tokens of the model; in numpy, since there may be a million."""
+    tokens = np.frombuffer(ids, dtype=np.int32)
+    return not len(tokens) or bool(tokens.min() >= 0 and tokens.max() < vocabulary)
