@@ -23,6 +23,7 @@ from shared.messages import (
     GatewayHello,
     Goodbye,
     Message,
+    NextTokens,
     Refused,
     StatusChanged,
     Submit,
@@ -210,6 +211,12 @@ class Cluster:
                     if isinstance(message, TokensMessage):
                         work.generated += message.tokens
                     work.call.deliver(message)
+            case NextTokens(request_ids=names, tokens=tokens):
+                for place, name in enumerate(names):
+                    if (work := self._works.get(name)) is not None:
+                        token = tokens[4 * place : 4 * place + 4]
+                        work.generated += token
+                        work.call.deliver(TokensMessage(name, token, (), (), None, 0))
             case Goodbye():
                 raise PeerLost(f"the coordinator said goodbye: {message.reason}")
             case _:

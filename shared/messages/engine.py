@@ -6,7 +6,6 @@ from shared.messages.base import Message
 from shared.types import (
     FinishReason,
     GenerationRequest,
-    LogitRows,
     SamplingParams,
     TokenLogprob,
 )
@@ -14,7 +13,10 @@ from shared.types import (
 
 @dataclass(frozen=True, slots=True)
 class Sample(Message):
-    """What a step drew for one sequence. Not sent alone: part of StepDone."""
+    """What a step drew for one sequence, and told of its prompt. Not sent alone: part of StepDone.
+
+    `token` is -1 where nothing was drawn.
+    """
 
     sequence: int
     token: int
@@ -26,12 +28,15 @@ class Sample(Message):
 class StepDone(Message):
     """A step's KV is written on this rank (and so its part in every collective done); what was drawn.
 
-    Of its `seconds`, it spent `waited_s` waiting for others in collectives.
+    `sequences` and `drawn`: int32, the sequences of which there is nothing to tell but their next token. `samples`: the
+    others. Of its `seconds`, it spent `waited_s` waiting for others in collectives.
     """
 
     epoch: int
     step: int
     rank: int
+    sequences: bytes
+    drawn: bytes
     samples: tuple[Sample, ...]
     seconds: float
     waited_s: float = 0.0
@@ -62,35 +67,57 @@ class DigestDone(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class SequenceStep(Message):
-    """One sequence's part of a step: tokens at positions start.., its page table, and how to draw the next token.
+class SequenceStart(Message):
+    """A sequence that takes part in its epoch's steps from now on: its page table, and what does not change of it.
 
-    `history` holds the output tokens so far and `prompt` the prompt's, only where drawing needs them.
+    Only where drawing needs them, `prompt` holds the prompt's tokens, `history` those generated that have KV already.
     """
 
     sequence: int
-    tokens: bytes
-    start: int
     prompt_tokens: int
     pages: bytes
-    logits: LogitRows
-    sampling: SamplingParams | None
+    sampling: SamplingParams
     prompt_logprobs: int | None = None
-    """N: also the logprob of each next prompt token, and of the N most likely ones; `next_token` follows the last."""
-    next_token: int = -1
+    """N: also the logprob of each next prompt token, and of the N most likely ones."""
     prompt: bytes = b""
     history: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch(Message):
+    """The chunks of tokens that one step computes. Not sent alone: part of StepPlan.
+
+    It says what the ranks have not been told in this epoch. All are int32, one for each chunk, where nothing else is
+    said.
+    """
+
+    sequences: bytes = b""
+    starts: bytes = b""
+    """Positions of the chunks' first tokens."""
+    counts: bytes = b""
+    tokens: bytes = b""
+    """All chunks' tokens, one after the other."""
+    draws: bytes = b""
+    """A byte for each chunk: 1 if the token that follows it is to be drawn."""
     seals: bytes = b""
-    """Keys, 16 bytes each, of the pages that this step fills, from the one that position `start` is in."""
+    """Keys, 16 bytes each, of the pages that the chunks fill, in their order."""
+    pages: bytes = b""
+    """New entries of page tables: chunk, place in the table, page."""
+    following: bytes = b""
+    """Prompt tokens after chunks that tell logprobs of a part of their prompt: chunk, token."""
+    begun: tuple[SequenceStart, ...] = ()
+    """Those of the sequences that took part in no step yet."""
+    ended: bytes = b""
+    """Sequences that take part in none any more, or begin anew."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan(Message):
-    """One forward pass, the same on every rank."""
+    """One forward pass, the same on every rank. Each epoch begins with ranks that know no sequence."""
 
     epoch: int
     step: int
-    sequences: tuple[SequenceStep, ...]
+    batch: Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +183,14 @@ class Tokens(Message):
     finish_reason: FinishReason | None
     cached_tokens: int
     kv_digests: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NextTokens(Message):
+    """One more token for each of these requests, and nothing else to tell of them; `tokens` are int32."""
+
+    request_ids: tuple[str, ...]
+    tokens: bytes
 
 
 @dataclass(frozen=True, slots=True)

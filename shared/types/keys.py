@@ -30,13 +30,18 @@ def pack_ids(ids: Iterable[int]) -> bytes:
     return packed.tobytes()
 
 
-def unpack_ids(data: bytes) -> list[int]:
-    """The inverse of `pack_ids`. Raises ValueError if the length is not a multiple of four."""
+def id_array(data: bytes) -> "array.array[int]":
+    """The inverse of `pack_ids`, four bytes an id. Raises ValueError if the length is not a multiple of four."""
     unpacked = array.array("i")
     unpacked.frombytes(data)
     if sys.byteorder == "big":
         unpacked.byteswap()
-    return unpacked.tolist()
+    return unpacked
+
+
+def unpack_ids(data: bytes) -> list[int]:
+    """The inverse of `pack_ids`, as a list. Raises ValueError if the length is not a multiple of four."""
+    return id_array(data).tolist()
 
 
 def is_page_key(value: object) -> bool:

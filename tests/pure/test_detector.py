@@ -140,7 +140,7 @@ def slow_steps(watched: Watched, seconds: float) -> dict[str, str]:
         watched.now += 0.1
         for rank, name in enumerate(("w0", "w1", "w2")):
             waited = 0.0 if name == "w1" else 0.09
-            watched.detector.step_done(name, StepDone(1, 1, rank, (), 0.1, waited))
+            watched.detector.step_done(name, StepDone(1, 1, rank, b"", b"", (), 0.1, waited))
         watched.beat(*watched.membership.members)
         found = watched.lost(watched.now)
     return found

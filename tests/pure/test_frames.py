@@ -8,7 +8,7 @@ import pytest
 from services.coordinator.protection import encoding
 from services.coordinator.protection.encoding import Encoding
 from services.coordinator.scheduling.requests import Requests
-from services.coordinator.scheduling.scheduler import NewTokens, Scheduler
+from services.coordinator.scheduling.scheduler import Completed, NewTokens, Scheduler
 from services.parity_store.store import Store
 from shared.messages import KeepStripes, Message, ReleaseStripes, Submit, Tokens
 from shared.types import GenerationRequest, PageKey, SamplingParams, TokenLogprob, pack_ids
@@ -39,7 +39,7 @@ def test_the_logprobs_of_a_long_prompt_come_in_frames_that_fit() -> None:
     top = tuple((token, -1.5) for token in range(128_000, 128_020))
     request.prompt_logprobs.extend(TokenLogprob(128_000 + number, -0.5, top) for number in range(PROMPT - 1))
     request.tokens.append(7)
-    requests.deliver(NewTokens(request, (7,), (), "length"))
+    requests.deliver(Completed([], [NewTokens(request, (7,), (), "length")]))
     parts = [message for message in sent if isinstance(message, Tokens)]
     assert max(len(encode(part)) for part in parts) < MAX_FRAME_BYTES // 64
     assert [entry for part in parts for entry in part.prompt_logprobs] == request.prompt_logprobs

@@ -219,7 +219,7 @@ def test_of_a_page_that_has_just_sealed_only_tokens_without_a_stripe_are_recompu
     name = world.submit(length=6, max_tokens=200, digest=True)
     while len(world.received[name]) < 3:
         world.move()
-    (request,) = world.engine.scheduler.running
+    (request,) = world.engine.scheduler.running.values()
 
     def sealed_alone() -> bool:
         """Whether its last page is full, has no parity of its own, and its tokens have, but for those `missing`."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from shared import messages, wire
 from shared.errors import ProtocolError
-from shared.messages import Heartbeat, Message, StepPlan
+from shared.messages import Batch, Heartbeat, Message, StepPlan
 
 KINDS = wire.CONTROL.kinds
 
@@ -63,4 +63,4 @@ def test_messages_are_frozen() -> None:
     assert all(dataclasses.fields(getattr(messages, name)) is not None for name in KINDS)
     with pytest.raises(dataclasses.FrozenInstanceError):
         Heartbeat(1, 2, True, 0).epoch = 3  # type: ignore[misc]
-    assert StepPlan(1, 2, ()).sequences == ()
+    assert StepPlan(1, 2, Batch()).batch.begun == ()

@@ -37,6 +37,8 @@ from services.coordinator.protection.costs import StoredStripe
 from services.coordinator.protection.ledger import Ledger, Parity
 from services.coordinator.recording.segments import Writer, checksum, encode
 from services.coordinator.scheduling.engine import EmbeddedEngine
+from services.worker.engine.batch import SequenceStep
+from services.worker.engine.sequences import Sequences
 from shared.config import CoordinatorSettings
 from shared.messages import (
     Abort,
@@ -55,6 +57,7 @@ from shared.messages import (
     Joined,
     KeepStripes,
     Message,
+    NextTokens,
     PagesCopied,
     ParityShard,
     Prepare,
@@ -67,7 +70,6 @@ from shared.messages import (
     Rendezvous,
     RestoreDone,
     RestorePlan,
-    Sample,
     ShardsLost,
     StandBy,
     StepDone,
@@ -93,7 +95,6 @@ from shared.types import (
     encoding_rank,
     pack_ids,
     unpack_ids,
-    unpack_keys,
 )
 
 VOCABULARY = 1000
@@ -138,6 +139,9 @@ class SimWorker:
     assign: Assign | None = None
     joined: bool = False
     step: int = 0
+    sequences: Sequences = field(default_factory=Sequences)
+    parts: tuple[SequenceStep, ...] = ()
+    """Of the step that it is in."""
     loaded: int | None = None
     """The rank whose weights it has."""
     copying: CopyPages | None = None
@@ -536,7 +540,11 @@ class World:
                 self._store_receives(self.store_wire.sent.popleft())
         while self.client is not None and self.client.sent and self.dice.random() < likely:
             message = self.client.sent.popleft()
-            if getattr(message, "request_id", None) in self.received:
+            if isinstance(message, NextTokens):
+                for name, token in zip(message.request_ids, unpack_ids(message.tokens), strict=True):
+                    if name in self.received:
+                        self._client_receives(Tokens(name, pack_ids((token,)), (), (), None, 0))
+            elif getattr(message, "request_id", None) in self.received:
                 assert not isinstance(message, Refused), f"an accepted request is refused: {message}"
                 if isinstance(message, Tokens):
                     self._client_receives(message)
@@ -582,6 +590,7 @@ class World:
                     worker.sealed = dict(worker.copied) if worker.loaded == message.rank else {}
                 worker.copied.clear()
                 worker.assign, worker.joined, worker.step = message, False, 0
+                worker.sequences.clear()
                 worker.copying = None
                 if worker.loaded is not None and worker.loaded == message.rank:
                     self.prepared_switches += 1
@@ -656,10 +665,11 @@ class World:
             worker.out.append(DigestDone(plan.epoch, plan.digest, worker.assign.rank, str(tuple(tokens))))
             return
         if isinstance(plan, StepPlan):
-            for part in plan.sequences:
-                self.write(worker, unpack_ids(part.pages), part.start, unpack_ids(part.tokens))
+            worker.parts = worker.sequences.take(plan.batch, self.page_tokens)
+            for chunk in (part.chunk for part in worker.parts):
+                self.write(worker, chunk.pages.tolist(), chunk.start, chunk.tokens.tolist())
             assert worker.assign is not None
-            poisoned = any(POISON in unpack_ids(part.tokens) for part in plan.sequences)
+            poisoned = any(POISON in part.chunk.tokens for part in worker.parts)
             if (poisoned and worker.assign.rank in self.poisoned_ranks) or worker.name in self.broken_workers:
                 worker.out.append(StepRaised(plan.epoch, plan.step, worker.assign.rank, "poison", 0))
                 return
@@ -694,16 +704,16 @@ class World:
     def _sample(self, plan: StepPlan, by_rank: dict[int, SimWorker]) -> None:
         for rank, worker in by_rank.items():
             worker.step = plan.step
-            samples = []
-            for part in plan.sequences:
-                count = part.start + len(unpack_ids(part.tokens))
-                for number, key in enumerate(unpack_keys(part.seals), part.start // self.page_tokens):
-                    worker.sealed[unpack_ids(part.pages)[number]] = key
-                seen = self.read(worker, unpack_ids(part.pages), count)
+            drawn = {}
+            for part in worker.parts:
+                pages, end = part.chunk.pages.tolist(), part.chunk.end
+                for number, key in enumerate(part.seals, part.chunk.start // self.page_tokens):
+                    worker.sealed[pages[number]] = key
+                seen = self.read(worker, pages, end)
                 assert GARBAGE not in seen, f"rank {rank} computes over KV that is not there"
                 if part.sampling is not None:
-                    samples.append(Sample(part.sequence, next_token(tuple(seen))))
-            worker.out.append(StepDone(plan.epoch, plan.step, rank, tuple(samples), 0.0))
+                    drawn[part.sequence] = next_token(tuple(seen))
+            worker.out.append(StepDone(plan.epoch, plan.step, rank, pack_ids(drawn), pack_ids(drawn.values()), (), 0.0))
 
     def _encode(self, plan: ProtectPlan, by_rank: dict[int, SimWorker]) -> None:
         for rank, worker in by_rank.items():

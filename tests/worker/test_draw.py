@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from services.worker.engine.batch import Chunk
+from services.worker.engine.batch import Chunk, SequenceStep
 from services.worker.engine.draw import draw
 from services.worker.engine.sampler import sample, token_logprobs
-from shared.messages import SequenceStep
 from shared.types import SamplingParams, TokenLogprob
 from tests.worker.rank_threads import RankThreads, small_model
 
@@ -19,17 +18,9 @@ VOCABULARY = 211
 
 def step(sequence: int, tokens: list[int], prompt_tokens: int, **others: object) -> SequenceStep:
     """One sequence's part; the fields that don't matter here have plain values."""
-    known = {
-        "sequence": sequence, "tokens": np.array(tokens, "<i4").tobytes(), "start": 0, "prompt_tokens": prompt_tokens,
-        "pages": b"", "logits": "last", "sampling": None, "prompt": b"", "history": b"", "seals": b"",
-        "prompt_logprobs": None, "next_token": -1,
-    }  # fmt: skip
-    return SequenceStep(**(known | others))  # type: ignore[arg-type]
-
-
-def chunk(part: SequenceStep) -> Chunk:
-    tokens = np.frombuffer(part.tokens, "<i4")
-    return Chunk(tokens, part.start, part.prompt_tokens, np.zeros(1, np.int32), part.logits)
+    rows = others.pop("logits", "last")
+    chunk = Chunk(np.array(tokens, "<i4"), 0, prompt_tokens, np.zeros(1, np.int32), rows)  # type: ignore[arg-type]
+    return SequenceStep(sequence, chunk, **({"sampling": None} | others))  # type: ignore[arg-type]
 
 
 GREEDY, WARM = SamplingParams(temperature=0.0), SamplingParams(temperature=1.0, top_p=0.9, seed=5, logprobs=2)
@@ -41,7 +32,7 @@ PARTS = (
     step(5, [14], 0, sampling=WARM),
     step(6, [1, 2], 2, logits="all", prompt_logprobs=0),
 )
-CHUNKS = tuple(chunk(part) for part in PARTS)
+CHUNKS = tuple(part.chunk for part in PARTS)
 ROWS = sum(each.rows for each in CHUNKS)
 
 
@@ -63,7 +54,7 @@ def expected(logits: torch.Tensor) -> dict[int, tuple[int, TokenLogprob | None, 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, ROWS, 100])
 def test_pieces_of_logits_give_what_all_at_once_gives(rows: int) -> None:
     logits = torch.randn(ROWS, VOCABULARY, generator=torch.Generator().manual_seed(2))
-    samples = draw(PARTS, CHUNKS, logits.split(rows))
+    samples = draw(PARTS, logits.split(rows))
     assert {each.sequence: (each.token, each.logprob, each.prompt_logprobs) for each in samples} == expected(logits)
 
 
@@ -77,7 +68,7 @@ def test_a_piece_is_done_with_before_the_next_one_is_made() -> None:
             yield held[0]
             held[0].fill_(float("nan"))  # whoever looks at it again, finds nothing
 
-    assert {each.sequence: each.token for each in draw(PARTS, CHUNKS, pieces())} == {
+    assert {each.sequence: each.token for each in draw(PARTS, pieces())} == {
         sequence: token for sequence, (token, _, _) in expected(logits).items()
     }
 

@@ -17,6 +17,7 @@ from services.worker.engine.runner import Runner
 from shared.errors import ModelError
 from shared.messages import (
     Assign,
+    Batch,
     Join,
     Joined,
     Message,
@@ -24,13 +25,13 @@ from shared.messages import (
     Prepared,
     RankFailed,
     Rendezvous,
-    SequenceStep,
+    SequenceStart,
     StandBy,
     StepDone,
     StepPlan,
     StepRaised,
 )
-from shared.types import GroupConfig, SamplingParams, pack_ids
+from shared.types import GroupConfig, SamplingParams, pack_ids, unpack_ids
 from tests.worker.rank_threads import small_model
 
 WAIT_S = 20.0
@@ -133,6 +134,13 @@ def test_after_an_error_of_the_device_the_process_says_that_it_has_to_end(
 POISON = 13
 
 
+def prefill(*tokens: int) -> Batch:
+    """All of a prompt, as sequence 1 in page 0, and one token drawn."""
+    begun = SequenceStart(1, len(tokens), pack_ids([0]), SamplingParams(temperature=0.0))
+    one, ids = pack_ids([1]), pack_ids(tokens)
+    return Batch(one, pack_ids([0]), pack_ids([len(tokens)]), ids, draws=b"\1", begun=(begun,), ended=one)
+
+
 class Pair:
     """Two ranks of a small model, as their coordinator sees them."""
 
@@ -171,8 +179,7 @@ class Pair:
 
     def step(self, epoch: int, step: int, *tokens: int) -> list[Message]:
         """Prefill of some tokens and one more drawn; what the ranks say of it."""
-        part = SequenceStep(1, pack_ids(tokens), 0, len(tokens), pack_ids([0]), "last", SamplingParams(temperature=0.0))
-        self.submit(StepPlan(epoch, step, (part,)))
+        self.submit(StepPlan(epoch, step, prefill(*tokens)))
         return [self.next(rank) for rank in range(2)]
 
     def close(self) -> None:
@@ -208,8 +215,8 @@ def pair(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
 def drawn(told: list[Message]) -> int:
     """The token that both ranks drew in a step."""
     assert all(isinstance(each, StepDone) for each in told), told
-    (sample,) = {sample for each in told if isinstance(each, StepDone) for sample in each.samples}
-    return sample.token
+    (token,) = {token for each in told if isinstance(each, StepDone) for token in unpack_ids(each.drawn)}
+    return token
 
 
 def test_after_a_step_that_raised_an_error_on_all_ranks_the_next_one_is_as_ever(pair: Pair) -> None:
@@ -230,8 +237,7 @@ def test_an_epoch_that_ends_while_ranks_connect_or_compute_leaves_them_fit_for_t
     pair.runners[0].submit(join)  # the other one never comes
     pair.begin(2)
     expected = drawn(pair.step(2, 1, 3, 4))
-    part = SequenceStep(1, pack_ids([3, 4]), 0, 2, pack_ids([0]), "last", SamplingParams(temperature=0.0))
-    pair.runners[0].submit(StepPlan(2, 2, (part,)))  # nor does it here
+    pair.runners[0].submit(StepPlan(2, 2, prefill(3, 4)))  # nor does it here
     pair.begin(3)
     assert drawn(pair.step(3, 1, 3, 4)) == expected
 

@@ -58,6 +58,8 @@ class Ledger:
         self.unprotected_reason = ""
         self.now = 0.0
         """The time, told by who drives the ledger."""
+        self.setbacks = 0
+        """How often a page that requests may stand on lost its protection."""
         self._host = host
         self._protect = protect
         self._acks = acks
@@ -128,10 +130,11 @@ class Ledger:
             return len(run.keys) * page_tokens
         return run.computed
 
-    def protected_run(self, run: Run) -> int:
-        """How many pages from a run's start are protected."""
-        for index, number in enumerate(run.pages[: len(run.keys)]):
-            if self.parity(number) is not Parity.PROTECTED:
+    def protected_run(self, run: Run, known: int = 0) -> int:
+        """How many pages from a run's start are protected; the first `known` are, as long as there is no setback."""
+        pages = run.pages
+        for index in range(known, len(run.keys)):
+            if self.parity(pages[index]) is not Parity.PROTECTED:
                 return index
         return len(run.keys)
 
@@ -393,6 +396,8 @@ class Ledger:
         number = page.number
         del self._by_parity[was][number]
         self._by_parity[parity][number] = page
+        if was is Parity.PROTECTED and (page.missing or parity is not Parity.OPEN) and number not in self._host.idle():
+            self.setbacks += 1
         if parity not in EXPOSED:
             self._exposed.pop(number, None)
         elif was not in EXPOSED:

@@ -5,6 +5,7 @@ coordinator and of `shared` can be in it, and nothing of them is called: reading
 """
 
 import gc
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from enum import Enum
@@ -56,6 +57,8 @@ def freeze(root: object, externals: Externals) -> bytes:
             return ["external", external]
         if isinstance(value, Enum):
             return ["enum", _name(kind), value.value]
+        if kind is array:
+            return ["array", value.typecode, value.tobytes()]
         if kind is deque:
             return ["deque", value.maxlen, *map(put, value)]
         if kind in (dict, OrderedDict):
@@ -129,6 +132,9 @@ class _Thaw:
                 found: set[Any] = set()
                 made[number] = found
                 found.update(map(self.get, parts))
+            case "array":
+                made[number] = ids = array(parts[0])
+                ids.frombytes(parts[1])
             case "deque":
                 made[number] = queue = deque[Any](maxlen=parts[0])
                 queue.extend(map(self.get, parts[1:]))

@@ -18,9 +18,9 @@ from services.coordinator.scheduling.scheduler import Request, Scheduler
 from services.coordinator.views.metrics import Metrics
 from services.coordinator.views.traces import Traces
 from shared.config import CoordinatorSettings
-from shared.messages import DigestDone, Heartbeat, SequenceStep, StepDone, StepPlan, WorkerReady
+from shared.messages import Batch, DigestDone, Heartbeat, StepDone, StepPlan, WorkerReady
 from shared.tracing import Tracing
-from shared.types import GroupConfig, PageKey
+from shared.types import GroupConfig, PageKey, id_array
 
 log = logging.getLogger(__name__)
 
@@ -81,20 +81,23 @@ class EmbeddedEngine(Host):
         if not self._membership.stepping or self.scheduler.busy or self.protection.moves.closing:
             return
         self.requests.ask_digests(self._membership.epoch)
-        requests = self._plan(RESTORING_STEP_TOKENS if self._membership.state == "restoring" else None)
-        if requests:
+        batch = self._plan(RESTORING_STEP_TOKENS if self._membership.state == "restoring" else None)
+        if batch.sequences:
             self._step += 1
-            self._failed_steps.sent(self._step, self.scheduler.in_flight)
-            self.traces.planned(self.scheduler.running)
+            self._failed_steps.sent(self._step, [each.params.request_id for each in self.scheduler.in_step])
+            if self.traces.on:
+                self.traces.planned(self.scheduler.in_step)
             self._step_started = self._outbox.now
-            self._step_tokens = sum(len(each.tokens) // 4 for each in requests)
-            self._outbox.to_ranks(StepPlan(self._membership.epoch, self._step, requests))
+            self._step_tokens = len(batch.tokens) // 4
+            self._outbox.to_ranks(StepPlan(self._membership.epoch, self._step, batch))
 
-    def _plan(self, limit: int | None) -> tuple[SequenceStep, ...]:
+    def _plan(self, limit: int | None) -> Batch:
         """The next step: of all that can run, or, after steps that failed, of one request that may be to blame."""
         if self._failed_steps.doubted():
             known = {each.request_id for each in self.scheduler.requests()}
-            able = {each.request_id: each for each in self.scheduler.running if each.remaining and not each.held}
+            able = {
+                each.request_id: each for each in self.scheduler.running.values() if each.remaining and not each.held
+            }
             if (suspect := self._failed_steps.next(known, able)) is not None:
                 return self.scheduler.plan_alone(able[suspect], limit)
         return self.scheduler.plan(limit)
@@ -121,16 +124,16 @@ class EmbeddedEngine(Host):
             return
         self._failed_steps.came_back(self._step)
         self.protection.rates.saw_prefill(self._step_tokens, done.seconds)
-        for output in self.scheduler.complete(done.samples):
-            self.requests.deliver(output)
+        drawn = dict(zip(id_array(done.sequences), id_array(done.drawn), strict=True))
+        self.requests.deliver(self.scheduler.complete(drawn, done.samples))
         self.protection.step_done(self._step, self.scheduler.spans())
         self.protection.progressed()
 
     # -- the host: pages ---------------------------------------------------------------------------------------------
 
-    def runs(self) -> list[Request]:
+    def runs(self) -> Collection[Request]:
         """See `Host`."""
-        return self.scheduler.running
+        return self.scheduler.running.values()
 
     def idle(self) -> IdlePages:
         """See `Host`."""
@@ -165,7 +168,7 @@ class EmbeddedEngine(Host):
 
     def returned(self, run: int, valid: int) -> Returned:
         """See `Host`."""
-        request = next(each for each in self.scheduler.running if each.number == run)
+        request = self.scheduler.running[run]
         recomputed = self.scheduler.truncate(request, valid)
         if valid % self.scheduler.page_tokens and recomputed:
             self.protection.rewound(request.pages[-1], valid % self.scheduler.page_tokens)
@@ -236,8 +239,8 @@ class EmbeddedEngine(Host):
 
     def status(self) -> EngineStatus:
         """See `Host`."""
-        ledger, size, running = self.protection.ledger, self.scheduler.page_tokens, self.scheduler.running
-        protected = [ledger.protected_run(run) for run in running]
+        size, running = self.scheduler.page_tokens, self.scheduler.running.values()
+        exposed = [run.computed - self._protected(run) * size for run in running]
         return EngineStatus(
             kind="embedded",
             model=self.model,
@@ -247,17 +250,25 @@ class EmbeddedEngine(Host):
             pages_total=self.pages,
             pages_held=self.cache.in_use,
             pages_cached=len(self.cache.idle()),
-            runs_protected=all(pages == len(run.keys) for pages, run in zip(protected, running, strict=True)),
-            unprotected_tokens=sum(
-                max(0, run.computed - pages * size) for pages, run in zip(protected, running, strict=True)
-            ),
+            runs_protected=all(run.protected == len(run.keys) for run in running),
+            unprotected_tokens=sum(max(0, tokens) for tokens in exposed),
             prompt_tokens=self.scheduler.prompt_tokens,
             generated_tokens=self.scheduler.generated_tokens,
             preemptions=self.scheduler.preemptions,
         )
 
+    def _protected(self, run: Request) -> int:
+        """How many pages from a run's start are protected. Counted on from the last time, as long as none lost it."""
+        ledger = self.protection.ledger
+        known = run.protected if run.protected_at == ledger.setbacks else 0
+        run.protected, run.protected_at = ledger.protected_run(run, known), ledger.setbacks
+        return run.protected
+
     def check(self) -> None:
         """Raise AssertionError unless pages, page tables and the ledger agree."""
+        for run in self.scheduler.running.values():
+            known, counted = self._protected(run), self.protection.ledger.protected_run(run)
+            assert known == counted, f"request {run.number}: {counted} pages are protected, not {known}"
         self.scheduler.check()
         self.protection.check()
         for page in self.protection.ledger.sealed_pages:

@@ -1,14 +1,17 @@
 """The requests of a group: taken or refused, streamed to the gateways, ended when nobody waits any more."""
 
 import logging
+from array import array
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from services.coordinator.events import Peer
 from services.coordinator.outbox import Outbox
-from services.coordinator.scheduling.scheduler import NewTokens, Request, Scheduler
+from services.coordinator.scheduling.scheduler import Completed, NewTokens, Request, Scheduler
 from services.coordinator.views.traces import Traces
-from shared.messages import Accepted, DigestDone, DigestPlan, Failed, Refused, Submit, Tokens
-from shared.types import ModelInfo, pack_ids, root_key, unpack_ids
+from shared.messages import Accepted, DigestDone, DigestPlan, Failed, NextTokens, Refused, Submit, Tokens
+from shared.types import ModelInfo, id_array, pack_ids, root_key
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +54,8 @@ class Requests:
         self._outbox = outbox
         self._traces = traces
         self._tickets: dict[str, Ticket] = {}
+        self._unhashed: dict[int, Request] = {}
+        """Finished requests that wait for their digests."""
         self._digests: dict[int, Digests] = {}
         self._plans = 0
 
@@ -68,12 +73,14 @@ class Requests:
         if submit.generated is None:
             request = self._scheduler.add(params, root)
         else:
-            request = self._scheduler.resume(params, root, unpack_ids(submit.generated))
+            request = self._scheduler.resume(params, root, id_array(submit.generated))
         self._tickets[params.request_id] = Ticket(params.request_id, gateway, request)
         self._traces.submitted(request)
         log.debug("queued", extra={"request": params.request_id, "prompt_tokens": request.prompt_tokens})
         self._outbox.send(gateway, Accepted(params.request_id))
-        if request.finish is not None and not params.kv_digest:
+        if request.finish is not None and params.kv_digest:
+            self._unhashed[request.number] = request
+        elif request.finish is not None:
             self._send(request, NewTokens(request, (), (), request.finish), ())
 
     def _refusal(self, submit: Submit, *, resumed: bool) -> Refused | None:
@@ -87,10 +94,10 @@ class Requests:
             waiting = len(self._scheduler.waiting)
             return Refused(name, 429, "queue_full", f"{waiting} requests are waiting; try again later")
         try:
-            prompt, generated = unpack_ids(params.prompt), unpack_ids(submit.generated or b"")
+            prompt, generated = id_array(params.prompt), id_array(submit.generated or b"")
         except ValueError:
             return Refused(name, 400, "invalid_prompt", "the prompt is not a list of token ids", "prompt")
-        if not prompt or not all(0 <= token < vocabulary for token in (*prompt, *generated)):
+        if not prompt or not all(_within(ids, vocabulary) for ids in (prompt, generated)):
             text = f"a prompt has 1 or more token ids from 0 to {vocabulary - 1}"
             return Refused(name, 400, "invalid_prompt", text, "prompt")
         if len(prompt) + params.max_tokens > limit:
@@ -118,13 +125,27 @@ class Requests:
         for ticket in [each for each in self._tickets.values() if each.gateway == gateway]:
             self._end(ticket)
 
-    def deliver(self, output: NewTokens) -> None:
-        """Stream new tokens. A finished request that is to be hashed keeps its last message back until it is."""
+    def deliver(self, completed: Completed) -> None:
+        """Stream what a step gave: one message for each gateway, but for what has more to tell than a token."""
+        batches: dict[Peer, tuple[list[str], list[int]]] = {}
+        for request in completed.went_on:
+            if (ticket := self._tickets.get(request.params.request_id)) is not None:
+                names, tokens = batches.setdefault(ticket.gateway, ([], []))
+                names.append(ticket.request_id)
+                tokens.append(request.tokens[-1])
+        for gateway, (names, tokens) in batches.items():
+            self._outbox.send(gateway, NextTokens(tuple(names), pack_ids(tokens)))
+        for output in completed.others:
+            self._deliver(output)
+
+    def _deliver(self, output: NewTokens) -> None:
+        """A finished request that is to be hashed keeps its last message back until it is."""
         request = output.request
         self._traces.delivered(output)
-        hashed = request.params.kv_digest
-        finish = None if hashed else output.finish
-        self._send(request, NewTokens(request, output.tokens, output.logprobs, finish), ())
+        if request.params.kv_digest and output.finish is not None:
+            self._unhashed[request.number] = request
+            output = NewTokens(request, output.tokens, output.logprobs, None)
+        self._send(request, output, ())
 
     def _send(self, request: Request, output: NewTokens, digests: tuple[str, ...]) -> None:
         ticket = self._tickets.get(request.params.request_id)
@@ -155,6 +176,7 @@ class Requests:
     def _end(self, ticket: Ticket) -> None:
         del self._tickets[ticket.request_id]
         self._digests.pop(ticket.request.number, None)
+        self._unhashed.pop(ticket.request.number, None)
         self._traces.ended(ticket.request)
         log.debug("ended", extra={"request": ticket.request_id, "finish": ticket.request.finish or "aborted"})
         self._scheduler.remove(ticket.request)
@@ -167,9 +189,9 @@ class Requests:
 
     def ask_digests(self, epoch: int) -> None:
         """Have finished requests hashed that asked for it, once their KV is whole."""
-        for request in self._scheduler.running:
-            whole = not request.remaining and not request.held
-            if request.finish is not None and whole and request.number not in self._digests:
+        for request in self._unhashed.values():
+            runs = request.number in self._scheduler.running and not request.remaining and not request.held
+            if runs and request.number not in self._digests:
                 self._plans += 1
                 self._digests[request.number] = Digests(self._plans, request)
                 self._outbox.to_ranks(DigestPlan(epoch, self._plans, pack_ids(request.pages), request.computed))
@@ -182,3 +204,9 @@ class Requests:
                 if len(digests.values) == self._size:
                     values = tuple(digests.values[rank] for rank in range(self._size))
                     self._send(digests.request, NewTokens(digests.request, (), (), digests.request.finish), values)
+
+
+def _within(ids: "array[int]", vocabulary: int) -> bool:
+    """Whether all are tokens of the model; in numpy, since there may be a million."""
+    tokens = np.frombuffer(ids, dtype=np.int32)
+    return not len(tokens) or bool(tokens.min() >= 0 and tokens.max() < vocabulary)

@@ -1,22 +1,23 @@
-"""What the next step computes: continuous batching, chunked prefill, over the page pool. Pure: no clock, no socket."""
+"""What the next step computes: continuous batching, chunked prefill, over the page pool. Pure: no clock, no socket.
 
+What a step costs here grows with the sequences in it, not with what they hold.
+"""
+
+from array import array
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from services.coordinator.protection.host import Span
+from services.coordinator.scheduling.batches import BatchBuilder
 from services.coordinator.scheduling.prefix_cache import PrefixCache
-from shared.messages import Sample, SequenceStep
-from shared.types import (
-    FinishReason,
-    GenerationRequest,
-    PageKey,
-    TokenLogprob,
-    next_page_key,
-    pack_ids,
-    pack_keys,
-    unpack_ids,
-)
+from shared.messages import Batch, Sample
+from shared.types import FinishReason, GenerationRequest, PageKey, TokenLogprob, id_array, next_page_key
+
+PREFILL_SHARE = 4
+"""One part of so many of a step's tokens goes to prefill, if there is any, before all that decode have their turn."""
+PAGES_MATCHED = 2048
+"""Of a newcomer's prefix, so many pages are looked up in a step: a long one's keys take more time than others have."""
 
 
 @dataclass(slots=True, eq=False)
@@ -26,11 +27,22 @@ class Request:
     number: int
     params: GenerationRequest
     root: PageKey
-    tokens: list[int]
+    tokens: "array[int]"
     prompt_tokens: int
+    limit: int
+    """Tokens at which it ends."""
+    stops: tuple[int, ...]
+    """Tokens that end it."""
     computed: int = 0
-    pages: list[int] = field(default_factory=list)
+    pages: "array[int]" = field(default_factory=lambda: array("i"))
     keys: list[PageKey] = field(default_factory=list)
+    chain: list[PageKey] = field(default_factory=list)
+    """Keys of its full pages as far as they were wanted, sealed or not: tokens never change, so each is hashed once."""
+    told: int = -1
+    """Entries of its page table that this epoch's ranks know; -1: they don't know it."""
+    protected: int = 0
+    """Pages from its start that had parity at the ledger's setback number `protected_at`."""
+    protected_at: int = 0
     cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: FinishReason | None = None
@@ -55,15 +67,6 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A request's share of the step in flight: so many tokens, which fill pages of these keys."""
-
-    request: Request
-    count: int
-    seals: list[PageKey]
-
-
-@dataclass(frozen=True, slots=True)
 class NewTokens:
     """What a step gave for one request: new tokens to stream, and whether it has ended."""
 
@@ -71,6 +74,14 @@ class NewTokens:
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
     finish: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """What a step gave: requests that have one more token, the last of their `tokens`, and all others."""
+
+    went_on: list[Request]
+    others: list[NewTokens]
 
 
 class Scheduler:
@@ -93,15 +104,18 @@ class Scheduler:
         self.max_batch = max_batch
         self.max_waiting = max_waiting
         self.max_model_len = max_model_len
-        self.eos_token_ids = frozenset(eos_token_ids)
+        self.eos_token_ids = tuple(eos_token_ids)
         self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
+        self.running: dict[int, Request] = {}
+        """By number; who has waited longest for a step comes first."""
         self.preemptions = 0
         self.prompt_tokens = 0
         self.generated_tokens = 0
-        self._computed: list[tuple[Request, int]] = []
-        """What the last step that was completed computed: requests, and each one's first position."""
-        self._in_flight: list[Part] = []
+        self._computed: dict[int, tuple[Request, int]] = {}
+        """What the last step that was completed computed: requests, and so many tokens of each."""
+        self._in_flight: dict[int, tuple[Request, int]] = {}
+        self._ended: list[int] = []
+        """Requests that this epoch's ranks know, and that have given back their pages."""
         self._next_number = 0
 
     # -- requests ----------------------------------------------------------------------------------------------------
@@ -113,36 +127,36 @@ class Scheduler:
 
     def add(self, params: GenerationRequest, root: PageKey) -> Request:
         """Queue a request whose length was checked against `max_model_len`."""
-        tokens = unpack_ids(params.prompt)
-        request = Request(self._next_number, params, root, tokens, len(tokens), goal=len(tokens))
+        tokens = id_array(params.prompt)
+        limit = min(len(tokens) + params.max_tokens, self.max_model_len)
+        stops = params.stop_token_ids + (() if params.ignore_eos else self.eos_token_ids)
+        request = Request(self._next_number, params, root, tokens, len(tokens), limit, stops, goal=len(tokens))
         self._next_number += 1
         self.waiting.append(request)
         return request
 
-    def resume(self, params: GenerationRequest, root: PageKey, generated: list[int]) -> Request:
+    def resume(self, params: GenerationRequest, root: PageKey, generated: Iterable[int]) -> Request:
         """Queue a request that an earlier coordinator had in work, with the tokens that it streamed."""
-        if generated:
+        received = array("i", generated)
+        if received:
             params = replace(params, prompt_logprobs=None)  # they went out with the first token
         request = self.add(params, root)
         request.resumed = True
-        request.tokens.extend(generated)
-        ended = 0 < params.max_tokens <= len(generated) or len(request.tokens) >= self.max_model_len
-        request.finish = "length" if generated and ended else None
+        request.tokens.extend(received)
+        request.finish = "length" if received and len(request.tokens) >= request.limit else None
         request.goal = len(request.tokens) - (request.finish is not None)
-        request.had = len(request.tokens) - 1 if generated else 0
+        request.had = len(request.tokens) - 1 if received else 0
         return request
 
     def remove(self, request: Request) -> None:
         """End a request, finished or not; its pages are given back. Harmless if it has ended already."""
-        if request in self.running:
-            self.running.remove(request)
-        elif request in self.waiting:
+        if self.running.pop(request.number, None) is None and request in self.waiting:
             self.waiting.remove(request)
         self._give_back(request)
 
     def requests(self) -> Iterator[Request]:
         """All requests that have not ended."""
-        yield from self.running
+        yield from self.running.values()
         yield from self.waiting
 
     # -- a step ------------------------------------------------------------------------------------------------------
@@ -152,77 +166,102 @@ class Scheduler:
         """Whether a step is in flight."""
         return bool(self._in_flight)
 
-    def plan(self, limit: int | None = None) -> tuple[SequenceStep, ...]:
-        """The next step: decoding requests first, then prefill in chunks, then newcomers. Empty: nothing to do.
+    @property
+    def in_step(self) -> Iterable[Request]:
+        """The requests in the step in flight."""
+        return [request for request, _ in self._in_flight.values()]
 
-        `limit`: tokens at most, where steps are to be shorter than usual.
+    def plan(self, limit: int | None = None) -> Batch:
+        """The next step. Empty: nothing to do. `limit`: tokens at most, where steps are to be shorter than usual.
+
+        Each running request has a turn of one token, who has waited longest first; then the prefills that run go on in
+        chunks, the oldest first; then newcomers come. Nobody waits for more than (requests / tokens a step) steps,
+        rounded up, and one.
         """
         if self._in_flight:
             raise AssertionError("a step is in flight")
         budget, preemptions = min(self.max_step_tokens, limit or self.max_step_tokens), self.preemptions
-        for request in sorted(self.running, key=lambda each: each.remaining > 1):
-            if budget and request.remaining and not request.held and request in self.running:
-                budget -= self._schedule(request, min(request.remaining, budget))
-        while self.waiting and budget and len(self.running) < self.max_batch and preemptions == self.preemptions:
-            if not self._admit(self.waiting[0]):
-                break
+        ready = [each for each in self.running.values() if each.goal > each.computed and not each.held]
+        prefill = [each for each in ready if each.goal > each.computed + 1]
+        turns = _turns(len(ready), budget, wanted=bool(prefill) or self._newcomer)
+        for request in ready[:turns] if turns < len(ready) else ready:
+            if request.number in self.running:
+                budget -= self._schedule(request, 1)
+        for request in sorted(prefill, key=lambda each: each.number):
+            if budget and request.number in self.running:
+                budget -= self._schedule(request, budget)
+        while budget and self._newcomer and preemptions == self.preemptions and self._admit(self.waiting[0]):
             request = self.waiting.popleft()
-            self.running.append(request)
-            budget -= self._schedule(request, min(request.remaining, budget))
-        return tuple(self._step(part) for part in self._in_flight)
+            self.running[request.number] = request
+            budget -= self._schedule(request, budget)
+        for request in ready[turns:]:  # if those that prefill left something
+            if budget and request.number in self.running and request.number not in self._in_flight:
+                budget -= self._schedule(request, 1)
+        return self._batch()
 
-    def plan_alone(self, request: Request, limit: int | None = None) -> tuple[SequenceStep, ...]:
+    def plan_alone(self, request: Request, limit: int | None = None) -> Batch:
         """A step of one running request, where pages can be had for it; see `plan`."""
         if self._in_flight:
             raise AssertionError("a step is in flight")
-        self._schedule(request, min(request.remaining, self.max_step_tokens, limit or self.max_step_tokens))
-        return tuple(self._step(part) for part in self._in_flight)
+        self._schedule(request, min(self.max_step_tokens, limit or self.max_step_tokens))
+        return self._batch()
 
-    @property
-    def in_flight(self) -> tuple[str, ...]:
-        """The requests in the step in flight, by their clients' ids."""
-        return tuple(part.request.request_id for part in self._in_flight)
+    def complete(self, drawn: Mapping[int, int], samples: Iterable[Sample] = ()) -> Completed:
+        """Take the result of the step in flight: KV is valid, pages seal, tokens are appended.
 
-    def complete(self, samples: tuple[Sample, ...]) -> list[NewTokens]:
-        """Take the result of the step in flight: KV is valid, pages seal, tokens are appended."""
-        drawn = {sample.sequence: sample for sample in samples}
-        outputs = []
-        in_flight, self._in_flight = self._in_flight, []
-        self._computed = []
-        for part in in_flight:
-            request, start = part.request, part.request.computed
-            if request not in self.running:
+        `drawn`: the next token of each request of which there is nothing else to tell.
+        """
+        running, size, told = self.running, self.page_tokens, {sample.sequence: sample for sample in samples}
+        in_flight, self._in_flight = self._in_flight, {}
+        self._computed = in_flight
+        went_on: list[Request] = []
+        others: list[NewTokens] = []
+        rotate = len(in_flight) < len(running)
+        for number, (request, count) in in_flight.items():
+            if number not in running:
                 continue
-            request.computed += part.count
-            self._seal(part)
-            self._computed.append((request, start))
-            sample = drawn.get(request.number)
-            if sample is None:
-                continue
-            have = len(request.prompt_logprobs)
-            request.prompt_logprobs.extend(sample.prompt_logprobs[max(0, have - start) :])
-            if request.computed == len(request.tokens) and request.finish is None:
-                outputs.append(self._append(request, sample))
-        return outputs
+            if rotate:
+                running[number] = running.pop(number)
+            computed = request.computed = request.computed + count
+            if computed // size > len(request.keys):
+                self._seal(request, computed // size)
+            if number in drawn:
+                self._append(request, drawn[number], None, went_on, others)
+            elif (sample := told.get(number)) is not None:
+                have = len(request.prompt_logprobs)
+                request.prompt_logprobs.extend(sample.prompt_logprobs[max(0, have - (computed - count)) :])
+                self._append(request, sample.token, sample.logprob, went_on, others)
+        return Completed(went_on, others)
 
     def spans(self) -> Iterator[Span]:
         """What the last step wrote to the last page of each request that goes on, unless it filled all of it."""
         size = self.page_tokens
-        for request, start in self._computed:
-            end = request.computed  # 0: it has ended
-            first = max(start, (end - 1) // size * size)
-            if end > start and (end % size or end - first < size):
+        for request, count in self._computed.values():
+            end = request.computed
+            if not end:  # it has ended
+                continue
+            first = max(end - count, (end - 1) // size * size)
+            if end % size or end - first < size:
                 yield Span(request.pages[first // size], first % size, (end - 1) % size + 1)
 
     def rollback(self) -> None:
-        """Forget the step in flight: it failed, or its epoch has ended, so nothing of it counts."""
-        self._in_flight = []
+        """Forget the step in flight: it failed, or its epoch has ended, so nothing of it counts.
+
+        Whether the ranks have seen it or not, they are told all sequences anew.
+        """
+        self._in_flight = {}
+        for request in self.running.values():
+            if request.told >= 0:
+                self._ended.append(request.number)
+                request.told = -1
 
     # -- recovery ----------------------------------------------------------------------------------------------------
 
     def lose(self) -> None:
         """Slices of pages are gone: no running request takes part in a step before it is truncated to what it has."""
-        for request in self.running:
+        if self.waiting:
+            self._give_back(self.waiting[0])  # what it was about to begin with may not be whole any more
+        for request in self.running.values():
             request.held = True
 
     def readmit(self) -> None:
@@ -230,10 +269,10 @@ class Scheduler:
         for request in [each for each in self.waiting if each.resumed]:
             if len(self.running) < self.max_batch:
                 if request.params.prompt_logprobs is None:
-                    self._match(request, whole=False)
+                    self._match(request, (request.goal - 1) // self.page_tokens, whole=False)
                 request.held = True
                 self.waiting.remove(request)
-                self.running.append(request)
+                self.running[request.number] = request
 
     def truncate(self, request: Request, tokens: int) -> int:
         """KV is valid for `tokens` tokens only; the rest is recomputed. Returns how many tokens that are."""
@@ -242,116 +281,151 @@ class Scheduler:
         del request.pages[pages:]
         del request.keys[tokens // self.page_tokens :]
         request.computed, request.had, request.held = tokens, 0, False
+        request.protected = min(request.protected, len(request.keys))
         return lost
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
+    @property
+    def _newcomer(self) -> bool:
+        """Whether there is one that there is a place for."""
+        return bool(self.waiting) and len(self.running) < self.max_batch
+
     def _admit(self, request: Request) -> bool:
-        """Find its prefix in the pool, and see that the rest of its known tokens fits."""
+        """Find its prefix in the pool, some pages a step, and see that the rest of its known tokens fits.
+
+        It keeps what it has found, until it is admitted or others want the room.
+        """
         if request.params.prompt_logprobs is None:
-            self._match(request, whole=True)
-            if not (request.cached_tokens or request.resumed):
-                request.cached_tokens = min(request.computed, request.prompt_tokens)
+            reusable = (request.goal - 1) // self.page_tokens
+            most = min(reusable, len(request.pages) + PAGES_MATCHED)
+            if self._match(request, most, whole=True) == most < reusable:
+                return False
         wanted = -(-request.goal // self.page_tokens) - len(request.pages)
-        if wanted <= self.cache.available:
-            return True
-        self._give_back(request)
-        return False
+        if wanted > self.cache.available:
+            return False
+        if not (request.cached_tokens or request.resumed):
+            request.cached_tokens = min(request.computed, request.prompt_tokens)
+        return True
 
-    def _match(self, request: Request, *, whole: bool) -> None:
-        reusable = (request.goal - 1) // self.page_tokens
-        request.keys = self._chain(request, 0, reusable)
-        request.pages = self.cache.match(request.keys, whole=whole)
-        del request.keys[len(request.pages) :]
+    def _match(self, request: Request, most: int, *, whole: bool) -> int:
+        """Take what is in the pool of its first `most` pages, after those that it has. Returns how many it has then."""
+        keys = (self._chained(request, place) for place in range(len(request.pages), most))
+        request.pages.extend(self.cache.match(keys, whole=whole))
+        request.keys = request.chain[: len(request.pages)]
         request.computed = len(request.pages) * self.page_tokens
+        return len(request.pages)
 
-    def _schedule(self, request: Request, count: int) -> int:
-        """Put `count` tokens of a running request into the step, preempting the youngest where pages lack."""
-        full, rest = divmod(request.computed + count, self.page_tokens)
-        needed = full + (rest > 0) - len(request.pages)
-        while needed > 0:
-            pages = self.cache.allocate(needed)
+    def _schedule(self, request: Request, most: int) -> int:
+        """Put `most` tokens more of a running request into the step, if it has so many. Returns how many it put."""
+        _, before = self._in_flight.get(request.number, (request, 0))
+        count = min(request.goal - request.computed, before + most)
+        end = request.computed + count
+        if end > len(request.pages) * self.page_tokens and not self._take_pages(request, end):
+            return 0
+        self._in_flight[request.number] = request, count
+        return count - before
+
+    def _take_pages(self, request: Request, end: int) -> bool:
+        """Pages for the tokens up to `end`, preempting the youngest where they lack."""
+        while True:
+            pages = self.cache.allocate(-(-end // self.page_tokens) - len(request.pages))
             if pages is not None:
                 request.pages.extend(pages)
-                break
+                return True
+            if self.waiting and self.waiting[0].pages:
+                self._give_back(self.waiting[0])
+                continue
             victim = self._youngest(request)
             if victim is not None:
                 self._preempt(victim)
             if victim in (request, None):
-                return 0
-        self._in_flight.append(Part(request, count, self._chain(request, len(request.keys), full)))
-        return count
+                return False
 
     def _youngest(self, asking: Request) -> Request | None:
-        scheduled = {id(part.request) for part in self._in_flight}
         return max(
-            (each for each in self.running if id(each) not in scheduled and (each.finish is None or each is asking)),
+            (
+                each
+                for each in self.running.values()
+                if each.number not in self._in_flight and (each.finish is None or each is asking)
+            ),
             key=lambda each: each.number,
             default=None,
         )
 
     def _preempt(self, request: Request) -> None:
-        self.running.remove(request)
+        del self.running[request.number]
         self._give_back(request)
         self.waiting.appendleft(request)
         self.preemptions += 1
 
     def _give_back(self, request: Request) -> None:
+        if request.told >= 0:
+            self._ended.append(request.number)
         self.cache.release(request.pages)
-        request.pages, request.keys, request.computed, request.held = [], [], 0, False
+        request.pages, request.keys, request.computed, request.held = array("i"), [], 0, False
+        request.told, request.protected = -1, 0
 
-    def _step(self, part: Part) -> SequenceStep:
-        request, params = part.request, part.request.params
-        start, end = request.computed, request.computed + part.count
-        samples = end == len(request.tokens) and request.finish is None
-        prompt_logprobs = params.prompt_logprobs if start < request.prompt_tokens else None
-        history = samples and params.sampling.needs_history
-        return SequenceStep(
-            sequence=request.number,
-            tokens=pack_ids(request.tokens[start:end]),
-            start=start,
-            prompt_tokens=request.prompt_tokens,
-            pages=pack_ids(request.pages[: -(-end // self.page_tokens)]),
-            logits="all" if prompt_logprobs is not None else "last" if samples else "none",
-            sampling=params.sampling if samples else None,
-            prompt_logprobs=prompt_logprobs,
-            next_token=request.tokens[end] if end < len(request.tokens) else -1,
-            prompt=params.prompt if history else b"",
-            history=pack_ids(request.tokens[request.prompt_tokens :]) if history else b"",
-            seals=pack_keys(part.seals),
-        )
+    def _batch(self) -> Batch:
+        """What is in flight, as the ranks are told it."""
+        builder = BatchBuilder(self._ended)
+        self._ended = []
+        size = self.page_tokens
+        for request, count in self._in_flight.values():
+            full = (request.computed + count) // size
+            for place in range(len(request.keys), full):
+                builder.seals.append(self._chained(request, place))
+            builder.add(request, count)
+        return builder.batch()
 
-    def _chain(self, request: Request, start: int, end: int) -> list[PageKey]:
-        """Keys of the pages start .. end - 1 of a request; those before are sealed."""
-        keys, parent = [], request.keys[start - 1] if start else request.root
-        for page in range(start, end):
-            parent = next_page_key(parent, request.tokens[page * self.page_tokens : (page + 1) * self.page_tokens])
-            keys.append(parent)
-        return keys
+    def _chained(self, request: Request, place: int) -> PageKey:
+        """The key of a request's full page; those of the pages before it are known."""
+        chain = request.chain
+        if place == len(chain):
+            parent = chain[-1] if chain else request.root
+            start = place * self.page_tokens
+            chain.append(next_page_key(parent, request.tokens[start : start + self.page_tokens]))
+        return chain[place]
 
-    def _seal(self, part: Part) -> None:
-        request = part.request
-        for page, key in enumerate(part.seals, len(request.keys)):
+    def _seal(self, request: Request, full: int) -> None:
+        for place in range(len(request.keys), full):
+            key, page = request.chain[place], request.pages[place]
             request.keys.append(key)
-            request.pages[page] = self.cache.seal(request.pages[page], key)
+            if (now := self.cache.seal(page, key)) != page:
+                request.pages[place] = now
+                request.told = min(request.told, place)
 
-    def _append(self, request: Request, sample: Sample) -> NewTokens:
-        params = request.params
-        if len(request.tokens) == request.prompt_tokens:
-            self.prompt_tokens += request.prompt_tokens
-        stops = sample.token in params.stop_token_ids or (sample.token in self.eos_token_ids and not params.ignore_eos)
-        produced = len(request.tokens) - request.prompt_tokens
-        if params.max_tokens == 0:
-            return self._end(request, (), (), "length")
-        if stops:
-            return self._end(request, (), (), "stop")
-        request.tokens.append(sample.token)
-        self.generated_tokens += 1
-        logprobs = (sample.logprob,) if sample.logprob is not None else ()
-        if produced + 1 >= params.max_tokens or len(request.tokens) >= self.max_model_len:
-            return self._end(request, (sample.token,), logprobs, "length")
-        request.goal = len(request.tokens)
-        return NewTokens(request, (sample.token,), logprobs, None)
+    def _append(
+        self,
+        request: Request,
+        token: int,
+        logprob: TokenLogprob | None,
+        went_on: list[Request],
+        others: list[NewTokens],
+    ) -> None:
+        """What a request's next token makes of it, if all its tokens are computed."""
+        length = len(request.tokens)
+        if request.computed != length or request.finish is not None:
+            return
+        first = length == request.prompt_tokens
+        if first:
+            self.prompt_tokens += length
+        if length >= request.limit:
+            others.append(self._end(request, (), (), "length"))
+        elif token in request.stops:
+            others.append(self._end(request, (), (), "stop"))
+        else:
+            request.tokens.append(token)
+            self.generated_tokens += 1
+            logprobs = (logprob,) if logprob is not None else ()
+            if length + 1 >= request.limit:
+                others.append(self._end(request, (token,), logprobs, "length"))
+                return
+            request.goal = length + 1
+            if first or logprobs:
+                others.append(NewTokens(request, (token,), logprobs, None))
+            else:
+                went_on.append(request)
 
     def _end(
         self, request: Request, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...], finish: FinishReason
@@ -366,5 +440,17 @@ class Scheduler:
         for request in self.requests():
             assert len(request.keys) <= len(request.pages), f"request {request.number}: more keys than pages"
             assert request.computed <= len(request.pages) * self.page_tokens, f"request {request.number}: no page"
+            assert request.told <= len(request.pages), f"request {request.number}: ranks know of more pages than it has"
             for page, key in zip(request.pages, () if request.held else request.keys, strict=False):
                 assert self.cache.key(page) == key, f"request {request.number}: page {page} has another key"
+
+
+def _turns(ready: int, budget: int, *, wanted: bool) -> int:
+    """How many of `ready` requests have a turn in a step of `budget` tokens; `wanted`: prefill wants a part of it.
+
+    Prefill gets its share as long as all have had a turn after ceil(ready / budget) + 1 steps all the same.
+    """
+    if not wanted:
+        return min(ready, budget)
+    bound = -(-ready // budget) + 1
+    return min(ready, max(budget - max(1, budget // PREFILL_SHARE), -(-ready // bound)))

@@ -40,19 +40,23 @@ class Traces:
         self._requests: dict[int, _Trace] = {}
         self._protecting: OrderedDict[int, _Trace] = OrderedDict()
 
+    @property
+    def on(self) -> bool:
+        """Whether anybody is told."""
+        return self._tracing.on
+
     def submitted(self, request: Request) -> None:
         """A request is queued."""
         if self._tracing.on:
             params = request.params
             self._requests[request.number] = _Trace(params.traceparent, params.request_id, self._outbox.now)
 
-    def planned(self, running: Iterable[Request]) -> None:
-        """A step is sent; those that run now have left the queue."""
-        if self._tracing.on:
-            for request in running:
-                trace = self._requests.get(request.number)
-                if trace is not None and not trace.planned:
-                    trace.planned = self._outbox.now
+    def planned(self, step: Iterable[Request]) -> None:
+        """A step is sent; those in it have left the queue."""
+        for request in step:
+            trace = self._requests.get(request.number)
+            if trace is not None and not trace.planned:
+                trace.planned = self._outbox.now
 
     def delivered(self, output: NewTokens) -> None:
         """A step gave a request its next token."""

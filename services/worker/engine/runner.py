@@ -4,7 +4,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -16,9 +16,9 @@ from services.worker.agent.inventory import Inventory
 from services.worker.agent.rank_engine import Job
 from services.worker.communicator.base import Communicator
 from services.worker.communicator.meeting import Meeting
-from services.worker.engine.batch import Chunk
 from services.worker.engine.draw import draw
 from services.worker.engine.model import RankModel
+from services.worker.engine.sequences import Sequences
 from services.worker.engine.spec import model_info
 from services.worker.shadow.shadow import SLOT_BYTES, Shadow
 from shared.errors import CommunicatorAborted, CutOff, DeadlineExceeded
@@ -33,13 +33,13 @@ from shared.messages import (
     Prepared,
     RankFailed,
     RestorePlan,
-    SequenceStep,
+    Sample,
     StandBy,
     StepDone,
     StepPlan,
     StepRaised,
 )
-from shared.types import GroupConfig, unpack_keys
+from shared.types import GroupConfig, pack_ids
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,7 @@ class Runner:
         self._former: Communicator | None = None  # the one of the epoch before, whose collectives count no more
         self._step_epoch = 0  # of the step in flight, or of the last one
         self._ended_at = 0.0  # when the epoch before ended; while a step overstays, when the step's own did
+        self._sequences = Sequences()
         self._inventory = inventory
         self._report = report
         self._epoch = 0
@@ -240,6 +241,7 @@ class Runner:
             self._loaded_rank = assign.rank
         self._place = Place(assign, received, time.monotonic() - began)
         self.step_done = 0
+        self._sequences.clear()
         self._inventory.begin(assign.epoch, assign.rank)
         if assign.rank == 0:
             self._report(self._meeting.open(assign, self.address))
@@ -294,8 +296,9 @@ class Runner:
         began = time.monotonic()
         waited_before = self._communicator.waited_s if self._communicator is not None else 0.0
         self._step_epoch, self.in_flight = plan.epoch, True
-        chunks = [_chunk(each) for each in plan.sequences]
         size = self.config.page_tokens
+        parts = self._sequences.take(plan.batch, size)
+        chunks = [part.chunk for part in parts]
         self._inventory.strike(
             plan.epoch,
             (int(page) for each in chunks for page in each.pages[each.start // size : -(-each.end // size)]),
@@ -303,17 +306,18 @@ class Runner:
         with torch.inference_mode():
             hidden = self.model.forward(chunks, self.pool, self._communicator)
             pieces = self.model.logits_in_pieces(hidden, self.config.logits_bytes)
-            samples = draw(plan.sequences, chunks, pieces)
+            samples = draw(parts, pieces)
         if self._communicator is not None:
             self._communicator.check()
-        for part, chunk in zip(plan.sequences, chunks, strict=True):
-            filled = (int(page) for page in chunk.pages[chunk.start // size :])
-            self._inventory.note(plan.epoch, zip(filled, unpack_keys(part.seals), strict=False))
+        for part in parts:
+            if part.seals:
+                filled = part.chunk.pages[part.chunk.start // size :].tolist()
+                self._inventory.note(plan.epoch, zip(filled, part.seals, strict=False))
         self.step_done = plan.step
         self.shadow.step_done(plan.step)
         seconds = time.monotonic() - began
         waited_s = self._communicator.waited_s - waited_before if self._communicator is not None else 0.0
-        return StepDone(plan.epoch, plan.step, self._place.assign.rank, samples, seconds, waited_s)
+        return step_done(plan, self._place.assign.rank, samples, seconds, waited_s)
 
     def _digest(self, plan: DigestPlan) -> DigestDone:
         if self._place is None:
@@ -322,11 +326,16 @@ class Runner:
         return DigestDone(plan.epoch, plan.digest, self._place.assign.rank, value)
 
 
-def _chunk(part: SequenceStep) -> Chunk:
-    return Chunk(
-        tokens=np.frombuffer(part.tokens, dtype="<i4"),
-        start=part.start,
-        prompt_tokens=part.prompt_tokens,
-        pages=np.frombuffer(part.pages, dtype="<i4"),
-        logits=part.logits,
+def step_done(plan: StepPlan, rank: int, samples: Sequence[Sample], seconds: float, waited_s: float) -> StepDone:
+    """A rank's answer to a step: tokens of which there is nothing else to tell go as numbers."""
+    plain = [each for each in samples if each.logprob is None and not each.prompt_logprobs]
+    return StepDone(
+        plan.epoch,
+        plan.step,
+        rank,
+        pack_ids(each.sequence for each in plain),
+        pack_ids(each.token for each in plain),
+        tuple(each for each in samples if each.logprob is not None or each.prompt_logprobs),
+        seconds,
+        waited_s,
     )
