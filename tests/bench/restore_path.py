@@ -126,7 +126,7 @@ class Path:
 
     @property
     def seconds(self) -> float:
-        """A window is asked for while the device works on it, and waited for before the next: the slower counts."""
+        """If all that the host does for a window is hidden behind what the device does for it: the slower counts."""
         return max(self.device_s, self.calls_s + self.python_s)
 
     @property

@@ -251,3 +251,25 @@ async def test_the_model_does_not_wait_for_protection(ranks: Ranks) -> None:
         await ranks.run(rank, partial(rank.step, 1, pages, torch.ones(2 * 4 * PAGE_TOKENS, 2, 8)))
     await ranks.protect(pages, keys, 1)
     assert all(rank.shadow.restored._mark is None for rank in ranks.ranks)
+
+
+def _aborted(rank: Rank, work: Callable[..., Any], *given: Any) -> Any:
+    result = work(*given)
+    assert rank.shadow._exchange is not None
+    rank.shadow._exchange.communicator.abort()
+    return result
+
+
+@pytest.mark.parametrize("at", ["encode", "decode"])
+async def test_what_came_over_a_communicator_that_was_aborted_goes_nowhere(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """NCCL only queues: an abort while the coder waits for the device means that it may have worked on nothing."""
+    for rank in ranks.ranks:
+        coder: Any = rank.shadow._restorer._coder
+
+        monkeypatch.setattr(coder, at, partial(_aborted, rank, getattr(coder, at)))
+    await ranks.live()
+    await ranks.until(lambda: any(isinstance(each, RankFailed) for each in ranks.told))
+    assert not any(isinstance(each, ProtectDone if at == "encode" else RestoreDone) for each in ranks.told)
+    assert bool(ranks.stores.shards) is (at == "decode")

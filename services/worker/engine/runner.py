@@ -177,8 +177,8 @@ class Runner:
             if epoch != self._epoch:
                 continue
             self._marks += 1
-            self.shadow.restored.wait()
             try:
+                self.shadow.restored.wait()
                 match job:
                     case StandBy():
                         self._stand_by(job)
