@@ -9,7 +9,7 @@ VLLM_STAMP := $(VLLM)/.installed
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve serve-vllm test test-clusters test-others docker-test chaos bench bench-vllm bench-kernels check format clean vllm-setup test-vllm
+.PHONY: help setup serve serve-vllm test test-clusters test-others docker-test chaos bench bench-vllm bench-kernels bench-scale check format clean vllm-setup test-vllm
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -77,6 +77,9 @@ bench-vllm: $(VLLM_STAMP) ## measure vLLM protected, unprotected and as it comes
 
 bench-kernels: $(STAMP) ## measure the erasure code beside its peers; writes bench/results/kernels.json and .png
 	$(BIN)/python -m tests.bench.kernels
+
+bench-scale: $(STAMP) ## measure what many streams and long contexts cost the coordinator; QUICK=1: no growth curves
+	$(BIN)/python -m tests.bench.scale $(if $(QUICK),--quick)
 
 check: $(STAMP) ## ruff, mypy --strict, and the import directions
 	$(BIN)/ruff check .
