@@ -1,6 +1,7 @@
 """Every message of the control channel. A peer opens with a hello; the coordinator answers Welcome or Goodbye.
 
-What each carries is enough to act on: a worker keeps nothing between messages that could not be rebuilt from the next.
+What each carries is enough to act on: a worker keeps nothing from one epoch to the next but its KV. Within an epoch,
+steps bring what is new of each sequence.
 Messages about a group carry its epoch; a receiver ignores those that are not of its own.
 """
 
