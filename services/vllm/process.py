@@ -78,6 +78,7 @@ class Process:
                     self._call(message)
                 case Place():
                     self._send(self._place(message))
+                    self._let_go()
                 case Build():
                     self._build(message)
                 case Host():
@@ -125,9 +126,12 @@ class Process:
                 self._make(rank)
             self._rank = rank
             self._built[rank].worker.groups.install()
-            for other in [each for each in self._built if each != rank]:
-                del self._built[other]
             set_process_title(name=f"{self._name}_TP{rank}")
+
+    def _let_go(self) -> None:
+        """Give up what a spare held of other ranks. It takes long: the others do not wait for it."""
+        for other in [each for each in self._built if each != self._rank]:
+            del self._built[other]
 
     def _host(self, message: Host) -> None:
         """Serve the coordinator beside the model, as the rank that this is, or as a spare."""
