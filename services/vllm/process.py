@@ -78,7 +78,6 @@ class Process:
                     self._call(message)
                 case Place():
                     self._send(self._place(message))
-                    self._let_go()
                 case Build():
                     self._build(message)
                 case Host():
@@ -129,7 +128,7 @@ class Process:
             set_process_title(name=f"{self._name}_TP{rank}")
 
     def _let_go(self) -> None:
-        """Give up what a spare held of other ranks. It takes long: the others do not wait for it."""
+        """Give up what a spare held of other ranks: after its first step, since it takes tens of milliseconds."""
         for other in [each for each in self._built if each != self._rank]:
             del self._built[other]
 
@@ -166,6 +165,8 @@ class Process:
                 self._late.put((call, value))
             elif call.answer:
                 self._send(Answer(call.epoch, call.number, value))
+            if call.method == STEPS[-1] or (call.method in STEPS and value is not None):  # the step is complete
+                self._let_go()
         finally:
             self._steps.done += self._steps.in_flight
             self._steps.in_flight = False
