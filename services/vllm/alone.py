@@ -20,6 +20,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
 MAX_STILLBORN = 8
 """So many processes in a row died before they were ready: another one will too."""
 TICK_S = 0.05
+SPARE_AFTER_S = 2.0
+"""A spare is started once steps have gone on for so long: loading takes the cores that a recovery needs."""
 
 
 class Member(Protocol):
@@ -66,6 +68,7 @@ class Alone:
         self._placed: dict[int, Placed] = {}
         self._draws: Draws = {}
         """Generators' states before the steps that were lost."""
+        self._stepping_since = float("inf")
         self._attempts = 0
         self._closed = False
         self._stillborn = 0
@@ -170,7 +173,7 @@ class Alone:
     def _quiesce(self) -> None:
         if self._phase == "stepping":
             self._since = time.monotonic()
-        self._phase = "gathering"
+        self._phase, self._stepping_since = "gathering", float("inf")
         self._epoch += 1
         self._engine.quiesce(self._epoch)
 
@@ -186,13 +189,13 @@ class Alone:
             self._phase, self._placed = "placing", {}
             self._engine.place(self._epoch, members)
         elif self._phase == "placing" and len(self._placed) == self._engine.size:
-            self._phase, self._attempts = "stepping", 0
+            self._phase, self._attempts, self._stepping_since = "stepping", 0, time.monotonic()
             draws, self._draws = self._draws, {}
             log.warning("epoch %d: stepping after %.3f s", self._epoch, time.monotonic() - self._since)
             self._engine.resume(Loss(self._epoch, False, (), (), draws))
 
     def _fill(self) -> None:
-        """Give missing ranks to those who are ready; start others for what is missing, and as spares."""
+        """Give missing ranks to those who are ready; start others for what is missing, later as spares."""
         for rank, member in enumerate(self._ranks):
             if member is None and self._ready:
                 self._ranks[rank] = self._ready.pop(0)
@@ -202,6 +205,7 @@ class Alone:
         if not self._may_spare or time.monotonic() < self._start_after:
             return
         missing = tuple(rank for rank, member in enumerate(self._ranks) if member is None)
+        spares = self._spares if time.monotonic() - self._stepping_since > SPARE_AFTER_S else 0
         ranks = tuple(range(self._engine.size)) if self._spares else missing
-        while len(self._starting) + len(self._ready) < len(missing) + self._spares:
+        while len(self._starting) + len(self._ready) < len(missing) + spares:
             self._starting[self._engine.start(ranks)] = None

@@ -227,6 +227,7 @@ class Hosted(Alone):
     def _resume(self, message: Resume) -> None:
         draws, self._draws = self._draws, {}
         self._phase, self._attempts, self._doubtful = "stepping", 0, False
+        self._stepping_since = time.monotonic()
         log.info("epoch %d: stepping after %.3f s", message.epoch, time.monotonic() - self._since)
         gone, withheld = unpack_ids(message.gone), unpack_ids(message.withheld)
         self._engine.resume(Loss(self._epoch, True, gone, withheld, draws, message.epoch))

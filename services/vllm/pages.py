@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from services.worker.memory import Memory
@@ -42,8 +43,14 @@ class BlockPages:
         self.page_bytes = page_bytes(placements)
 
     def page(self, page_id: int, /) -> Memory:
-        """A copy of one block: uint8 [page_bytes]. `wrote` brings a changed one back."""
-        return _memory(torch.cat([part[:, page_id].reshape(-1) for part in self._parts]))
+        """One block: uint8 [page_bytes], a copy where it is in parts. `wrote` brings a changed one back."""
+        parts = [part[:, page_id].reshape(-1) for part in self._parts]
+        return _memory(parts[0] if len(parts) == 1 else torch.cat(parts))
+
+    def target(self, page_id: int, scratch: Memory, /) -> Memory:
+        """The block, where it is one range of bytes, else `scratch`."""
+        whole = len(self._parts) == 1 and self._parts[0].shape[0] == 1
+        return self.page(page_id) if whole else scratch
 
     def wrote(self, page_id: int, content: Memory, /) -> None:
         """Scatter a page over the layers."""
@@ -56,7 +63,9 @@ class BlockPages:
 
     def empty(self, count: int, /) -> Memory:
         """New memory for pages where the cache is: uint8 [count, page_bytes]."""
-        return _memory(torch.empty((count, self.page_bytes), dtype=torch.uint8, device=self._device))
+        if self._device.type == "cpu":
+            return np.empty((count, self.page_bytes), dtype=np.uint8)  # in huge pages, where it is large
+        return torch.empty((count, self.page_bytes), dtype=torch.uint8, device=self._device)
 
 
 def page_bytes(placements: Sequence[Placement]) -> int:

@@ -125,9 +125,12 @@ class Process:
                 self._make(rank)
             self._rank = rank
             self._built[rank].worker.groups.install()
-            for other in [each for each in self._built if each != rank]:
-                del self._built[other]
             set_process_title(name=f"{self._name}_TP{rank}")
+
+    def _let_go(self) -> None:
+        """Give up what a spare held of other ranks: after its first step, since it takes tens of milliseconds."""
+        for other in [each for each in self._built if each != self._rank]:
+            del self._built[other]
 
     def _host(self, message: Host) -> None:
         """Serve the coordinator beside the model, as the rank that this is, or as a spare."""
@@ -162,6 +165,8 @@ class Process:
                 self._late.put((call, value))
             elif call.answer:
                 self._send(Answer(call.epoch, call.number, value))
+            if call.method == STEPS[-1] or (call.method in STEPS and value is not None):  # the step is complete
+                self._let_go()
         finally:
             self._steps.done += self._steps.in_flight
             self._steps.in_flight = False

@@ -94,6 +94,9 @@ class _Pool:
     def empty(self, count: int, /) -> Bytes:
         return np.empty((count, PAGE_BYTES), dtype=np.uint8)
 
+    def target(self, page_id: int, scratch: Bytes, /) -> Bytes:
+        return self.page(page_id)
+
     def wrote(self, page_id: int, content: Bytes, /) -> None:
         """`page` is no copy."""
 

@@ -107,6 +107,22 @@ def test_all_to_all_moves_every_byte_to_its_place(ranks: RankProcesses, kind: Ki
     results(ranks.play(kind, exchange_part, 3))
 
 
+def one_way_part(communicator: Communicator, length: int) -> int:
+    """All send `length` bytes to rank 1. Returns how often they met for it."""
+    me, before = communicator.rank, communicator.entered
+    send = [[np.full(length, me, np.uint8)] if to == 1 and me != 1 else [] for to in range(communicator.size)]
+    into = [np.zeros(length if me == 1 and source != 1 else 0, np.uint8) for source in range(communicator.size)]
+    communicator.all_to_all(send, [[each] for each in into])
+    assert all((each == source).all() for source, each in enumerate(into))
+    return communicator.entered - before
+
+
+def test_bytes_for_one_rank_alone_get_a_slot_for_themselves(ranks: RankProcesses, kind: Kind) -> None:
+    if kind != "shm":
+        pytest.skip("has no slots")
+    assert results(ranks.play(kind, one_way_part, (1 << 16) - 64)) == [1] * SIZE
+
+
 def wrong_sizes_part(communicator: Communicator) -> None:
     nothing = [[] for _ in range(communicator.size)]
     lie = [[np.zeros(5, np.uint8)] if communicator.rank == 0 and r == 1 else [] for r in range(communicator.size)]

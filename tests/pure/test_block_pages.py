@@ -55,6 +55,17 @@ def test_a_page_that_is_written_changes_its_block_and_no_other(tensor: Tensor) -
     assert torch.equal(held, before)
 
 
+@pytest.mark.parametrize("tensor", [LAYER_OUTERMOST, BLOCK_OUTERMOST])
+def test_a_page_is_written_anew_where_it_is_or_beside_it(tensor: Tensor) -> None:
+    held = buffer()
+    pages = BlockPages(held, [tensor], BLOCKS)
+    target = to_host(pages.target(2, pages.empty(1)[0]))
+    target[:] = 7
+    pages.wrote(2, target)
+    assert (to_host(pages.page(2)) == 7).all()
+    assert np.shares_memory(target, held.numpy()) == (tensor is BLOCK_OUTERMOST)
+
+
 def test_groups_that_share_all_bytes_of_a_block_are_one_page() -> None:
     pages = BlockPages(buffer(), [LAYER_OUTERMOST, Tensor(["x", "y", "z"], PART * BLOCKS, PART)], BLOCKS)
     assert pages.page_bytes == LAYERS * PART

@@ -188,6 +188,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(hosted, "Dial", Coordinator)
     monkeypatch.setattr(hosted, "LOST_S", 0.0)
     monkeypatch.setattr(alone, "TICK_S", 0.002)
+    monkeypatch.setattr(alone, "SPARE_AFTER_S", 0.0)
     monkeypatch.setattr(alone, "FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(alone, "LONGEST_PAUSE_S", 0.002)
     yield
@@ -209,6 +210,17 @@ def test_a_rank_that_dies_is_named_and_its_rank_is_given_to_who_the_coordinator_
     assert case.coordinator.next(StepFailed) == StepFailed(7, "w1 died", (case.name(case.ranks[1]),))
     spare = case.engine.started[3]
     case.form(9, [case.ranks[0], spare, case.ranks[2]])
+    soon(lambda: len(case.engine.started) == 5, "no further spare")
+
+
+def test_a_further_spare_is_started_when_steps_go_on_and_not_while_a_loss_is_dealt_with() -> None:
+    case = Case()
+    case.form(7, case.ranks)
+    case.decider.gone(case.ranks[1])
+    case.coordinator.next(StepFailed)
+    time.sleep(0.05)  # it would be started at the next tick
+    assert len(case.engine.started) == 4
+    case.form(9, [case.ranks[0], case.engine.started[3], case.ranks[2]])
     soon(lambda: len(case.engine.started) == 5, "no further spare")
 
 
@@ -246,8 +258,8 @@ def test_generators_states_are_kept_through_an_epoch_that_does_not_come_about() 
     case.coordinator.heard(Quiesce(7))
     case.coordinator.heard(Place(8, tuple(map(case.name, (case.ranks[0], case.engine.started[3], case.ranks[2])))))
     case.engine.placed.get(timeout=SOON_S)
-    soon(lambda: len(case.engine.started) == 5, "no further spare")
     case.decider.gone(case.engine.started[3])
+    soon(lambda: len(case.engine.started) == 5, "none is started though nobody is ready")
     case.coordinator.next(EngineRuns)
     loss = case.form(10, [case.ranks[0], case.engine.started[4], case.ranks[2]])
     assert {step: of for step, of in loss.draws.items() if step > 0} == states
@@ -275,7 +287,9 @@ def test_workers_that_are_given_up_are_ended_a_spare_too() -> None:
     case.coordinator.heard(GivenUp((case.name(case.ranks[1]), case.name(spare), "another engine's")))
     soon(lambda: case.engine.killed == [case.ranks[1], spare], "they live")
     assert case.coordinator.next(StepFailed).culprits == (case.name(case.ranks[1]),)
-    soon(lambda: len(case.engine.started) == 6, "no others are started")
+    soon(lambda: len(case.engine.started) == 5, "none is started for the rank")
+    case.form(9, [case.ranks[0], case.engine.started[4], case.ranks[2]])
+    soon(lambda: len(case.engine.started) == 6, "no further spare")
 
 
 def test_without_spares_a_worker_is_started_for_the_ranks_that_are_missing_and_only_one() -> None:

@@ -1,13 +1,16 @@
 """Pages of a real KV cache of vLLM, of one rank that is alone."""
 
+import mmap
 import multiprocessing
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
@@ -48,6 +51,23 @@ def test_a_page_holds_what_each_layer_holds_of_a_block(worker: Any) -> None:
     page = to_host(pages.page(5)).view(np.float32).reshape(len(caches), -1)
     assert [set(layer) for layer in page.tolist()] == [{number + 0.5} for number in range(len(caches))]
     assert page.nbytes == sum(cache[5].numel() for cache in caches) * 4
+
+
+def test_the_cache_takes_no_memory_until_it_is_written_and_then_huge_pages() -> None:
+    from services.vllm import warm
+
+    memory = torch.ones(8 << 20, dtype=torch.uint8)
+    warm.give_back(memory)
+    assert not memory[mmap.PAGESIZE : -mmap.PAGESIZE].any()
+    middle = memory.data_ptr() + memory.nbytes // 2
+    entries = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+    (entry,) = [each for each in entries[1:] if _covers(each, middle)]
+    assert "hg" in re.search(r"VmFlags:(.*)", entry)[1].split()  # type: ignore[index]
+
+
+def _covers(entry: str, address: int) -> bool:
+    start, end = (int(each, 16) for each in entry.split(maxsplit=1)[0].split("-"))
+    return start <= address < end
 
 
 def test_a_page_written_elsewhere_is_that_block(worker: Any) -> None:

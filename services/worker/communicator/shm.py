@@ -167,28 +167,32 @@ class ShmCommunicator(Communicator):
         targets = [[to_host(buffer) for buffer in buffers] for buffers in receive]
         sent = [sum(map(len, buffers)) for buffers in sources]
         expected = [sum(map(len, buffers)) for buffers in targets]
-        # each slot begins with `sent` of its rank, so that the first round says how many there are: one barrier a round
+        # each slot begins with `sent` of its rank, which says how the rest is divided among those that get bytes of it,
+        # and in the first round how many rounds there are: one barrier a round
         head = self.size * 8
-        part = (self._slot_bytes - head) // self.size
-        start, end = 0, 1
-        while start < end:
+        round_, rounds = 0, 1
+        while round_ < rounds:
             slots = self._slots_np[:, self._operation % 2]
             self._operation += 1
             totals = slots[:, :head].view(np.int64)  # [from, to]
             totals[self.rank] = sent
             for to, buffers in enumerate(sources):
-                room = slots[self.rank, head + to * part :]
-                for buffer, at, length in _laid_out(buffers, start, part):
+                place, part = _share(sent, to, self._slot_bytes - head)
+                room = slots[self.rank, head + place :]
+                for buffer, at, length in _laid_out(buffers, round_ * part, part):
                     room[at : at + length] = buffer
             self._barrier()
             if totals[:, self.rank].tolist() != expected:
                 self.abort()
                 raise ProtocolError(f"all_to_all: rank {self.rank} expects other sizes than its peers send")
+            told = totals.tolist()  # a rank that is ahead writes to the other slot
             for source, buffers in enumerate(targets):
-                room = slots[source, head + self.rank * part :]
-                for buffer, at, length in _laid_out(buffers, start, part):
+                place, part = _share(told[source], self.rank, self._slot_bytes - head)
+                room = slots[source, head + place :]
+                for buffer, at, length in _laid_out(buffers, round_ * part, part):
                     buffer[:] = room[at : at + length]
-            start, end = start + part, int(totals.max())
+            round_ += 1
+            rounds = max(-(-max(row) // _share(row, 0, self._slot_bytes - head)[1]) for row in told)
 
     def abort(self) -> None:
         if not self._closed:
@@ -265,6 +269,12 @@ def _abort(abort_word: ctypes.c_uint32, words: Sequence[ctypes.c_uint32]) -> Non
     for word in words:
         word.value |= _ABORTED  # a word that changed ends a futex wait, also one that is only about to begin
         _syscall(_SYS_FUTEX, ctypes.addressof(word), _FUTEX_WAKE, _EVERYONE, None, 0, 0)
+
+
+def _share(sent: Sequence[int], to: int, room: int) -> tuple[int, int]:
+    """Where rank `to` finds its bytes in a slot, and how many at most: it is divided among those who get any."""
+    part = room // max(1, sum(map(bool, sent)))
+    return part * sum(map(bool, sent[:to])), part
 
 
 def _laid_out(buffers: Sequence[Bytes], start: int, length: int) -> Iterator[tuple[Bytes, int, int]]:

@@ -74,6 +74,10 @@ class KVPool:
             return torch.empty(count, self.page_bytes, dtype=torch.uint8, device=self.device)
         return np.empty((count, self.page_bytes), dtype=np.uint8)
 
+    def target(self, page_id: int, scratch: Memory) -> Memory:
+        """The page itself."""
+        return self.page(page_id)
+
     def wrote(self, page_id: int, content: Memory) -> None:
         """Nothing to do: what `page` returns is the pool itself."""
 
@@ -105,6 +109,10 @@ class TokenSlots:
     def page(self, slot: int) -> Memory:
         """A token's KV in all layers, put together: uint8 [page_bytes], a copy."""
         return self._rows(slot).reshape(-1)
+
+    def target(self, slot: int, scratch: Memory) -> Memory:
+        """`scratch`: a token's KV is in many places."""
+        return scratch
 
     def wrote(self, slot: int, content: Memory) -> None:
         """Put a token's KV back to where its layers have it."""

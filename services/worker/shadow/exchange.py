@@ -24,8 +24,12 @@ class PageBytes(Protocol):
         """One page: writable, uint8 [page_bytes]; `wrote` says that it was changed."""
         ...
 
+    def target(self, page_id: int, scratch: Memory, /) -> Memory:
+        """Where to write all of a page anew, before `wrote`: the page itself, or `scratch` where it is in parts."""
+        ...
+
     def wrote(self, page_id: int, content: Memory, /) -> None:
-        """`content`, which `page` returned, was changed: it counts from now on."""
+        """`content`, which `page` or `target` returned, was changed: it counts from now on."""
         ...
 
     def empty(self, count: int, /) -> Memory:
@@ -50,9 +54,8 @@ class Exchange:
     def gather(self, pages: Sequence[int], receivers: Sequence[Collection[int]]) -> dict[int, dict[int, Memory]]:
         """Bring slices of pages to the ranks in `receivers`, one collection a page; what receivers have is not sent.
 
-        Returns, for each index whose page this rank receives, the slices by rank: its own, which is a view of the
-        pool and not to be trusted where it is the one that is lost, and those of ranks that are no receivers.
-        They are valid until the next call. At most `round_pages` pages.
+        Returns, for each index whose page this rank receives, the slices by rank: of those that are no receivers. They
+        are valid until the next call. At most `round_pages` pages.
         """
         send: list[list[Memory]] = [[] for _ in range(self.size)]
         wanted: list[list[int]] = [[] for _ in range(self.size)]
@@ -66,15 +69,16 @@ class Exchange:
                     send[target].append(self.pool.page(page))
         inbox = [self._stage(source, len(indices)) for source, indices in enumerate(wanted)]
         self.communicator.all_to_all(send, [[each.reshape(-1)] if len(each) else [] for each in inbox])
-        slices: dict[int, dict[int, Memory]] = {
-            index: {self.rank: self.pool.page(page)}
-            for index, (page, to) in enumerate(zip(pages, receivers, strict=True))
-            if self.rank in to
-        }
+        slices: dict[int, dict[int, Memory]] = {index: {} for index, to in enumerate(receivers) if self.rank in to}
         for source, indices in enumerate(wanted):
             for row, index in enumerate(indices):
                 slices[index][source] = inbox[source][row]
         return slices
+
+    def targets(self, pages: Sequence[int]) -> list[Memory]:
+        """Where to write these pages anew, before the pool is told that they are; until the next call."""
+        scratch = self._stage(self.rank, len(pages))
+        return [self.pool.target(page, row) for page, row in zip(pages, scratch, strict=True)]
 
     def end(self) -> None:
         """The epoch is over, called from any thread: a wait for peers ends at once, and no page is written any more."""

@@ -58,12 +58,13 @@ class Protector:
         """
         began = time.monotonic()
         owners = [(encoding_rank(key, exchange.size),) for key in keys]
-        slices = exchange.gather(pages, owners)
-        mine = [keys[index] for index in slices]
+        others = exchange.gather(pages, owners)
+        mine = [keys[index] for index in others]
         if not mine:
             return
         try:
-            self._encode(plan, exchange, mine, list(slices.values()), began)
+            slices = [{**others[index], exchange.rank: exchange.pool.page(pages[index])} for index in others]
+            self._encode(plan, exchange, mine, slices, began)
         except CommunicatorAborted:
             raise
         except Exception as error:

@@ -53,9 +53,9 @@ class CopyRestorer(Restorer):
         self, ready: Sequence[tuple[StripeRestore, Mapping[int, Memory], Stored]], exchange: Exchange
     ) -> Trouble:
         wrong: Trouble = {}
-        for stripe, _, stored in ready:
+        places = exchange.targets([stripe.page for stripe, _, _ in ready])
+        for (stripe, _, stored), page in zip(ready, places, strict=True):
             row = next(iter(stored.rows.values()))
-            page = exchange.pool.page(stripe.page)
             write(page, row)
             exchange.pool.wrote(stripe.page, page)
             if checksum(to_host(page)) != checksum(row):

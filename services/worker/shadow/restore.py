@@ -109,18 +109,18 @@ class Restorer:
     ) -> Trouble:
         """Decode this rank's slices straight into its pool, those of one kind in one call. Returns what was wrong."""
         batches: dict[tuple[int, ...], tuple[DecodePlan, list[StripeRestore], list[list[Memory]], list[Memory]]] = {}
-        for stripe, by_rank, stored in ready:
+        places = exchange.targets([stripe.page for stripe, _, _ in ready])
+        for (stripe, by_rank, stored), place in zip(ready, places, strict=True):
             if not stripe.parity:  # all ranks hold the same
-                page = exchange.pool.page(stripe.page)
-                write(page, next(shard for rank, shard in by_rank.items() if rank not in stripe.lost))
-                exchange.pool.wrote(stripe.page, page)
+                write(place, next(iter(by_rank.values())))
+                exchange.pool.wrote(stripe.page, place)
                 continue
-            present = {rank: shard for rank, shard in by_rank.items() if rank not in stripe.lost} | stored.rows
+            present = {**by_rank, **stored.rows}
             plan = self._coder.codec.plan(present.keys(), [exchange.rank])
             _, stripes, sources, targets = batches.setdefault(plan.sources, (plan, [], [], []))
             stripes.append(stripe)
             sources.append([present[source] for source in plan.sources])
-            targets.append(exchange.pool.page(stripe.page))
+            targets.append(place)
         wrong: Trouble = {}
         for plan, stripes, sources, targets in batches.values():
             sums = self._coder.decode(plan, sources, targets)
