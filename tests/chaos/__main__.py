@@ -26,7 +26,7 @@ from services.cli.vllm import VllmCluster, VllmSettings, check_installed, vllm_a
 from shared.errors import GhostError
 from tests.chaos.invariants import check
 from tests.chaos.load import Clients, make_requests
-from tests.chaos.mayhem import Mayhem
+from tests.chaos.mayhem import SPOILS, Mayhem
 
 SERVING_S = 300.0
 POLL_S = 0.2
@@ -110,7 +110,8 @@ async def run(arguments: argparse.Namespace, folder: Path) -> list[str]:
                     tasks.create_task(clients.run(arguments.seed, stop))
                     if arguments.pause:
                         tasks.create_task(mayhem.run(stop))
-                wrong = clients.tally.wrong + mayhem.hostile.wrong + watcher.wrong + await check(cluster, SERVING_S)
+                broken = await check(cluster, SERVING_S, scrub=bool(SPOILS & set(mayhem.injected)))
+                wrong = clients.tally.wrong + mayhem.hostile.wrong + watcher.wrong + broken
                 if watcher.recoveries and not arguments.pause:
                     wrong.append(f"{watcher.recoveries} false alarms")
             except* GhostError as errors:

@@ -65,6 +65,9 @@ KINDS = (
     Kind(HOSTILE, "silence", 0.5),
 )
 
+SPOILS = {"garbage store", "corrupt:parity store"}
+"""What leaves damaged shards in a store, by the names in `Mayhem.injected`."""
+
 OF_VLLM = tuple(
     kind
     for kind in KINDS
