@@ -11,6 +11,7 @@ import torch
 
 from services.worker.agent.inventory import Inventory
 from services.worker.communicator import Communicator, create, open_rendezvous
+from services.worker.device import HostDevice
 from services.worker.engine.kv_pool import KVPool
 from services.worker.shadow.coder import make_coder
 from services.worker.shadow.protect import Protector
@@ -48,7 +49,8 @@ class Rank:
 
     def __init__(self, stores: Stores) -> None:
         self.told: asyncio.Queue[Message] = asyncio.Queue()
-        loop, coder = asyncio.get_running_loop(), make_coder(K, 1, torch.device("cpu"))
+        loop, device = asyncio.get_running_loop(), HostDevice()
+        coder = make_coder(K, 1, device)
         self.pool = KVPool(pages=5, layers=2, page_tokens=4, kv_heads=2, head_dim=8, dtype=torch.float32)
         self.pool.kv.normal_()
         self.inventory = Inventory()
@@ -57,8 +59,8 @@ class Rank:
             loop.call_soon_threadsafe(self.told.put_nowait, message)
 
         self.protector = Protector("g", coder, stores, loop, report)  # type: ignore[arg-type]
-        self.restorer = Restorer("g", coder, stores, loop)  # type: ignore[arg-type]
-        self.shadow = Shadow(self.protector, self.restorer, self.inventory, report)
+        self.restorer = Restorer("g", coder, stores, loop, device)  # type: ignore[arg-type]
+        self.shadow = Shadow(self.protector, self.restorer, self.inventory, report, device)
 
     def enter(self, epoch: int, rank: int, communicator: Communicator) -> None:
         self.inventory.begin(epoch, rank)
