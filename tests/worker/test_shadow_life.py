@@ -66,8 +66,15 @@ class Rank:
         self.inventory.begin(epoch, rank)
         self.shadow.enter(epoch, communicator, self.pool, self.pool.tokens)
 
-    async def next(self) -> Message:
-        return await asyncio.wait_for(self.told.get(), WAIT_S)
+    async def next(self, epoch: int = 1) -> Message:
+        """What it tells next. As for its coordinator, what is of an earlier epoch counts no more: a rank whose epoch is
+        about to end tells that its peers' has."""
+        return await asyncio.wait_for(self._of(epoch), WAIT_S)
+
+    async def _of(self, epoch: int) -> Message:
+        while (told := await self.told.get()).epoch < epoch:  # type: ignore[attr-defined]
+            pass
+        return told
 
 
 class Group:
@@ -97,7 +104,7 @@ class Group:
         """Each rank encodes its share in this epoch, and reports nothing else."""
         for rank in self.ranks:
             rank.shadow.submit(plan(epoch))
-        done = [await rank.next() for rank in self.ranks]
+        done = [await rank.next(epoch) for rank in self.ranks]
         assert all(isinstance(each, ProtectDone) and each.epoch == epoch for each in done), done
         assert {key for each in done if isinstance(each, ProtectDone) for key in each.protected} == set(KEYS)
         assert all(rank.told.empty() for rank in self.ranks)
