@@ -6,16 +6,22 @@ import os
 import pickle
 import signal
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
+import psutil
 from vllm.config import VllmConfig
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 
 from services.vllm import messages, process
 
 log = logging.getLogger("vllm.ghostserve")
+
+LOOK_S = 0.1
+"""How often it is looked whether a process was stopped."""
 
 
 class Member:
@@ -47,15 +53,22 @@ class Member:
 
 
 class Crew:
-    """All worker processes. What they say, and that they are gone, is told on a thread of the crew's."""
+    """All worker processes. What they say, and that they are gone, is told on a thread of the crew's.
+
+    One that stays stopped (SIGSTOP) for `stop_grace_s` is killed, as our supervisor does: the others wait for it in a
+    collective. 0: it may stay.
+    """
 
     def __init__(
         self,
         config: VllmConfig,
         heard: Callable[[Member, messages.Message], None],
         gone: Callable[[Member], None],
+        stop_grace_s: float,
     ):
         self._config = config
+        self._stopped: Counter[Member] = Counter()  # looks in a row: a time would count our own stop against them
+        self._patience = max(1, round(stop_grace_s / LOOK_S)) if stop_grace_s else 0
         self._heard = heard
         self._gone = gone
         # Forked from a process that has imported everything: 2 s instead of 10, and that memory is shared.
@@ -99,16 +112,32 @@ class Crew:
         return [member.process for member in members]
 
     def _listen(self) -> None:
+        timeout = LOOK_S if self._patience else None
+        looked = 0.0
         while True:
             with self._guard:
                 if self._closed:
                     return
                 connections = list(self._members)
-            for ready in multiprocessing.connection.wait([self._changed, *connections]):
+            for ready in multiprocessing.connection.wait([self._changed, *connections], timeout):
                 if ready is self._changed:
                     self._changed.recv_bytes()
                 elif isinstance(ready, Connection):
                     self._hear(ready)
+            if self._patience and time.monotonic() - looked >= LOOK_S:
+                looked = time.monotonic()
+                self._look()
+
+    def _look(self) -> None:
+        """Kill what stays stopped."""
+        for member in list(self._members.values()):
+            if not _is_stopped(member.pid):
+                del self._stopped[member]
+                continue
+            self._stopped[member] += 1
+            if self._stopped[member] == self._patience:
+                log.warning("%s (pid %d) stays stopped: it is killed", member.name, member.pid)
+                member.kill()
 
     def _hear(self, connection: Connection) -> None:
         member = self._members.get(connection)
@@ -122,6 +151,14 @@ class Crew:
             if not closed:
                 connection.close()
                 member.process.join(timeout=1.0)
+                del self._stopped[member]
                 self._gone(member)
             return
         self._heard(member, message)
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False

@@ -74,7 +74,8 @@ class GhostExecutor(MultiprocExecutor):
         self._ranks: list[Member] = []
         self._meeting: ShmRendezvous | None = None
         self._step_epoch = 0
-        self._crew = Crew(self.vllm_config, self._heard, self._gone)
+        stop_grace_s = float(os.environ.get("GHOST_STOP_GRACE_S", "0.5"))
+        self._crew = Crew(self.vllm_config, self._heard, self._gone, stop_grace_s)
         spares = int(os.environ.get("GHOST_SPARES", "1"))
         self._decider = (
             Hosted(self, spares, f"vLLM {vllm.__version__}", float(os.environ.get("GHOST_PATIENCE_S", "120")))
