@@ -65,8 +65,11 @@ class Connection(web.RequestHandler):
         super().data_received(data)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The client sends no more: it has left, or waits for its answer. Over TLS it can't wait."""
-        if self.transport is None or self.transport.get_extra_info("sslcontext") is not None:
+        """The client sends no more: it has left, or waits for its answer. Over TLS, or amid an answer, it can't wait.
+
+        The second is also how a dead worker is noticed, whose channel is such an answer: at once.
+        """
+        if self.transport is None or self.transport.get_extra_info("sslcontext") is not None or self.answering:
             return False
         self._loop.call_later(EOF_S, self._after_eof)
         return True

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from aiohttp import web
 from services.gateway.call import Call
 from services.gateway.cluster import Cluster
 from shared import channel as channels
-from shared import wire
+from shared import port, wire
 from shared.channel import CHANNEL_PATH, Channel, accept, dial
 from shared.config import GatewaySettings
 from shared.errors import PeerLost, ProtocolError, RequestRejected
@@ -40,21 +41,14 @@ async def a_pair() -> AsyncIterator[tuple[Channel, Channel]]:
 
     application = web.Application()
     application.router.add_get(CHANNEL_PATH, serve)
-    runner = web.AppRunner(application)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    url = f"ws://127.0.0.1:{runner.addresses[0][1]}"
-    try:
+    async with port.serving(application, "127.0.0.1", 0, tls=None, scheme="ws") as listening:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(channels, "Goodbye", type("Never", (), {}))  # here it is any answer
-            async with dial(url, None, lambda _: GatewayHello("g"), DEADLINE_S) as (dialled, _):
+            async with dial(listening.url, None, lambda _: GatewayHello("g"), DEADLINE_S) as (dialled, _):
                 try:
                     yield await served, dialled
                 finally:
                     over.set()
-    finally:
-        await runner.cleanup()
 
 
 async def received(channel: Channel) -> list[Message]:
@@ -62,6 +56,14 @@ async def received(channel: Channel) -> list[Message]:
     with contextlib.suppress(ProtocolError):
         return [message async for message in channel]
     return []
+
+
+async def test_the_end_of_whoever_dialled_is_noticed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(port, "EOF_S", 3600.0)  # a client of HTTP may wait for its answer; a killed worker does not
+    async with a_pair() as (server, client):
+        client._socket.get_extra_info("socket").shutdown(socket.SHUT_WR)  # as the kernel does for a process that died
+        async with asyncio.timeout(channels.PING_S / 2):  # long before a ping would tell
+            assert await received(server) == []
 
 
 async def test_a_channel_that_overflows_is_closed_at_both_ends() -> None:
