@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.gateway.stream import Choice, Delta, StopMatcher, merged
-from services.gateway.tokenizer import REPLACEMENT, Detokenizer, Tokenizer
+from services.gateway.tokenizer import REPLACEMENT, Tokenizer
 from shared.errors import ModelError, RequestRejected
 from shared.messages import Tokens
 from shared.types import FinishReason, TokenLogprob, pack_ids
@@ -43,7 +43,7 @@ def byte_fallback_tokenizer() -> Tokenizer:
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int], prompt: list[int] | None = None) -> list[str]:
-    detokenizer = Detokenizer(tokenizer, prompt or [])
+    detokenizer = tokenizer.detokenizer(prompt or [])
     return [*[detokenizer.push(token) for token in ids], detokenizer.flush()]
 
 
