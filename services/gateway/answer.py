@@ -116,6 +116,7 @@ class Answer:
             elif now - self._heard > STALL_DEADLINE_S:
                 raise StreamLost(f"no token for {STALL_DEADLINE_S:.0f} s")
             news = [(index, delta) for index, event in events if (delta := self._delta(index, event)) is not None]
+            self._metrics.generation_tokens.inc(sum(len(delta.tokens) for _, delta in news))
             if news or not events:
                 return news
 
@@ -126,11 +127,9 @@ class Answer:
             metric.observe(self._heard - (self._started if since is None else since))
             self._last[index] = self._heard
         delta = self._choices[index].feed(event)
-        if delta is not None:
-            self._metrics.generation_tokens.inc(len(delta.tokens))
-            if delta.finish_reason is not None:
-                self._open -= 1
-                self._call.abort(index)  # of no effect unless a stop string ended it
+        if delta is not None and delta.finish_reason is not None:
+            self._open -= 1
+            self._call.abort(index)  # of no effect unless a stop string ended it
         return delta
 
     def _usage(self) -> Json:

@@ -7,10 +7,8 @@ what one core does, also on a machine where others take their share of the cores
 
 import argparse
 import asyncio
-import cProfile
 import json
 import os
-import pstats
 import random
 import resource
 import signal
@@ -18,18 +16,19 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
+from rich.console import Console
+from rich.table import Table
 
 from services.coordinator.app import group_config
-from services.gateway.app import run
 from services.gateway.tokenizer import REPLACEMENT, Tokenizer
 from services.worker.engine.model_files import resolve_model
 from shared.channel import CHANNEL_PATH, Channel, accept
-from shared.config import CoordinatorSettings, GatewaySettings
+from shared.config import CoordinatorSettings
 from shared.messages import Abort, Accepted, Message, NextTokens, StatusChanged, Submit, Tokens, Welcome
 from shared.types import TokenLogprob, pack_ids
 from tests.cluster.fake_coordinator import a_status
@@ -39,6 +38,7 @@ AHEAD = 3
 WARM_STEPS, STEPS, PACED_STEPS = 20, 120, 100
 PACE_S = 0.05
 DEADLINE_S = 120.0
+PROFILE_LINES = 60
 KINDS = {
     "completions": ("/v1/completions", {"prompt": "The end"}),
     "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Go on"}]}),
@@ -63,8 +63,8 @@ class Row:
     """Delivered by a second of it."""
     kib: float
     """Memory, a stream."""
-    paced_load: float
-    """CPU time at the pace, of a core."""
+    paced_cpu_us: float
+    """The same at the pace, where a stream's tokens are written one by one, but where the machine holds them up."""
     paced_p50_ms: float
     """From the coordinator's message for all streams to the client of one."""
     paced_p99_ms: float
@@ -207,8 +207,10 @@ async def measured(kind: str, streams: int, profile: bool = False) -> Row:
     runner = web.AppRunner(application)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
-    line = [sys.executable, "-m", "tests.bench.scale_gateway", "--serve", f"ws://127.0.0.1:{runner.addresses[0][1]}",
-            "--core", str(cores[0]), *(["--profile"] if profile else [])]  # fmt: skip
+    line = [sys.executable, *(["-m", "cProfile", "-s", "tottime"] if profile else []), "-m", "services.cli", "gateway",
+            "--coordinator-url", f"ws://127.0.0.1:{runner.addresses[0][1]}", "--port", "0", "--drain-s", "0",
+            "--log-level", "warning"]  # fmt: skip
+    os.sched_setaffinity(0, cores[:1])  # which the child has too
     gateway = await asyncio.create_subprocess_exec(*line, stdout=asyncio.subprocess.PIPE)
     os.sched_setaffinity(0, cores[-1:])
     try:
@@ -221,7 +223,7 @@ async def measured(kind: str, streams: int, profile: bool = False) -> Row:
     finally:
         gateway.send_signal(signal.SIGTERM)
         if profile and gateway.stdout is not None:
-            print((await gateway.stdout.read()).decode())
+            print(b"\n".join((await gateway.stdout.read()).splitlines()[:PROFILE_LINES]).decode())
         await gateway.wait()
         os.sched_setaffinity(0, cores)
         await runner.cleanup()
@@ -254,9 +256,9 @@ async def _row(kind: str, coordinator: Coordinator, process: Process, streams: i
     await steps(STEPS, 0.0)
     cpu, wall = process.cpu() - cpu, time.monotonic() - wall
     clients.late.clear()
-    paced_cpu, paced = process.cpu(), time.monotonic()
+    paced = process.cpu()
     await steps(PACED_STEPS, PACE_S)
-    paced_cpu, paced = process.cpu() - paced_cpu, time.monotonic() - paced
+    paced = process.cpu() - paced
     late = statistics.quantiles(clients.late, n=100)
     for transport in clients.transports:
         transport.abort()
@@ -264,8 +266,8 @@ async def _row(kind: str, coordinator: Coordinator, process: Process, streams: i
         await coordinator.all_gone.wait()
     tokens = STEPS * streams
     return Row(
-        kind, streams, tokens / wall, 1e6 * cpu / tokens, tokens / cpu, memory / streams / 1024, paced_cpu / paced,
-        late[49] * 1e3, late[98] * 1e3,
+        kind, streams, tokens / wall, 1e6 * cpu / tokens, tokens / cpu, memory / streams / 1024,
+        1e6 * paced / PACED_STEPS / streams, late[49] * 1e3, late[98] * 1e3,
     )  # fmt: skip
 
 
@@ -282,19 +284,16 @@ async def _healthy(port: int) -> bool:
     return b" 200 " in status
 
 
-@contextmanager
-def _profiled() -> Iterator[None]:
-    profile = cProfile.Profile()
-    with profile:
-        yield
-    pstats.Stats(profile).sort_stats("tottime").print_stats(45)
-
-
-async def _serve(url: str) -> None:
-    stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    settings = GatewaySettings(port=0, coordinator_url=url, max_connections=4096, drain_s=0)
-    await run(settings, stop, lambda listening: print(listening, flush=True))
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The rows, for a person."""
+    shown = Table(title="A token of the gateway, at full speed and at 20 tokens/s a stream")
+    columns = ("streams", "tokens/s", "CPU us", "tokens a CPU s", "KiB a stream", "paced CPU us", "p50 ms", "p99 ms")
+    shown.add_column("kind")
+    for column in columns:
+        shown.add_column(column, justify="right")
+    for row in rows:
+        shown.add_row(row["kind"], *(f"{figure:,.0f}" for name, figure in row.items() if name != "kind"))
+    return shown
 
 
 def main() -> int:
@@ -303,19 +302,10 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=1000)
     parser.add_argument("--kind", choices=[*KINDS], help="only this one")
     parser.add_argument("--profile", action="store_true", help="also print where the gateway's time goes")
-    parser.add_argument("--serve", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--core", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.serve:
-        os.sched_setaffinity(0, {arguments.core})
-        if arguments.profile:
-            with _profiled():
-                asyncio.run(_serve(arguments.serve))
-        else:
-            asyncio.run(_serve(arguments.serve))
-        return 0
-    for kind in [arguments.kind] if arguments.kind else KINDS:
-        print(asdict(asyncio.run(measured(kind, arguments.streams, arguments.profile))), flush=True)
+    kinds = [arguments.kind] if arguments.kind else [*KINDS]
+    rows = [asdict(asyncio.run(measured(kind, arguments.streams, arguments.profile))) for kind in kinds]
+    Console(width=140).print(table(rows))
     return 0
 
 
