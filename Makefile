@@ -81,7 +81,7 @@ bench-kernels: $(STAMP) ## measure the erasure code beside its peers; writes ben
 gpu-check: ## prove on a CUDA machine what only a GPU can prove, in 10 minutes (docs/gpu.md); PYTHON has torch and CuPy
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tests.gpu
 
-bench-scale: $(STAMP) ## measure what many streams and long contexts cost the coordinator; QUICK=1: no growth curves
+bench-scale: $(STAMP) ## measure what many streams and long contexts cost coordinator and gateway; QUICK=1: no growth curves
 	$(BIN)/python -m tests.bench.scale $(if $(QUICK),--quick)
 
 check: $(STAMP) ## ruff, mypy --strict, and the import directions

@@ -3,22 +3,26 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import closing
 
 from aiohttp import web
+from pydantic_core import to_json
 
 from services.gateway import sse
+from services.gateway.alarm import Alarm
 from services.gateway.call import Call, StreamLost
 from services.gateway.intake import Job
 from services.gateway.metrics import Metrics
 from services.gateway.responses import Json, error_body, reply_to, usage
 from services.gateway.stream import Choice, Delta, merged
+from shared.messages import Tokens
 
 log = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 10.0
 """A stream that has nothing to say says so this often, for proxies that end silent connections."""
+WRITE_BYTES = 64 * 1024
+"""Of events that have come together, written in one go."""
 STALL_DEADLINE_S = 900.0
 """Silence of the coordinator about a request after which it is given up. Longer than any queue or recovery."""
 
@@ -43,6 +47,11 @@ class Answer:
             )
             for index in range(len(job.sequences))
         ]
+        self._open = len(self._choices)  # that are not finished
+        self._heard = time.monotonic()
+        self._last: list[float | None] = [None] * len(self._choices)  # when each choice's last tokens came
+        self._silence = Alarm(KEEP_ALIVE_S, call.rouse)
+        metrics.prompt_tokens.inc(sum(len(prompt.ids) for prompt in job.prompts))
 
     @property
     def outcome(self) -> str:
@@ -53,67 +62,75 @@ class Answer:
     async def collect(self) -> bytes:
         """The whole answer as one JSON body. Raises StreamLost."""
         deltas: dict[int, list[Delta]] = {index: [] for index in range(len(self._choices))}
-        async with aclosing(self._deltas()) as events:
-            async for event in events:
-                if event is not None:
-                    deltas[event[0]].append(event[1])
+        with closing(self._silence):
+            while self._open:
+                for index, delta in await self._news():
+                    deltas[index].append(delta)
         counts = self._usage()
         return await asyncio.to_thread(lambda: self._reply.response([merged(each) for each in deltas.values()], counts))
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         """Send the answer as it comes. A stream that can't be finished ends with an error event and no [DONE].
 
-        Raises ConnectionError when the client is gone, or does not read.
+        Raises ConnectionError when the client is gone.
         """
-        response = web.StreamResponse(headers=sse.HEADERS | {"X-Request-Id": self._job.reply_id})
-        await response.prepare(request)
-        try:
-            for chunk in self._reply.opening():
-                await sse.write(request, response, sse.event(chunk))
-            async with aclosing(self._deltas()) as events:
-                async for event in events:
-                    if event is None:
-                        await sse.write(request, response, b": still working\n\n")
-                    else:
-                        for body in self._reply.chunks(*event):
-                            await sse.write(request, response, sse.event(body))
-            counts = self._usage()
-            if self._job.request.include_usage:
-                await sse.write(request, response, sse.event(self._reply.usage_chunk(counts)))
-            await sse.write(request, response, b"data: [DONE]\n\n")
-        except StreamLost as error:
-            log.warning("the stream ended unfinished: %s", error)
-            self._metrics.errors.labels("stream_lost").inc()
-            body = error_body(str(error), kind="server_error", code="stream_lost")
-            await sse.write(request, response, sse.event(body))
-        await response.write_eof()
-        return response
-
-    async def _deltas(self) -> AsyncGenerator[tuple[int, Delta] | None, None]:
-        """Deltas with the index of their choice, until all are finished; None at each KEEP_ALIVE_S of silence."""
-        heard = time.monotonic()
-        self._metrics.prompt_tokens.inc(sum(len(prompt.ids) for prompt in self._job.prompts))
-        last: dict[int, float] = {}
-        while any(choice.finish_reason is None for choice in self._choices):
+        async with sse.Stream(request, {"X-Request-Id": self._job.reply_id}) as stream:
             try:
-                index, event = await self._call.next(KEEP_ALIVE_S)
-            except TimeoutError:
-                if time.monotonic() - heard > STALL_DEADLINE_S:
-                    raise StreamLost(f"no token for {STALL_DEADLINE_S:.0f} s") from None
-                yield None
-                continue
-            heard = time.monotonic()
-            if event.tokens:
-                since = last.get(index)
-                metric = self._metrics.first_token if since is None else self._metrics.token_gap
-                metric.observe(heard - (self._started if since is None else since))
-                last[index] = heard
-            if (delta := self._choices[index].feed(event)) is None:
-                continue
-            self._metrics.generation_tokens.inc(len(delta.tokens))
-            if delta.finish_reason is not None:
-                self._call.abort(index)  # of no effect unless a stop string ended it
-            yield index, delta
+                await self._send(stream)
+            except StreamLost as error:
+                log.warning("the stream ended unfinished: %s", error)
+                self._metrics.errors.labels("stream_lost").inc()
+                body = error_body(str(error), kind="server_error", code="stream_lost")
+                await stream.write(sse.event(to_json(body)))
+            await stream.response.write_eof()
+        return stream.response
+
+    async def _send(self, stream: sse.Stream) -> None:
+        for chunk in self._reply.opening():
+            await stream.write(sse.event(chunk))
+        with closing(self._silence):
+            while self._open:
+                news = await self._news()
+                data = b""
+                for chunk in (chunk for index, delta in news for chunk in self._reply.chunks(index, delta)):
+                    data += sse.event(chunk)
+                    if len(data) > WRITE_BYTES:
+                        await stream.write(data)
+                        data = b""
+                if data or not news:
+                    await stream.write(data or b": still working\n\n")
+        counts = self._usage()
+        if self._job.request.include_usage:
+            await stream.write(sse.event(self._reply.usage_chunk(counts)))
+        await stream.write(b"data: [DONE]\n\n")
+
+    async def _news(self) -> list[tuple[int, Delta]]:
+        """What has come, with the index of its choice. Empty after KEEP_ALIVE_S of silence."""
+        while True:
+            self._silence.begin()
+            events = await self._call.next()
+            self._silence.end()
+            now = time.monotonic()
+            if events:
+                self._heard = now
+            elif now - self._heard > STALL_DEADLINE_S:
+                raise StreamLost(f"no token for {STALL_DEADLINE_S:.0f} s")
+            news = [(index, delta) for index, event in events if (delta := self._delta(index, event)) is not None]
+            self._metrics.generation_tokens.inc(sum(len(delta.tokens) for _, delta in news))
+            if news or not events:
+                return news
+
+    def _delta(self, index: int, event: Tokens) -> Delta | None:
+        if event.tokens:
+            since = self._last[index]
+            metric = self._metrics.first_token if since is None else self._metrics.token_gap
+            metric.observe(self._heard - (self._started if since is None else since))
+            self._last[index] = self._heard
+        delta = self._choices[index].feed(event)
+        if delta is not None and delta.finish_reason is not None:
+            self._open -= 1
+            self._call.abort(index)  # of no effect unless a stop string ended it
+        return delta
 
     def _usage(self) -> Json:
         counts = usage(self._job, self._choices)

@@ -11,6 +11,9 @@ from shared.messages import Accepted, Failed, Refused
 from shared.messages import Tokens as TokensMessage
 from shared.types import GenerationRequest
 
+MOST_AT_ONCE = 256
+"""Events that are handed out in one go: what is held for a client that does not read is bounded by the buffer."""
+
 
 class Submitter(Protocol):
     """Takes sequences to the coordinator: the gateway's Cluster."""
@@ -48,7 +51,7 @@ class Call:
         self._buffered = 0
         self._buffer_tokens = buffer_tokens
         self._error: GhostError | None = None
-        self._wake = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> Self:
         try:
@@ -78,16 +81,24 @@ class Call:
         if self._error is not None:
             raise self._error
 
-    async def next(self, deadline_s: float) -> tuple[int, TokensMessage]:
-        """The next event and the index of its sequence. Raises StreamLost, or TimeoutError if none comes in time."""
-        async with asyncio.timeout(deadline_s):
-            while not self._events:
-                if self._error is not None:
-                    raise self._error
-                await self._event()
-        index, event = self._events.popleft()
-        self._buffered -= len(event.tokens) // 4
-        return index, event
+    async def next(self) -> list[tuple[int, TokensMessage]]:
+        """Events that have come, MOST_AT_ONCE at most, with the index of their sequence: all that are at hand, so that
+        who is behind catches up. None where `rouse` was called before any came. Raises StreamLost.
+        """
+        if not self._events:
+            if self._error is not None:
+                raise self._error
+            await self._event()
+        taken: list[tuple[int, TokensMessage]] = []
+        while self._events and len(taken) < MOST_AT_ONCE:
+            taken.append(self._events.popleft())
+            self._buffered -= len(taken[-1][1].tokens) // 4
+        return taken
+
+    def rouse(self) -> None:
+        """Whoever waits for an event looks again."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def abort(self, index: int) -> None:
         """The rest of this sequence is not wanted; nothing more of it arrives."""
@@ -118,18 +129,18 @@ class Call:
             case Failed():
                 self._close(request_id, abort=False)
                 self.fail(StreamLost(message.message, status=500))
-        self._wake.set()
+        self.rouse()
 
     def fail(self, error: GhostError) -> None:
         """End all sequences; what has arrived is still handed out, then the first error raised."""
         self._error = self._error or error
         for request_id in list(self._open):
             self._close(request_id, abort=True)
-        self._wake.set()
+        self.rouse()
 
     async def _event(self) -> None:
-        self._wake.clear()
-        await self._wake.wait()
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
 
     def _close(self, request_id: str, *, abort: bool) -> None:
         self._open.discard(request_id)

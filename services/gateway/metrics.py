@@ -1,8 +1,12 @@
 """The gateway's Prometheus metrics; names follow vLLM's, with the prefix ghostserve."""
 
-from collections.abc import Callable
+import itertools
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, generate_latest
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -41,9 +45,35 @@ class Metrics:
         )
         Gauge("ghostserve:serving", "1 while /health answers 200", registry=self._registry).set_function(serving)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...] = _LATENCIES) -> Histogram:
-        return Histogram(f"ghostserve:{name}", text, buckets=buckets, registry=self._registry)
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...] = _LATENCIES) -> "Histogram":
+        made = Histogram(f"ghostserve:{name}", text, buckets)
+        self._registry.register(made)
+        return made
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+class Histogram(Collector):
+    """A histogram that one thread writes: prometheus_client's takes a lock several times, for each token."""
+
+    def __init__(self, name: str, text: str, buckets: Sequence[float]):
+        self._name = name
+        self._text = text
+        self._buckets = buckets
+        self._counts = [0] * (len(buckets) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one value."""
+        self._counts[bisect_left(self._buckets, value)] += 1
+        self._sum += value
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """What the registry asks for."""
+        names = [*(str(float(bucket)) for bucket in self._buckets), "+Inf"]
+        counts = itertools.accumulate(self._counts)
+        yield HistogramMetricFamily(
+            self._name, self._text, buckets=list(zip(names, counts, strict=True)), sum_value=self._sum
+        )

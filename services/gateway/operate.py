@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import to_json
 
 from services.gateway import sse
 from services.gateway.bodies import SMALL_BYTES, Bodies
@@ -64,19 +65,18 @@ class Operate:
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
         """The state now and at each change, at least once a second, as events `status` or `absent`."""
-        response = web.StreamResponse(headers=sse.HEADERS)
-        await response.prepare(request)
-        while not self._cluster.leaving:
-            changed = self._cluster.changed
-            status = self._cluster.status
-            if status is not None:
-                event = sse.event(self._view(status), "status")
-            else:
-                event = sse.event({"detail": self._cluster.absence or "no status"}, "absent")
-            await sse.write(request, response, event)
-            await asyncio.sleep(LEAST_PAUSE_S)
-            await changed.wait()
-        return response
+        async with sse.Stream(request) as stream:
+            while not self._cluster.leaving:
+                changed = self._cluster.changed
+                status = self._cluster.status
+                if status is not None:
+                    event = sse.event(to_json(self._view(status)), "status")
+                else:
+                    event = sse.event(to_json({"detail": self._cluster.absence or "no status"}), "absent")
+                await stream.write(event)
+                await asyncio.sleep(LEAST_PAUSE_S)
+                await changed.wait()
+        return stream.response
 
     async def _fault(self, request: web.Request) -> web.Response:
         asked = await self._parsed(FaultRequest, request)

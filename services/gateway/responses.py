@@ -4,7 +4,6 @@ import codecs
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pydantic_core import to_json
@@ -46,19 +45,19 @@ def usage(job: Job, choices: Sequence[Choice]) -> Json:
 
 
 class Reply(Protocol):
-    """Builds the answer to one request, as chunks of a stream or as one response."""
+    """Builds the answer to one request, as chunks of a stream or as one response, in JSON."""
 
-    def opening(self) -> list[Json]:
+    def opening(self) -> list[bytes]:
         """The chunks that a stream begins with."""
 
-    def chunks(self, index: int, delta: Delta) -> Iterator[Json]:
+    def chunks(self, index: int, delta: Delta) -> Iterator[bytes]:
         """The chunks for a delta of choice `index`; none if it has nothing to tell."""
 
-    def usage_chunk(self, usage: Json) -> Json:
+    def usage_chunk(self, usage: Json) -> bytes:
         """The last chunk of a stream that was asked for its usage."""
 
     def response(self, deltas: Sequence[Delta], usage: Json) -> bytes:
-        """The answer that is not streamed, as JSON, from one merged delta for each choice. Takes long for logprobs."""
+        """The answer that is not streamed, from one merged delta for each choice. Takes long for logprobs."""
 
 
 def reply_to(job: Job) -> Reply:
@@ -66,20 +65,24 @@ def reply_to(job: Job) -> Reply:
     return ChatReply(job) if isinstance(job.request, ChatRequest) else CompletionReply(job)
 
 
-@dataclass(slots=True)
 class _Envelope:
-    """The fields that all bodies of one answer share."""
+    """The fields that all bodies of one answer share. `kind`: what a chunk of it is called."""
 
-    job: Job
-    created: int = field(default_factory=lambda: int(time.time()))
+    def __init__(self, job: Job, kind: str):
+        self._job = job
+        self._asked = job.request
+        self._kind = kind
+        self._created = int(time.time())
+        empty = self.body(kind, []) | ({"usage": None} if self._asked.include_usage else {})
+        self._before, _, self._after = to_json(empty).partition(b'"choices":[')
 
     def body(self, kind: str, choices: list[Json], usage: Json | None = None) -> Json:
         body = {
-            "id": self.job.reply_id,
+            "id": self._job.reply_id,
             "object": kind,
-            "created": self.created,
-            "model": self.job.serving.model,
-            "system_fingerprint": f"fp_{self.job.serving.fingerprint[:12]}",
+            "created": self._created,
+            "model": self._job.serving.model,
+            "system_fingerprint": f"fp_{self._job.serving.fingerprint[:12]}",
             "choices": choices,
         }
         return body if usage is None else body | {"usage": usage}
@@ -89,21 +92,28 @@ class _Envelope:
         body = to_json(self.body(kind, [], usage))
         return body.replace(b'"choices":[]', b'"choices":[' + b",".join(map(to_json, choices)) + b"]", 1)
 
-    def chunk(self, kind: str, choices: list[Json]) -> Json:
-        """A chunk; where usage is asked for, OpenAI sends it as null in every chunk but the last."""
-        body = self.body(kind, choices)
-        return body | {"usage": None} if self.job.request.include_usage else body
+    def chunk(self, choice: Json) -> bytes:
+        """A chunk; where usage is asked for, OpenAI sends it as null in every chunk but the last.
 
-    def extensions(self, delta: Delta) -> Json:
-        """GhostServe's own fields of a choice."""
-        asked = self.job.request
-        return ({"token_ids": list(delta.tokens)} if asked.return_token_ids else {}) | (
-            {"kv_digests": list(delta.kv_digests)} if asked.return_kv_digest and delta.finish_reason else {}
-        )
+        There is one for each token: what they have in common is written once.
+        """
+        return b'%b"choices":[%b%b' % (self._before, to_json(choice), self._after)
+
+    def usage_chunk(self, usage: Json) -> bytes:
+        """The last chunk of a stream that was asked for its usage."""
+        return to_json(self.body(self._kind, [], usage))
+
+    def with_extensions(self, choice: Json, delta: Delta) -> Json:
+        """A choice with GhostServe's own fields."""
+        if self._asked.return_token_ids:
+            choice["token_ids"] = list(delta.tokens)
+        if self._asked.return_kv_digest and delta.finish_reason:
+            choice["kv_digests"] = list(delta.kv_digests)
+        return choice
 
     def is_telling(self, delta: Delta) -> bool:
         """Whether a client would miss the chunk of this delta."""
-        asked = self.job.request.return_token_ids and delta.tokens
+        asked = self._asked.return_token_ids and delta.tokens
         return bool(delta.text or delta.logprobs or delta.prompt_logprobs or delta.finish_reason or asked)
 
 
@@ -111,15 +121,15 @@ class CompletionReply:
     """Answers of /v1/completions."""
 
     def __init__(self, job: Job):
-        self._envelope = _Envelope(job)
+        self._envelope = _Envelope(job, "text_completion")
         self._job = job
         self._logprobs = {index: CompletionLogprobs(job.serving.tokenizer) for index in range(len(job.sequences))}
 
-    def opening(self) -> list[Json]:
+    def opening(self) -> list[bytes]:
         """Nothing: an echo comes with the first tokens, as the prompt's logprobs do."""
         return []
 
-    def chunks(self, index: int, delta: Delta) -> Iterator[Json]:
+    def chunks(self, index: int, delta: Delta) -> Iterator[bytes]:
         """See Reply."""
         if not self._envelope.is_telling(delta) and not (delta.first and self._job.prompt_of(index).text):
             return
@@ -128,13 +138,13 @@ class CompletionReply:
         text = self._job.prompt_of(index).text if delta.first else ""
         for part in parts[:-1]:
             choice = {"index": index, "text": text, "logprobs": self._logprobs[index].add(part), "finish_reason": None}
-            yield self._envelope.chunk("text_completion", [choice])
+            yield self._envelope.chunk(choice)
             text = ""
-        yield self._envelope.chunk("text_completion", [self._choice(index, delta, text, parts[-1] if parts else [])])
+        yield self._envelope.chunk(self._choice(index, delta, text, parts[-1] if parts else []))
 
-    def usage_chunk(self, usage: Json) -> Json:
+    def usage_chunk(self, usage: Json) -> bytes:
         """See Reply."""
-        return self._envelope.body("text_completion", [], usage)
+        return self._envelope.usage_chunk(usage)
 
     def response(self, deltas: Sequence[Delta], usage: Json) -> bytes:
         """See Reply."""
@@ -150,12 +160,13 @@ class CompletionReply:
         logprobs = None
         if self._job.sequences[index].sampling.logprobs is not None:
             logprobs = self._logprobs[index].add([*entries, *zip(delta.tokens, delta.logprobs, strict=False)])
-        return {
+        choice = {
             "index": index,
             "text": prompt + delta.text,
             "logprobs": logprobs,
             "finish_reason": delta.finish_reason,
-        } | self._envelope.extensions(delta)
+        }
+        return self._envelope.with_extensions(choice, delta)
 
     def _prompt_logprobs(self, index: int, delta: Delta) -> list[list["Entry"]]:
         """The prompt's tokens, PROMPT_LOGPROBS at a time."""
@@ -200,28 +211,26 @@ class ChatReply:
     """Answers of /v1/chat/completions."""
 
     def __init__(self, job: Job):
-        self._envelope = _Envelope(job)
+        self._envelope = _Envelope(job, "chat.completion.chunk")
         self._job = job
 
-    def opening(self) -> list[Json]:
+    def opening(self) -> list[bytes]:
         """One chunk for each choice, with the role."""
         delta = {"role": "assistant", "content": ""}
         return [
-            self._envelope.chunk(
-                "chat.completion.chunk", [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
-            )
+            self._envelope.chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
             for index in range(len(self._job.sequences))
         ]
 
-    def chunks(self, index: int, delta: Delta) -> Iterator[Json]:
+    def chunks(self, index: int, delta: Delta) -> Iterator[bytes]:
         """See Reply."""
         if self._envelope.is_telling(delta):
             content = {"content": delta.text} if delta.text or not delta.finish_reason else {}
-            yield self._envelope.chunk("chat.completion.chunk", [self._choice(index, delta, "delta", content)])
+            yield self._envelope.chunk(self._choice(index, delta, "delta", content))
 
-    def usage_chunk(self, usage: Json) -> Json:
+    def usage_chunk(self, usage: Json) -> bytes:
         """See Reply."""
-        return self._envelope.body("chat.completion.chunk", [], usage)
+        return self._envelope.usage_chunk(usage)
 
     def response(self, deltas: Sequence[Delta], usage: Json) -> bytes:
         """See Reply."""
@@ -232,12 +241,13 @@ class ChatReply:
         return self._envelope.whole("chat.completion", choices, usage)
 
     def _choice(self, index: int, delta: Delta, part: str, content: Json) -> Json:
-        return {
+        choice = {
             "index": index,
             part: content,
             "logprobs": self._logprobs(delta),
             "finish_reason": delta.finish_reason,
-        } | self._envelope.extensions(delta)
+        }
+        return self._envelope.with_extensions(choice, delta)
 
     def _logprobs(self, delta: Delta) -> Json | None:
         if not delta.logprobs:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from services.gateway.tokenizer import Decoder, Detokenizer
+from services.gateway.tokenizer import Tokenizer
 from shared.messages import Tokens
 from shared.types import FinishReason, TokenLogprob, unpack_ids
 
@@ -22,6 +22,8 @@ class StopMatcher:
 
     def feed(self, text: str) -> tuple[str, bool]:
         """The text that may be sent, and whether a stop string was found (then nothing follows)."""
+        if not self._stops:
+            return text, False
         text = self._held + text
         found = [(place, len(stop)) for stop in self._stops if (place := text.find(stop)) >= 0]
         if found:
@@ -67,14 +69,14 @@ class Choice:
 
     def __init__(
         self,
-        decoder: Decoder,
+        tokenizer: Tokenizer,
         prompt: Sequence[int],
         stops: Sequence[str],
         *,
         keep_stop: bool = False,
         special: bool = False,
     ):
-        self._detokenizer = Detokenizer(decoder, prompt, special=special)
+        self._detokenizer = tokenizer.detokenizer(prompt, special=special)
         self._matcher = StopMatcher(stops, keep=keep_stop)
         self._prompt_logprobs: tuple[TokenLogprob, ...] = ()
         self._begun = False

@@ -8,6 +8,7 @@ import inspect
 import json
 import logging
 import re
+from codecs import utf_8_decode
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,8 @@ _RESET_TOKENS = 64
 _SLICE_CHARACTERS = 16 * 1024
 _LONG_TOKEN = 8
 """Characters a token, beyond which a text is counted in slices first: no usual text has tokens that long."""
+_LONGEST_BEGUN = 3
+"""Bytes of a character that is not complete."""
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -44,6 +47,7 @@ class Tokenizer:
         self.special_ids: dict[str, int] = {str(each): int(token) for token, each in added if each.special}
         """The tokens that have no text, by their names."""
         self._bytes: dict[int, bytes] = {}
+        self._texts: tuple[dict[int, bytes], dict[int, bytes]] = {}, {}
 
     @classmethod
     def load(cls, source: str) -> "Tokenizer":
@@ -95,6 +99,12 @@ class Tokenizer:
         # the characters before them
         return (text[:-1] if self._is_byte_level else self.decode(ids[:-begun], special=special)), True
 
+    def detokenizer(self, prompt: Sequence[int] = (), *, special: bool = False) -> "Detokenizer":
+        """What tells the text of an answer to this prompt, token by token. `special`: special tokens have a text."""
+        if self._is_bytes:
+            return ByteDetokenizer(self, prompt, special=special)
+        return WindowDetokenizer(self, prompt, special=special)
+
     @cached_property
     def template_arguments(self) -> frozenset[str]:
         """Names that a template's own arguments can't have."""
@@ -141,22 +151,47 @@ class Tokenizer:
             found = self._bytes[token] = self._find_bytes(token)
         return found
 
+    def text_bytes(self, token: int, *, special: bool) -> bytes:
+        """What a token adds to a text that is but its tokens' bytes; special tokens only where `special` is set."""
+        texts = self._texts[special]
+        found = texts.get(token)
+        if found is None:
+            found = texts[token] = self._find_text_bytes(token, special)
+        return found
+
+    def _find_text_bytes(self, token: int, special: bool) -> bytes:
+        if token not in self._added:
+            return self.token_bytes(token)
+        if not special and self._added[token] in self.special_ids:
+            return b""
+        return _from_alphabet(self._added[token]) or self.token_bytes(token)
+
     def _find_bytes(self, token: int) -> bytes:
         if token in self._added:
             return self._added[token].encode()
         piece: str | None = self._core.id_to_token(token)
         if piece is None:
             return b""
-        if self._is_byte_level and all(char in _BYTE_OF for char in piece):
-            return bytes(_BYTE_OF[char] for char in piece)
+        if self._is_byte_level and (data := _from_alphabet(piece)):
+            return data
         if match := _BYTE_PIECE.fullmatch(piece):
             return bytes([int(match[1], 16)])
         return piece.replace("▁", " ").encode()
 
     @cached_property
-    def _is_byte_level(self) -> bool:
+    def _decoders(self) -> list[str]:
+        """What makes a text of tokens, one after the other."""
         decoder = json.loads(self._core.to_str()).get("decoder") or {}
-        return "ByteLevel" in {part.get("type") for part in [decoder, *decoder.get("decoders", [])]}
+        return [part.get("type", "") for part in decoder.get("decoders", [decoder])]
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        return "ByteLevel" in self._decoders
+
+    @cached_property
+    def _is_bytes(self) -> bool:
+        """Whether a text is its tokens' bytes and nothing else."""
+        return self._decoders == ["ByteLevel"]
 
 
 def _first_line(error: Exception) -> str:
@@ -173,6 +208,11 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_OF = _byte_alphabet()
 
 
+def _from_alphabet(piece: str) -> bytes:
+    """The bytes that a piece stands for; none if it is not written in the alphabet."""
+    return bytes(_BYTE_OF[char] for char in piece) if all(char in _BYTE_OF for char in piece) else b""
+
+
 def _begun(data: bytes) -> int:
     """How many bytes at the end are the beginning of a character that is not complete."""
     for back, byte in enumerate(reversed(data[-3:]), start=1):
@@ -182,33 +222,63 @@ def _begun(data: bytes) -> int:
     return 0
 
 
-class Decoder(Protocol):
-    """What a Detokenizer needs of a Tokenizer."""
-
-    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
-        """See Tokenizer."""
-
-    def certain(self, ids: Sequence[int], *, special: bool = False) -> tuple[str, bool]:
-        """See Tokenizer."""
-
-    def token_bytes(self, token: int) -> bytes:
-        """See Tokenizer."""
-
-
-class Detokenizer:
+class Detokenizer(Protocol):
     """Text of a growing list of tokens, piece by piece; never half a character.
 
-    Pieces joined equal the text of all tokens decoded at once. Tokens are decoded in a short window that begins where
-    the text was last known to be whole (as text-generation-inference and vLLM do), so each costs the same however
-    long the answer is. `prompt`: what comes before, for tokenizers that treat a text's beginning specially; a character
-    that begins in it is told with the token that completes it. `special`: special tokens have a text.
+    Pieces joined equal the text of all tokens decoded at once. A token costs the same however long the answer is.
+    A character that begins in the prompt is told with the token that completes it.
     """
 
-    def __init__(self, decoder: Decoder, prompt: Sequence[int] = (), *, special: bool = False):
-        self._decoder = decoder
+    def push(self, token: int) -> str:
+        """The text that is certain after one more token; empty while a character is incomplete."""
+
+    def flush(self) -> str:
+        """What is left at the end: an incomplete character as U+FFFD."""
+
+
+class ByteDetokenizer:
+    """A Detokenizer where a text is its tokens' bytes: holds those of a character that is not complete."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), *, special: bool = False):
+        self._tokenizer = tokenizer
+        self._special = special
+        self._begun = b""
+        before = b"".join(tokenizer.text_bytes(token, special=special) for token in prompt[-_CONTEXT_TOKENS:])
+        self._decode(before[-_LONGEST_BEGUN:])
+
+    def _decode(self, data: bytes) -> str:
+        data = self._begun + data
+        text, used = utf_8_decode(data, "replace", False)
+        self._begun = data[used:]
+        return text
+
+    def push(self, token: int) -> str:
+        """See Detokenizer."""
+        return self._decode(self._tokenizer.text_bytes(token, special=self._special))
+
+    def flush(self) -> str:
+        """See Detokenizer."""
+        begun, self._begun = self._begun, b""
+        return begun.decode(errors="replace")
+
+
+class WindowDetokenizer:
+    """A Detokenizer for any tokenizer.
+
+    Tokens are decoded in a short window that begins where the text was last known to be whole (as
+    text-generation-inference and vLLM do). `prompt`: what comes before, for tokenizers that treat a text's beginning
+    specially.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), *, special: bool = False):
+        self._tokenizer = tokenizer
         self._special = special
         start = max(0, len(prompt) - _CONTEXT_TOKENS)
-        while start and decoder.token_bytes(prompt[start])[:1] and decoder.token_bytes(prompt[start])[0] & 0xC0 == 0x80:
+        while (
+            start
+            and tokenizer.token_bytes(prompt[start])[:1]
+            and tokenizer.token_bytes(prompt[start])[0] & 0xC0 == 0x80
+        ):
             start -= 1  # not within a character
         self._restart(list(prompt[start:]))
 
@@ -218,10 +288,10 @@ class Detokenizer:
         self._sent = len(self._certain()[0])  # characters of the window's text that are sent
 
     def _certain(self) -> tuple[str, bool]:
-        return self._decoder.certain(self._window, special=self._special) if self._window else ("", False)
+        return self._tokenizer.certain(self._window, special=self._special) if self._window else ("", False)
 
     def push(self, token: int) -> str:
-        """The text that is certain after one more token; empty while a character is incomplete."""
+        """See Detokenizer."""
         self._window.append(token)
         text, begun = self._certain()
         new = text[self._sent :]
@@ -232,7 +302,7 @@ class Detokenizer:
         return new
 
     def flush(self) -> str:
-        """What is left at the end: an incomplete character as U+FFFD."""
-        text = self._decoder.decode(self._window, special=self._special)
+        """See Detokenizer."""
+        text = self._tokenizer.decode(self._window, special=self._special)
         new, self._sent = text[self._sent :], len(text)
         return new

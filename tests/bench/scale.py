@@ -1,10 +1,12 @@
-"""What a thousand streams and a million tokens cost the coordinator: `python -m tests.bench.scale [--quick]`.
+"""What a thousand streams and a million tokens cost the coordinator and a gateway: `python -m tests.bench.scale
+[--quick]`.
 
-Simulated ranks, and only the core's CPU time: no model, no network. Writes bench/results/scale.json; the exit code is
-1 where a limit is missed. `make bench-scale`.
+The coordinator's core among simulated ranks, by its CPU time: no model, no network. The gateway is a real process
+(`scale_gateway`). Writes bench/results/scale.json; the exit code is 1 where a limit is missed. `make bench-scale`.
 """
 
 import argparse
+import asyncio
 import gc
 import json
 import random
@@ -14,12 +16,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from tests.bench import scale_gateway
 from tests.bench.goals import Goal, table
 from tests.bench.machine import machine
 from tests.bench.scaled import PAGE_TOKENS, Scaled, prompt
@@ -123,8 +127,13 @@ def only(what: str) -> Any:
     measure: dict[str, Callable[..., Any]] = {
         "steps": lambda streams, context, cached: asdict(measured(streams, context, cached=cached)),
         "long": long_one,
+        **{kind: partial(_gateway, kind) for kind in scale_gateway.KINDS},
     }
     return measure[kind](*map(int, numbers))
+
+
+def _gateway(kind: str, streams: int) -> dict[str, Any]:
+    return asdict(asyncio.run(scale_gateway.measured(kind, streams)))
 
 
 def goals(found: dict[str, Any]) -> list[Goal]:
@@ -144,6 +153,11 @@ def goals(found: dict[str, Any]) -> list[Goal]:
              10.0, False),
         Goal(f"memory with {pages} pages held, bytes a token of context", per_token, 100.0, False),
         Goal("memory, bytes a cached page", per_page, 250.0, False),
+        *(
+            Goal(f"gateway, 1,000 streams of {row['kind']}: tokens by a second of its core", row["tokens_cpu_s"],
+                 20_000.0, True)
+            for row in found["gateway"][:2]
+        ),
     ]  # fmt: skip
 
 
@@ -177,6 +191,8 @@ def main() -> int:
     for name, what in wanted.items():
         found[name] = apart(what)
         console.print(name, found[name])
+    found["gateway"] = [apart(f"{kind},1000") for kind in scale_gateway.KINDS]
+    console.print(scale_gateway.table(found["gateway"]))
     if not arguments.quick:
         curves = ["steps,100,1600,0", "steps,300,1600,0", "steps,1000,400,0", "steps,1000,1600,100000"]
         found["growth"] = [found["few_pages"], found["many_pages"], found["plain"], *map(apart, curves)]

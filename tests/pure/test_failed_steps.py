@@ -13,17 +13,12 @@ class Steps:
 
     def __init__(self, tries: int = 2) -> None:
         self.failed_steps = FailedSteps(tries)
-        self._step = 0
 
     def fails(self, *requests: str, on: Collection[str] = ALL) -> Verdict:
-        self._step += 1
-        self.failed_steps.sent(self._step, requests)
-        return self.failed_steps.failed(on, ranks=RANKS)
+        return self.failed_steps.failed(requests, on, ranks=RANKS)
 
     def comes_back(self, *requests: str) -> None:
-        self._step += 1
-        self.failed_steps.sent(self._step, requests)
-        self.failed_steps.came_back(self._step)
+        self.failed_steps.came_back(requests)
 
 
 def test_a_step_is_tried_again_before_anybody_runs_apart() -> None:
@@ -48,13 +43,6 @@ def test_a_suspect_that_can_not_run_yet_holds_up_no_other() -> None:
     steps = Steps(1)
     steps.fails("a", "b")
     assert steps.failed_steps.next(["a", "b"], ["b"]) == "b"
-
-
-def test_steps_that_are_lost_with_a_process_are_counted_against_nobody() -> None:
-    steps = Steps(1)
-    steps.failed_steps.sent(100, ["a"])
-    steps.failed_steps.dropped()
-    assert not steps.failed_steps.doubted()
 
 
 def test_a_worker_that_alone_fails_is_replaced_before_a_request_is_blamed_for_it() -> None:

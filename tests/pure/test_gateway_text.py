@@ -1,5 +1,6 @@
 """Detokenising and stop strings: what a client sees does not depend on how the text was cut into tokens."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -7,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.gateway.stream import Choice, Delta, StopMatcher, merged
-from services.gateway.tokenizer import REPLACEMENT, Detokenizer, Tokenizer
+from services.gateway.tokenizer import REPLACEMENT, ByteDetokenizer, Tokenizer, WindowDetokenizer
 from shared.errors import ModelError, RequestRejected
 from shared.messages import Tokens
 from shared.types import FinishReason, TokenLogprob, pack_ids
-from tests.tiny_tokenizer import make_tokenizer_dir
+from tests.tiny_tokenizer import SPECIAL, make_tokenizer_dir
 
 TEXTS = [
     "the end of the stream",
@@ -43,8 +44,53 @@ def byte_fallback_tokenizer() -> Tokenizer:
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int], prompt: list[int] | None = None) -> list[str]:
-    detokenizer = Detokenizer(tokenizer, prompt or [])
+    detokenizer = tokenizer.detokenizer(prompt or [])
     return [*[detokenizer.push(token) for token in ids], detokenizer.flush()]
+
+
+@given(ids=st.lists(st.integers(len(SPECIAL), 399), max_size=60), cut=st.integers(0, 60), special=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_a_text_told_by_bytes_is_the_one_told_by_decoding(
+    tokenizer: Tokenizer, ids: list[int], cut: int, special: bool
+) -> None:
+    told = ByteDetokenizer(tokenizer, ids[:cut], special=special)
+    before = tokenizer.decode(ids[:cut], special=special)
+    after = "".join([*map(told.push, ids[cut:]), told.flush()])
+    text = tokenizer.decode(ids, special=special)
+    assert text.endswith(after)
+    begun = len(before) - len(before.rstrip(REPLACEMENT))  # at most: bytes that the answer may complete
+    assert len(before) - begun <= len(text) - len(after) <= len(before)
+
+
+class Counting(Tokenizer):
+    """A tokenizer that counts what it is asked for."""
+
+    asked = 0
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        self.asked += len(ids)
+        return super().decode(ids, special=special)
+
+    def text_bytes(self, token: int, *, special: bool) -> bytes:
+        self.asked += 1
+        return super().text_bytes(token, special=special)
+
+
+def test_a_token_costs_the_same_however_long_the_answer_is(tokenizer: Tokenizer) -> None:
+    byte_fallback = byte_fallback_tokenizer()
+    emoji = [6 + byte for byte in "🙂".encode()]
+    for of, ids in (
+        (tokenizer, tokenizer.encode(TEXTS[0], special=False) * 600),
+        (byte_fallback, [2, 3, *emoji] * 500),
+    ):
+        counting = Counting(of._tokenizer)
+        detokenizer, counts = counting.detokenizer(), []
+        for start in range(0, 3000, 1000):
+            counting.asked = 0
+            for token in ids[start : start + 1000]:
+                detokenizer.push(token)
+            counts.append(counting.asked)
+        assert max(counts) <= 1.1 * min(counts)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -53,6 +99,8 @@ def test_pieces_join_to_the_text_and_never_hold_half_a_character(tokenizer: Toke
     assert "".join(seen) == text
     assert not any(REPLACEMENT in piece for piece in seen)
     assert seen[-1] == ""
+    window = WindowDetokenizer(tokenizer)
+    assert [*map(window.push, tokenizer.encode(text, special=False)), window.flush()] == seen
 
 
 @given(ids=st.lists(st.integers(0, 399), max_size=200))

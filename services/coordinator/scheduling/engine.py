@@ -84,7 +84,6 @@ class EmbeddedEngine(Host):
         batch = self._plan(RESTORING_STEP_TOKENS if self._membership.state == "restoring" else None)
         if batch.sequences:
             self._step += 1
-            self._failed_steps.sent(self._step, [each.params.request_id for each in self.scheduler.in_step])
             if self.traces.on:
                 self.traces.planned(self.scheduler.in_step)
             self._step_started = self._outbox.now
@@ -102,11 +101,14 @@ class EmbeddedEngine(Host):
                 return self.scheduler.plan_alone(able[suspect], limit)
         return self.scheduler.plan(limit)
 
+    def _in_step(self) -> list[str]:
+        return [each.params.request_id for each in self.scheduler.in_step]
+
     def step_failed(self, step: int, workers: Collection[str], reason: str) -> Blame:
         """See `Host`. Who raised an error in a step that another rank has finished, alike in all, is broken itself."""
         if step != self._step or not self.scheduler.busy:
             return Blame(tuple(workers))
-        verdict = self._failed_steps.failed(workers, ranks=self._ranks)
+        verdict = self._failed_steps.failed(self._in_step(), workers, ranks=self._ranks)
         self.scheduler.rollback()
         if verdict.request:
             log.error("it failed %d times, at last alone, and ends: %s", verdict.times, reason,
@@ -122,7 +124,7 @@ class EmbeddedEngine(Host):
         self._metrics.step_done(done)
         if not self.scheduler.busy:
             return
-        self._failed_steps.came_back(self._step)
+        self._failed_steps.came_back(self._in_step() if self._failed_steps.doubted() else ())
         self.protection.rates.saw_prefill(self._step_tokens, done.seconds)
         drawn = dict(zip(id_array(done.sequences), id_array(done.drawn), strict=True))
         self.requests.deliver(self.scheduler.complete(drawn, done.samples))
@@ -219,7 +221,6 @@ class EmbeddedEngine(Host):
 
     def quiesce(self) -> None:
         """See `Host`."""
-        self._failed_steps.dropped()
         self.scheduler.rollback()
         self.requests.interrupted()
 

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 
 from shared.suspects import Suspects
 
+_STEP = 0
+"""Of several in flight, Suspects would have to know which; here there is one at a time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -36,30 +39,22 @@ class FailedSteps:
     def __init__(self, tries: int):
         self._suspects = Suspects(tries)
         self._doubts: dict[str, _Doubts] = {}
-        self._flying: tuple[str, ...] = ()
         self._ran = 0
 
-    def sent(self, step: int, requests: Collection[str]) -> None:
-        """A step is in flight."""
-        self._suspects.sent(step, requests)
-        self._flying = tuple(requests)
-
-    def came_back(self, step: int) -> None:
-        """It is done: its requests are innocent."""
-        self._suspects.came_back(step)
+    def came_back(self, requests: Collection[str]) -> None:
+        """A step is done. While any request is in doubt, its `requests` are to be told: they are innocent."""
         self._ran += 1
-        for request in self._flying if self._doubts else ():
+        self._suspects.sent(_STEP, requests)
+        self._suspects.came_back(_STEP)
+        for request in requests:
             self._doubts.pop(request, None)
 
-    def dropped(self) -> None:
-        """The step in flight is lost with its epoch, and it is known why."""
-        self._suspects.dropped()
-
-    def failed(self, workers: Collection[str], *, ranks: int) -> Verdict:
-        """The step in flight raised errors on these workers, of so many ranks."""
-        for request in self._flying:
+    def failed(self, requests: Collection[str], workers: Collection[str], *, ranks: int) -> Verdict:
+        """A step of these requests raised errors on these workers, of so many ranks."""
+        for request in requests:
             doubts = self._doubts.setdefault(request, _Doubts(self._ran))
             doubts.raised_by.update(workers)
+        self._suspects.sent(_STEP, requests)
         blamed = self._suspects.lost()
         if blamed is None:
             return Verdict()
