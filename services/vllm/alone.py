@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any, Literal, Protocol
 
 from services.vllm.link import Loss
-from services.vllm.messages import Draws, Placed
+from services.vllm.messages import Placed
 
 log = logging.getLogger("vllm.ghostserve")
 
@@ -66,7 +66,6 @@ class Alone:
         self._ready: list[Member] = []
         self._starting: dict[Member, int | None] = {}
         self._placed: dict[int, Placed] = {}
-        self._draws: Draws = {}
         """Generators' states before the steps that were lost."""
         self._stepping_since = float("inf")
         self._attempts = 0
@@ -154,8 +153,6 @@ class Alone:
             self._engine.fail(f"{self._stillborn} workers in a row died before they were ready")
 
     def _took(self, placed: Placed) -> None:
-        if len(placed.draws) > 1 and not self._draws:
-            self._draws = placed.draws  # it is not told again, should this epoch not come about
         if placed.epoch != self._epoch:
             return
         if placed.error:
@@ -190,9 +187,8 @@ class Alone:
             self._engine.place(self._epoch, members)
         elif self._phase == "placing" and len(self._placed) == self._engine.size:
             self._phase, self._attempts, self._stepping_since = "stepping", 0, time.monotonic()
-            draws, self._draws = self._draws, {}
             log.warning("epoch %d: stepping after %.3f s", self._epoch, time.monotonic() - self._since)
-            self._engine.resume(Loss(self._epoch, False, (), (), draws))
+            self._engine.resume(Loss(self._epoch, False, (), ()))
 
     def _fill(self) -> None:
         """Give missing ranks to those who are ready; start others for what is missing, later as spares."""

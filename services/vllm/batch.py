@@ -8,11 +8,6 @@ from typing import Any
 import torch
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
-from services.vllm.messages import Draws
-
-KEPT_STEPS = 4
-"""Steps whose beginnings are kept: more than can be in flight."""
-
 
 @dataclass(frozen=True, slots=True)
 class Known:
@@ -67,16 +62,6 @@ def no_draws_for_partial_prompts(runner: Any) -> Iterator[None]:
 
 
 def draws(runner: Any) -> dict[str, bytes]:
-    """The states of the seeded requests' generators."""
-    return {
-        request_id: state.generator.get_state().numpy().tobytes()
-        for request_id, state in runner.requests.items()
-        if state.generator is not None
-    }
-
-
-def keep_draws(runner: Any, kept: Draws, step: int) -> None:
-    """Keep the generators' states as they are before `step`, for the last few steps."""
-    kept[step] = draws(runner)
-    for old in [each for each in kept if each <= step - KEPT_STEPS]:
-        del kept[old]
+    """The states of the generators of those requests in the batch that have a seed."""
+    batch = runner.input_batch
+    return {batch.req_ids[row]: each.get_state().numpy().tobytes() for row, each in batch.generators.items()}

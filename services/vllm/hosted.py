@@ -225,12 +225,11 @@ class Hosted(Alone):
             self._later(LOST_S, lambda: self._told_failed(placed.error))
 
     def _resume(self, message: Resume) -> None:
-        draws, self._draws = self._draws, {}
         self._phase, self._attempts, self._doubtful = "stepping", 0, False
         self._stepping_since = time.monotonic()
         log.info("epoch %d: stepping after %.3f s", message.epoch, time.monotonic() - self._since)
         gone, withheld = unpack_ids(message.gone), unpack_ids(message.withheld)
-        self._engine.resume(Loss(self._epoch, True, gone, withheld, draws, message.epoch))
+        self._engine.resume(Loss(self._epoch, True, gone, withheld, message.epoch))
 
     # -- always ------------------------------------------------------------------------------------------------------
 
@@ -239,7 +238,7 @@ class Hosted(Alone):
             super()._go_on()
             return
         self._start_missing()
-        # A rank tells the coordinator that it has joined, and the engine what it knew: on two ways.
+        # A rank tells the coordinator and the engine that it has joined: on two ways.
         if self._phase == "placing" and self._asked is not None and len(self._placed) == self._engine.size:
             self._resume(self._asked)
         now = time.monotonic()

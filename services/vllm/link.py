@@ -5,7 +5,6 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.vllm.messages import Draws
 from shared.messages import EngineLoad, EngineRun, Message
 from shared.types import PageKey
 
@@ -21,7 +20,6 @@ class Loss:
     """Blocks that won't come back."""
     withheld: Collection[int]
     """Blocks that may yet come back: nobody gets them meanwhile."""
-    draws: Draws
     hosted_epoch: int = 0
     """The coordinator's, where one decides."""
 

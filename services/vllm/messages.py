@@ -71,17 +71,12 @@ class Built:
     resident_bytes: int
 
 
-Draws = dict[int, dict[str, bytes]]
-"""Step -> the states of seeded requests' generators before that step; under step -1 as they are now."""
-
-
 @dataclass(frozen=True, slots=True)
 class Placed:
     """Worker to engine core: it is connected as that rank; or could not be, for `error`."""
 
     epoch: int
     rank: int
-    draws: Draws
     seconds: float
     error: str = ""
 

@@ -101,7 +101,6 @@ class Process:
 
     def _place(self, message: Place) -> Placed:
         began = time.monotonic()
-        draws: messages.Draws = {}
         error = ""
         try:
             self._steps.taking = message.hosted_epoch
@@ -113,11 +112,11 @@ class Process:
             worker = self._built[message.rank].worker
             size = worker.parallel_config.tensor_parallel_size
             self._channel = create("shm", message.address, message.rank, size, timeout=message.timeout_s)
-            draws = worker.rejoin(message.epoch, self._channel)
+            worker.rejoin(message.epoch, self._channel)
             self._steps.place(message.rank, message.hosted_epoch, self._channel)
         except GhostError as failure:
             error = f"{type(failure).__name__}: {failure}"
-        return Placed(message.epoch, message.rank, draws, time.monotonic() - began, error)
+        return Placed(message.epoch, message.rank, time.monotonic() - began, error)
 
     def _take(self, rank: int) -> None:
         if rank != self._rank:

@@ -36,10 +36,10 @@ class _Resuming(Scheduler):
         self._link = link_of(vllm_config.instance_id)
         self._epoch = self._link.wait_open()
         self._step = 0
-        self._processed = 0
         self._unknown: set[str] = set()
         """Requests that no worker knows any more, though it was told of them once."""
         self._draws: dict[str, bytes] = {}
+        """Request with a seed -> its generator's state after the last token that counts."""
         self._prompt_tokens = self._generated_tokens = 0
         self._guard = threading.RLock()
         """Held while requests or blocks change hands: the coordinator's word comes on another thread."""
@@ -97,15 +97,17 @@ class _Resuming(Scheduler):
         step, epoch, ends = scheduler_output.ghost_step, scheduler_output.ghost_epoch, scheduler_output.ghost_ends
         with self._guard:
             if not lost and epoch == self._epoch:  # else its tokens were taken back
-                self._processed = step
                 self._suspects.came_back(step)
                 self._count(scheduler_output.total_num_scheduled_tokens, model_runner_output)
+                self._draws |= getattr(model_runner_output, "ghost_draws", {})
             if lost or epoch != self._link.epoch:  # its KV may be lost by now, though its tokens count
                 ends = {}
             else:
                 self._books.came_back(step, ends)
             outputs = super().update_from_output(scheduler_output, model_runner_output)
             self._books.processed(ends)
+            if self._draws:
+                self._draws = {each: state for each, state in self._draws.items() if each in self.requests}
             return outputs
 
     def add_request(self, request: Any) -> None:
@@ -203,8 +205,6 @@ class _Resuming(Scheduler):
         self._unknown = {
             request.request_id for request in self.requests.values() if request.status == RequestStatus.PREEMPTED
         }
-        first_lost = min((step for step in loss.draws if step > self._processed), default=-1)
-        self._draws = {**self._draws, **loss.draws.get(first_lost, {})}
 
     def _make_known(self, output: SchedulerOutput) -> list[Known]:
         """What workers need of requests that this step resumes and that they have forgotten."""
@@ -217,7 +217,7 @@ class _Resuming(Scheduler):
                 self._unknown.discard(request_id)
                 request = self.requests[request_id]
                 data = NewRequestData.from_request(request, blocks, uses_mrope=self.model_uses_mrope)
-                known.append(Known(data, list(request.output_token_ids), self._draws.pop(request_id, b"")))
+                known.append(Known(data, list(request.output_token_ids), self._draws.get(request_id, b"")))
         self._unknown &= self.requests.keys()
         return known
 

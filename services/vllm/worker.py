@@ -1,5 +1,6 @@
 """vLLM's CPU worker as a rank whose peers come and go. Named to vLLM by --worker-cls."""
 
+import copy
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from vllm.v1.worker.worker_base import CompilationTimes
 
 from services.vllm import batch, warm
 from services.vllm.groups import Groups
-from services.vllm.messages import Draws
 from services.vllm.pages import BlockPages, pages_of
 from services.worker.communicator.base import Communicator
 
@@ -30,24 +30,28 @@ class GhostCpuWorker(CPUWorker):
         set_random_seed(self.model_config.seed)
         assert current_platform.is_cpu()
         self.model_runner = CPUModelRunner(self.vllm_config, self.device)
-        self._draws: Draws = {}
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """As vLLM's, after the requests are made known that were scheduled before this rank's batch was wiped."""
         batch.make_known(self.model_runner, getattr(scheduler_output, "ghost_known", ()))
-        batch.keep_draws(self.model_runner, self._draws, getattr(scheduler_output, "ghost_step", 0))
         return super().execute_model(scheduler_output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """As vLLM's, which fails on a CPU where a request with a seed is prefilled in pieces."""
+        """As vLLM's, which fails on a CPU where a request with a seed is prefilled in pieces.
+
+        The output tells the generators' states too: the scheduler keeps them with the tokens that they belong to.
+        """
         with batch.no_draws_for_partial_prompts(self.model_runner):
-            return super().sample_tokens(grammar_output)
+            output = super().sample_tokens(grammar_output)
+        if draws := batch.draws(self.model_runner):
+            output = copy.copy(output)  # it may be vLLM's own constant
+            output.ghost_draws = draws
+        return output
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """As CPUWorker's, after a few steps; the KV is zeros again, and takes no memory until it is written."""
         warm.run_steps(self)
         batch.wipe(self.model_runner)
-        self._draws = {}  # who has computed nothing yet must not pass for one who knows the last steps
         for cache in self.model_runner.kv_caches:
             warm.give_back(cache)
         return super().compile_or_warm_up_model()
@@ -57,11 +61,8 @@ class GhostCpuWorker(CPUWorker):
         runner = self.model_runner
         return pages_of(runner.kv_caches[0], runner.kv_cache_config.kv_cache_tensors, runner.kv_cache_config.num_blocks)
 
-    def rejoin(self, epoch: int, channel: Communicator) -> Draws:
-        """Forget all requests and step with new peers. Returns the generators' states before the last steps."""
-        draws = {**self._draws, -1: batch.draws(self.model_runner)}
-        self._draws = {}
+    def rejoin(self, epoch: int, channel: Communicator) -> None:
+        """Forget all requests and step with new peers."""
         batch.wipe(self.model_runner)
         self.groups.connect(channel)
         set_random_seed(self.model_config.seed + epoch)  # all ranks draw alike, the newcomer too
-        return draws

@@ -11,7 +11,7 @@ import pytest
 from services.vllm import alone, hosted
 from services.vllm.hosted import Hosted
 from services.vllm.link import Loss
-from services.vllm.messages import Draws, Placed
+from services.vllm.messages import Placed
 from shared.messages import (
     EngineReady,
     EngineRuns,
@@ -63,7 +63,6 @@ class Engine:
         self.killed: list[Worker] = []
         self.failed = ""
         self.stillborn = False
-        self.draws: Draws = {}
         self.late = False
         self.take: Callable[[], object] = lambda: None
         self.asked: queue.Queue[tuple[Any, ...]] = queue.Queue()
@@ -81,12 +80,9 @@ class Engine:
 
     def place(self, epoch: int, ranks: list[Worker], hosted_epoch: int = 0) -> None:
         assert self.decider is not None
-        self.take = lambda: [
-            self.decider.placed(Placed(epoch, rank, {**self.draws, -1: {}}, 0.0)) for rank in range(self.size)
-        ]
+        self.take = lambda: [self.decider.placed(Placed(epoch, rank, 0.0)) for rank in range(self.size)]
         if not self.late:
             self.take()
-            self.draws = {}
         self.placed.put(ranks)
 
     def resume(self, loss: Loss) -> None:
@@ -249,26 +245,10 @@ def test_blocks_are_not_told_as_whole_between_a_changed_place_and_its_resume() -
     assert asked == ("tell_all", False)
 
 
-def test_generators_states_are_kept_through_an_epoch_that_does_not_come_about() -> None:
+def test_no_step_begins_before_all_ranks_have_said_that_they_are_placed() -> None:
     case = Case()
     case.form(7, case.ranks)
-    states = {3: {"request": b"state"}}
-    case.engine.draws = dict(states)
-    case.decider.gone(case.ranks[1])
-    case.coordinator.heard(Quiesce(7))
-    case.coordinator.heard(Place(8, tuple(map(case.name, (case.ranks[0], case.engine.started[3], case.ranks[2])))))
-    case.engine.placed.get(timeout=SOON_S)
-    case.decider.gone(case.engine.started[3])
-    soon(lambda: len(case.engine.started) == 5, "none is started though nobody is ready")
-    case.coordinator.next(EngineRuns)
-    loss = case.form(10, [case.ranks[0], case.engine.started[4], case.ranks[2]])
-    assert {step: of for step, of in loss.draws.items() if step > 0} == states
-
-
-def test_no_step_begins_before_all_ranks_have_said_what_they_knew() -> None:
-    case = Case()
-    case.form(7, case.ranks)
-    case.engine.late, case.engine.draws = True, {3: {"request": b"state"}}
+    case.engine.late = True
     case.coordinator.heard(Quiesce(7))
     case.coordinator.heard(Place(8, tuple(map(case.name, case.ranks))))
     case.coordinator.heard(Resume(8, b"", b""))
@@ -277,7 +257,7 @@ def test_no_step_begins_before_all_ranks_have_said_what_they_knew() -> None:
         pass
     assert case.engine.resumed.empty()
     case.engine.take()
-    assert case.engine.resumed.get(timeout=SOON_S).draws == {3: {"request": b"state"}, -1: {}}
+    assert case.engine.resumed.get(timeout=SOON_S).hosted_epoch == 8
 
 
 def test_workers_that_are_given_up_are_ended_a_spare_too() -> None:

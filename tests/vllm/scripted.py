@@ -30,16 +30,16 @@ BLOCK = 32
 GARBAGE = -1
 
 
-def sampled(tokens: list[int]) -> int:
-    """The token that follows these."""
-    return random.Random(hash(tuple(tokens))).randrange(5, 500)
+def sampled(tokens: list[int], drawn: int) -> int:
+    """The token that follows these, where the request's generator was drawn from so often before."""
+    return random.Random(hash((drawn, *tokens))).randrange(5, 500)
 
 
 def expected(prompt: list[int], count: int) -> list[int]:
     """What a request is answered without a fault."""
     tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(sampled(tokens))
+    for drawn in range(count):
+        tokens.append(sampled(tokens, drawn))
     return tokens[len(prompt) :]
 
 
@@ -51,8 +51,10 @@ class Worker:
         self.windows = windows
         self.tokens: dict[str, list[int]] = {}
         self.tables: dict[str, list[list[int]]] = {}
+        self.drawn: dict[str, int] = {}
 
     def wipe(self) -> None:
+        self.drawn.clear()
         self.tokens.clear()
         self.tables.clear()
 
@@ -63,6 +65,7 @@ class Worker:
             self.tables.pop(ended, None)
         for known in output.ghost_known:
             self.tokens[known.request.req_id] = [*known.request.prompt_token_ids, *known.output_token_ids]
+            self.drawn[known.request.req_id] = int(known.draw or b"0")
         starts: dict[str, int] = {}
         for new in output.scheduled_new_reqs:
             self.tokens[new.req_id], self.tables[new.req_id] = (
@@ -80,11 +83,13 @@ class Worker:
                 for table, more in zip(self.tables[request], blocks, strict=True):
                     table += more
         made = [self._compute(each, starts[each], count) for each, count in output.num_scheduled_tokens.items()]
-        return ModelRunnerOutput(
+        done = ModelRunnerOutput(
             req_ids=list(output.num_scheduled_tokens),
             req_id_to_index={each: number for number, each in enumerate(output.num_scheduled_tokens)},
             sampled_token_ids=made,
         )
+        done.ghost_draws = {each: b"%d" % self.drawn.get(each, 0) for each in output.num_scheduled_tokens}
+        return done
 
     def _compute(self, request: str, start: int, count: int) -> list[int]:
         tokens = self.tokens[request]
@@ -96,7 +101,9 @@ class Worker:
                 self.blocks[table[at // BLOCK]][at % BLOCK] = tokens[at]
         if start + count < len(tokens):
             return []
-        tokens.append(sampled(tokens))
+        drawn = self.drawn.get(request, 0)
+        self.drawn[request] = drawn + 1
+        tokens.append(sampled(tokens, drawn))
         return [tokens[-1]]
 
 
@@ -224,7 +231,7 @@ class Core:
         self.withheld = {block: self.mirror.sealed[block] for block in withheld}
         for block in (*gone, *withheld):
             del self.mirror.sealed[block]
-        self.scheduler.roll_back(Loss(self.epoch, True, list(gone), list(withheld), {}, self.epoch))
+        self.scheduler.roll_back(Loss(self.epoch, True, list(gone), list(withheld), self.epoch))
         self.link.resume(self.epoch)
 
     def whole(self, blocks: Collection[int]) -> None:

@@ -13,12 +13,19 @@ SHARED, PROMPT, TOKENS = 160, 300, 40
 async def run_streams(
     server: Server, count: int, saw: Callable[[int], None] = lambda tokens: None, salt: str = ""
 ) -> list[Seen]:
-    """`count` streams at once, of which pairs share their first tokens; `saw` is told of the first one's tokens."""
+    """`count` streams at once, of which pairs share their first tokens, and every second one is drawn with a seed.
+
+    `saw` is told of the first one's tokens.
+    """
     prompts = [prompt(10 + each // 2, SHARED) + prompt(50 + each, PROMPT - SHARED) for each in range(count)]
     extra = {"cache_salt": salt} if salt else {}
     watched = [saw, *[_ignore] * (count - 1)]
+    drawn = [{"temperature": 1.0, "seed": each} if each % 2 else {} for each in range(count)]
     return await asyncio.gather(
-        *(stream(server, ids, TOKENS, each, extra_body=extra) for ids, each in zip(prompts, watched, strict=True))
+        *(
+            stream(server, ids, TOKENS, each, extra_body=extra, **how)
+            for ids, each, how in zip(prompts, watched, drawn, strict=True)
+        )
     )
 
 

@@ -89,7 +89,7 @@ ATTRIBUTES = {
     "vllm.v1.request:Request": "num_stale_output_tokens drop_stale_output num_in_flight_tokens status request_id",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": "requests input_batch kv_caches num_prompt_logprobs "
     "execute_model_state kv_connector_output",
-    "vllm.v1.worker.gpu_input_batch:InputBatch": "req_id_to_index req_prompt_embeds",
+    "vllm.v1.worker.gpu_input_batch:InputBatch": "req_id_to_index req_ids generators req_prompt_embeds",
     "vllm.v1.executor.multiproc_executor:MultiprocExecutor": "is_failed failure_callback output_rank world_size",
 }
 GLOBALS = {
