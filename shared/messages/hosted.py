@@ -48,8 +48,8 @@ class EngineReady(Message):
     one, and until Resume, none is.
 
     `pages`: the number of pages, of `page_tokens` tokens each. `workers`: who holds which rank, by name; "" for one
-    that is lost. `alike`: all ranks hold equal bytes, so that a lost page is copied from another. `moves`: its spares
-    know Prepare and CopyPages, so that a rank can move to one.
+    that is lost. `alike`: all ranks hold equal bytes, so that a lost page is copied from another. `moves`: it keeps
+    spares to which a rank can move; the worker that it moves from is ended when it is placed no more.
     """
 
     model: ModelInfo

@@ -148,14 +148,14 @@ def test_a_page_that_was_given_away_while_it_was_copied_is_copied_again() -> Non
     assert world.ledger.wants_copy(page)
 
 
-def test_an_engine_whose_spares_can_not_be_prepared_keeps_its_ranks_where_they_are() -> None:
+def test_a_move_in_an_engine_that_keeps_no_spare_is_refused() -> None:
     world = HostedWorld(1)
     world.moves = False
     world.start_engine()
     serving(world)
     refused = world.operate("replace", "rank:1")
     assert isinstance(refused, Refused)
-    assert (refused.status, refused.code) == (409, "hosted_engine")
+    assert (refused.status, refused.code) == (409, "no_spare")
 
 
 def test_an_engine_that_stood_still_for_a_rank_that_does_not_move_steps_again() -> None:

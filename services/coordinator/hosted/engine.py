@@ -51,6 +51,8 @@ WORKERS_S = 10.0
 class HostedEngine(Host):
     """One life of an engine, and the protection of its pages."""
 
+    keeps_open = False  # its requests come back by the keys of sealed pages
+
     def __init__(
         self,
         config: GroupConfig,
