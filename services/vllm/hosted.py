@@ -181,7 +181,8 @@ class Hosted(Alone):
         match message:
             case Quiesce(epoch):
                 self._quiesce()
-                self._tell(EngineRuns(epoch, scheduler.stand_still()))
+                for part in EngineRuns.parts(epoch, scheduler.stand_still()):
+                    self._tell(part)
             case Place(epoch, workers):
                 self._place(epoch, workers)
             case Resume() if message.epoch == self._hosted_epoch and self._phase == "placing":

@@ -5,6 +5,7 @@ import pytest
 from services.coordinator.events import Said
 from services.coordinator.protection.ledger import Parity
 from shared.messages import PagesCopied, PagesDropped, PagesPinned, PagesSealed, Refused, StepFailed, Submit
+from shared.messages import hosted as hosted_messages
 from shared.types import GenerationRequest, SamplingParams, pack_ids, unpack_ids
 from tests.pure.hosted_world import HostedWorld, SimEngine, key_of
 from tests.pure.test_group_simulation import until
@@ -322,6 +323,14 @@ def mayhem(world: HostedWorld, engine: SimEngine) -> None:
 @pytest.mark.parametrize("seed", range(40))
 def test_a_hosted_engine_survives_whatever_dies_when(seed: int, parity: int) -> None:
     world, engine = started(seed, parity=parity, pages=24)
+    mayhem(world, engine)
+    finish(world)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_it_survives_too_where_what_the_engine_tells_comes_in_parts(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosted_messages, "ENTRIES_AT_ONCE", 3)
+    world, engine = started(seed, pages=24)
     mayhem(world, engine)
     finish(world)
 
