@@ -14,7 +14,7 @@ from typing import Protocol
 
 from services.vllm.alone import Alone, Engine, Member
 from services.vllm.dial import Dial
-from services.vllm.link import HostedScheduler, Loss
+from services.vllm.link import HostedScheduler
 from services.vllm.messages import Placed
 from shared.config import WorkerSettings
 from shared.messages import (
@@ -226,12 +226,10 @@ class Hosted(Alone):
             self._later(LOST_S, lambda: self._told_failed(placed.error))
 
     def _resume(self, message: Resume) -> None:
-        draws, self._draws = self._draws, {}
-        self._phase, self._attempts, self._doubtful = "stepping", 0, False
-        self._stepping_since = time.monotonic()
+        self._doubtful = False
         log.info("epoch %d: stepping after %.3f s", message.epoch, time.monotonic() - self._since)
         gone, withheld = unpack_ids(message.gone), unpack_ids(message.withheld)
-        self._engine.resume(Loss(self._epoch, True, gone, withheld, draws, message.epoch))
+        self._step(kept=True, gone=gone, withheld=withheld, hosted=message.epoch)
 
     # -- always ------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """Pages of a rank that moves, from pool to pool over the bulk transport: whole, wherever the pools have their parts."""
 
+import asyncio
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,12 +8,17 @@ import pytest
 import torch
 
 from services.vllm.pages import BlockPages
+from services.vllm.rank import HostedRank, Steps
+from services.worker.agent.inventory import Inventory
 from services.worker.device import Fence, HostDevice
 from services.worker.shadow.copies import PageServer, copy_pages
 from services.worker.shadow.stores import StoreClients
-from shared.messages import CopyPages, PagesCopied
+from shared.config import WorkerSettings
+from shared.errors import GhostError
+from shared.messages import CopyPages, Message, PagesCopied, Prepare, Prepared
 from shared.transport.server import serve
-from shared.types import OPEN_KEY, pack_ids
+from shared.types import OPEN_KEY, GroupConfig, pack_ids
+from tests.pure.world import MODEL
 
 BLOCKS, LAYERS, LENGTH = 8, 3, 40
 
@@ -27,6 +33,7 @@ class Placed:
     offset: int = 0
 
 
+GROUP = GroupConfig("g", "", "m", "float32", 3, 1, "parity", 16, 1 << 20, 64, 4, "shm", 0.2, 3.0, 10.0)
 IN_PARTS = Placed(("a", "b", "c"), BLOCKS * LENGTH, LENGTH)
 IN_ONE = Placed(("a", "b", "c"), LENGTH, LAYERS * LENGTH)
 
@@ -95,3 +102,28 @@ async def test_nothing_is_written_of_pages_that_are_not_there() -> None:
     moved = Moved(IN_PARTS)
     assert "ShardMissing" in (await moved.copy(1, BLOCKS)).reason
     assert not moved.equal(1)
+
+
+async def test_a_spare_of_vllm_prepares_the_pages_of_the_rank_it_is_told_and_of_no_other() -> None:
+    pools = {rank: pool(IN_PARTS, rank) for rank in (0, 2)}
+
+    def pool_of(rank: int) -> BlockPages:
+        if rank not in pools:
+            raise GhostError("it was not made for this rank")
+        return pools[rank]
+
+    told: list[Message] = []
+    stores = StoreClients("", put_deadline_s=5.0, fetch_deadline_s=5.0)
+    spare = HostedRank(
+        Steps(), MODEL, BLOCKS, pool_of, WorkerSettings(), GROUP, Inventory(), stores, asyncio.get_running_loop(),
+        told.append,
+    )  # fmt: skip
+    try:
+        spare.submit(Prepare(7, 2))
+        assert told == [Prepared(7)]
+        assert spare.pool is pools[2]
+        with pytest.raises(GhostError, match="not made for this rank"):
+            spare.submit(Prepare(8, 1))
+    finally:
+        spare.shadow.close()
+        await stores.close()
