@@ -4,7 +4,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any, Literal, Protocol
 
@@ -186,9 +186,13 @@ class Alone:
             self._phase, self._placed = "placing", {}
             self._engine.place(self._epoch, members)
         elif self._phase == "placing" and len(self._placed) == self._engine.size:
-            self._phase, self._attempts, self._stepping_since = "stepping", 0, time.monotonic()
             log.warning("epoch %d: stepping after %.3f s", self._epoch, time.monotonic() - self._since)
-            self._engine.resume(Loss(self._epoch, False, (), ()))
+            self._step(kept=False)
+
+    def _step(self, *, kept: bool, gone: Collection[int] = (), withheld: Collection[int] = (), hosted: int = 0) -> None:
+        """All ranks are placed: they step. See `Loss` for what is left; `hosted` is the coordinator's epoch."""
+        self._phase, self._attempts, self._stepping_since = "stepping", 0, time.monotonic()
+        self._engine.resume(Loss(self._epoch, kept, gone, withheld, hosted))
 
     def _fill(self) -> None:
         """Give missing ranks to those who are ready; start others for what is missing, later as spares."""

@@ -42,10 +42,6 @@ class Blocks:
         """All sealed blocks, withheld ones not among them."""
         return self._keys
 
-    def key(self, block: int) -> PageKey | None:
-        """The key of a sealed block."""
-        return self._keys.get(block)
-
     # -- steps -------------------------------------------------------------------------------------------------------
 
     def handed_out(self, blocks: Iterable[int], written: Iterable[int]) -> None:
@@ -162,7 +158,8 @@ class Blocks:
 
     def tell_all(self) -> None:
         """The coordinator knows nothing: tell it of all sealed blocks."""
-        self._tell(PagesSealed(pack_ids(self._keys), tuple(self._keys.values())))
+        for part in PagesSealed.parts(self._keys):
+            self._tell(part)
 
     # -- views -------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from services.vllm.blocks import Blocks
 from shared.messages import EngineRun, Message, RunsRecomputed
-from shared.types import PageKey, pack_ids
+from shared.types import pack_ids
 
 
 class Books:
@@ -114,17 +114,8 @@ class Books:
                 blocks = manager.req_to_blocks.get(request.request_id, [])
                 table = [block.block_id for block in blocks if not block.is_null]
                 there = computed - (len(blocks) - len(table)) * manager.block_size  # less what left a sliding window
-                keys = self._leading_keys(table)
-                runs.append(EngineRun(number + group, request.request_id, pack_ids(table), keys, there))
+                runs.append(EngineRun(number + group, request.request_id, pack_ids(table), there))
         return tuple(runs)
-
-    def _leading_keys(self, table: list[int]) -> tuple[PageKey, ...]:
-        keys: list[PageKey] = []
-        for block in table:
-            if (key := self.blocks.key(block)) is None:
-                break
-            keys.append(key)
-        return tuple(keys)
 
     def resumed(self, hosted_epoch: int) -> None:
         """All requests wait, and come back by what the prefix cache has."""

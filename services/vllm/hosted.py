@@ -14,7 +14,7 @@ from typing import Protocol
 
 from services.vllm.alone import Alone, Engine, Member
 from services.vllm.dial import Dial
-from services.vllm.link import HostedScheduler, Loss
+from services.vllm.link import HostedScheduler
 from services.vllm.messages import Placed
 from shared.config import WorkerSettings
 from shared.messages import (
@@ -131,7 +131,7 @@ class Hosted(Alone):
         self._up = True
         model, blocks, block_tokens = self._engine.hosted_model()
         names = tuple(self._name_of(member) if member is not None else "" for member in self._ranks)
-        self._tell(EngineReady(model, blocks, block_tokens, names, self._engine.alike()))
+        self._tell(EngineReady(model, blocks, block_tokens, names, self._engine.alike(), moves=self._spares > 0))
         if (scheduler := self._engine.scheduler) is not None:
             scheduler.tell_all(whole=not self._doubtful)
 
@@ -181,7 +181,8 @@ class Hosted(Alone):
         match message:
             case Quiesce(epoch):
                 self._quiesce()
-                self._tell(EngineRuns(epoch, scheduler.stand_still()))
+                for part in EngineRuns.parts(epoch, scheduler.stand_still()):
+                    self._tell(part)
             case Place(epoch, workers):
                 self._place(epoch, workers)
             case Resume() if message.epoch == self._hosted_epoch and self._phase == "placing":
@@ -225,11 +226,10 @@ class Hosted(Alone):
             self._later(LOST_S, lambda: self._told_failed(placed.error))
 
     def _resume(self, message: Resume) -> None:
-        self._phase, self._attempts, self._doubtful = "stepping", 0, False
-        self._stepping_since = time.monotonic()
+        self._doubtful = False
         log.info("epoch %d: stepping after %.3f s", message.epoch, time.monotonic() - self._since)
         gone, withheld = unpack_ids(message.gone), unpack_ids(message.withheld)
-        self._engine.resume(Loss(self._epoch, True, gone, withheld, message.epoch))
+        self._step(kept=True, gone=gone, withheld=withheld, hosted=message.epoch)
 
     # -- always ------------------------------------------------------------------------------------------------------
 

@@ -136,7 +136,9 @@ class Process:
         built = self._built
 
         def pages(rank: int) -> BlockPages:
-            return built.get(rank, next(iter(built.values()))).worker.pages()  # type: ignore[no-any-return]
+            if rank not in built:
+                raise GhostError(f"this process was not made for rank {rank}")
+            return built[rank].worker.pages()  # type: ignore[no-any-return]
 
         run_agent(
             message.name,

@@ -22,7 +22,18 @@ from services.worker.shadow.shadow import SLOT_BYTES
 from services.worker.shadow.stores import StoreClients
 from shared.config import WorkerSettings
 from shared.errors import GhostError
-from shared.messages import Assign, Join, Joined, Message, RankFailed, Rendezvous, RestorePlan, StandBy
+from shared.messages import (
+    Assign,
+    Join,
+    Joined,
+    Message,
+    Prepare,
+    Prepared,
+    RankFailed,
+    Rendezvous,
+    RestorePlan,
+    StandBy,
+)
 from shared.types import GroupConfig, ModelInfo
 
 log = logging.getLogger("vllm.ghostserve")
@@ -73,7 +84,7 @@ class HostedRank:
         loop: asyncio.AbstractEventLoop,
         report: Callable[[Message], None],
     ):
-        """`pool`: the pages of a rank's own buffer, once it is known which rank this is."""
+        """`pool`: the pages of a rank that this process can be, in that rank's own buffer."""
         self.info = info
         self.pages = pages
         self.address = "127.0.0.1"
@@ -98,7 +109,7 @@ class HostedRank:
 
     @property
     def pool(self) -> PageBytes:
-        """This rank's pages; of a spare, those of any rank: nobody reads them."""
+        """See `RankEngine`. Raises GhostError where a spare has no pages of that rank."""
         if self._pool is None:
             self._pool = self._pool_of(self._steps.rank or 0)
         return self._pool
@@ -135,6 +146,9 @@ class HostedRank:
             case StandBy():
                 self.interrupt(job.epoch)
                 self._assign = None
+            case Prepare():  # it holds the weights; `pool_of` raises where it does not
+                self._pool = self._pool_of(job.rank)
+                self._report(Prepared(job.move))
             case Join() if self._assign is not None and job.epoch == self._assign.epoch:
                 threading.Thread(
                     target=self._join, args=(self._assign, job, self._cancelled), name="join", daemon=True
@@ -145,7 +159,7 @@ class HostedRank:
     def restore(self, plan: RestorePlan) -> None:
         """See `RankEngine`."""
         if self._assign is not None:
-            self.shadow.prefetch(plan, self._assign.rank, self.pool.page_bytes)
+            self.shadow.prefetch(plan, self._assign.rank, self.info.page_bytes)
             self.shadow.submit(plan)
 
     def interrupt(self, epoch: int) -> None:

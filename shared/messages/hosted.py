@@ -21,10 +21,17 @@ a Place got lost, and a rank is another's by now, the coordinator goes by what i
 as gone.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from shared.messages.base import Message
-from shared.types import ModelInfo, PageKey
+from shared.types import ModelInfo, PageKey, pack_ids
+
+ENTRIES_AT_ONCE = 1 << 16
+"""Pages in one message that comes in parts: far below the largest frame."""
+ENTRIES_OF_A_RUN = 64
+"""A run takes as much room as so many pages, besides its pages: most of it the name of its request."""
 
 # -- engine to coordinator -------------------------------------------------------------------------------------------
 
@@ -48,8 +55,8 @@ class EngineReady(Message):
     one, and until Resume, none is.
 
     `pages`: the number of pages, of `page_tokens` tokens each. `workers`: who holds which rank, by name; "" for one
-    that is lost. `alike`: all ranks hold equal bytes, so that a lost page is copied from another. `moves`: its spares
-    know Prepare and CopyPages, so that a rank can move to one.
+    that is lost. `alike`: all ranks hold equal bytes, so that a lost page is copied from another. `moves`: it keeps
+    spares to which a rank can move; the worker that it moves from is ended when it is placed no more.
     """
 
     model: ModelInfo
@@ -66,6 +73,13 @@ class PagesSealed(Message):
 
     pages: bytes
     keys: tuple[PageKey, ...]
+
+    @classmethod
+    def parts(cls, sealed: Mapping[int, PageKey]) -> Iterator["PagesSealed"]:
+        """As many messages as it takes."""
+        entries = iter(sealed.items())
+        while part := dict(islice(entries, ENTRIES_AT_ONCE)):
+            yield cls(pack_ids(part), tuple(part.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +100,12 @@ class PagesPinned(Message):
 class EngineRun(Message):
     """The pages that one running request stands on, of one KV cache group. Not sent alone: part of EngineRuns.
 
-    Sealed pages first, with `keys`, then open ones. `computed`: tokens whose KV is on them.
+    Sealed pages first, as PagesSealed told of them, then open ones. `computed`: tokens whose KV is on them.
     """
 
     number: int
     request_id: str
     pages: bytes
-    keys: tuple[PageKey, ...]
     computed: int
 
 
@@ -100,11 +113,27 @@ class EngineRun(Message):
 class EngineRuns(Message):
     """The engine stands still, as Quiesce of this epoch asked. `runs` in the order in which they are wanted back.
 
-    Pages that lost steps may have touched have been told as dropped before.
+    Pages that lost steps may have touched have been told as dropped before. `more`: others follow, in a message that
+    goes on where this one ends.
     """
 
     epoch: int
     runs: tuple[EngineRun, ...]
+    more: bool = False
+
+    @classmethod
+    def parts(cls, epoch: int, runs: Sequence[EngineRun]) -> Iterator["EngineRuns"]:
+        """As many messages as it takes."""
+        part: list[EngineRun] = []
+        entries = 0
+        for run in runs:
+            count = ENTRIES_OF_A_RUN + len(run.pages) // 4
+            if part and entries + count > ENTRIES_AT_ONCE:
+                yield cls(epoch, tuple(part), more=True)
+                part, entries = [], 0
+            part.append(run)
+            entries += count
+        yield cls(epoch, tuple(part))
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,7 +91,7 @@ class SimEngine:
             self.forget(block)
         alive = tuple(name if name in self.world.workers else "" for name in self.workers)
         self.out.append(EngineReady(MODEL, self.world.pages, self.size, alive, self.alike, self.world.moves))
-        self.out.append(PagesSealed(pack_ids(self.keys), tuple(self.keys.values())))
+        self.out.extend(PagesSealed.parts(self.keys))
 
     def receive(self, message: Message) -> None:
         match message:
@@ -99,7 +99,7 @@ class SimEngine:
                 self.quiesced = True
                 for request in self.requests:
                     request.had = max(request.had, request.computed)
-                self.out.append(EngineRuns(epoch, tuple(map(self._run, self.requests))))
+                self.out.extend(EngineRuns.parts(epoch, [*map(self._run, self.requests)]))
             case Place(epoch, workers):
                 self.doubtful = self.doubtful or self.workers != list(workers)
                 self.epoch, self.workers = epoch, list(workers)
@@ -129,12 +129,7 @@ class SimEngine:
                         self.release(page)
 
     def _run(self, request: SimRequest) -> EngineRun:
-        keys: list[PageKey] = []
-        for block in request.blocks:
-            if block not in self.keys:
-                break
-            keys.append(self.keys[block])
-        return EngineRun(request.number, str(request.number), pack_ids(request.blocks), tuple(keys), request.computed)
+        return EngineRun(request.number, str(request.number), pack_ids(request.blocks), request.computed)
 
     def _resume(self, gone: list[int], withheld: list[int]) -> None:
         for block in list(self.pins):

@@ -5,15 +5,18 @@ from typing import Any, cast
 
 import pytest
 
+from services.coordinator.events import Said
+from services.coordinator.hosted.engine import HostedEngine
 from services.coordinator.protection import encoding
 from services.coordinator.protection.encoding import Encoding
 from services.coordinator.scheduling.requests import Requests
 from services.coordinator.scheduling.scheduler import Completed, NewTokens, Scheduler
 from services.parity_store.store import Store
-from shared.messages import KeepStripes, Message, ReleaseStripes, Submit, Tokens
+from shared.messages import EngineRun, EngineRuns, KeepStripes, Message, PagesSealed, ReleaseStripes, Submit, Tokens
 from shared.types import GenerationRequest, PageKey, SamplingParams, TokenLogprob, pack_ids
-from shared.wire import MAX_FRAME_BYTES, encode
+from shared.wire import MAX_FRAME_BYTES, decode, encode
 from tests.pure.dictionary_host import EmbeddedPages
+from tests.pure.hosted_world import HostedWorld
 from tests.pure.world import MODEL
 
 PROMPT = 60_000
@@ -101,3 +104,28 @@ def test_a_large_pool_is_told_in_frames_that_fit() -> None:
     assert {type(message) for message in told.sent} == {KeepStripes, ReleaseStripes}
     assert max(len(encode(message)) for message in told.sent) < MAX_FRAME_BYTES // 4
     assert len(told.sent) == 6
+
+
+def test_a_coordinator_that_is_back_learns_of_all_pages_of_an_engine_with_many_long_requests() -> None:
+    requests, each = 160, 100_000 // 16
+    pages = requests * each
+    keys = {page: page.to_bytes(32, "big") for page in range(pages)}
+    tables = [pack_ids(range(start, start + each)) for start in range(0, pages, each)]
+    told = [EngineRun(number, f"cmpl-{number:032}-0", table, 100_000) for number, table in enumerate(tables)]
+    world = HostedWorld(1, pages=pages)
+    world.start_engine()
+    while not isinstance(world.group.engine, HostedEngine):
+        world.move()
+    engine = world.hosted
+    peer, quiesced = engine._peer, engine._quiesced
+    assert peer is not None
+    assert quiesced is not None
+    frames = [encode(message) for message in (*PagesSealed.parts(keys), *EngineRuns.parts(quiesced, told))]
+    assert max(map(len, frames)) < MAX_FRAME_BYTES // 4
+    for frame in frames:
+        assert not engine.still()
+        world.group.handle(world.now, Said(peer, decode(frame)))
+    assert engine.still()
+    assert [run.number for run in engine.runs()] == list(range(requests))
+    assert all(run.keys == tuple(map(keys.__getitem__, run.pages)) for run in engine.runs())
+    assert sum(len(run.keys) for run in engine.runs()) == pages

@@ -272,6 +272,20 @@ def test_workers_that_are_given_up_are_ended_a_spare_too() -> None:
     soon(lambda: len(case.engine.started) == 6, "no further spare")
 
 
+@pytest.mark.parametrize("spares", [0, 1])
+def test_its_ranks_can_move_where_it_keeps_spares(spares: int) -> None:
+    assert Case(spares=spares).ready.moves == bool(spares)
+
+
+def test_the_worker_that_a_rank_moved_from_is_ended_and_a_spare_is_started() -> None:
+    case = Case()
+    case.form(7, case.ranks)
+    spare = case.engine.started[3]
+    case.form(9, [case.ranks[0], spare, case.ranks[2]])
+    soon(lambda: case.engine.killed == [case.ranks[1]], "it lives")
+    soon(lambda: len(case.engine.started) == 5, "no further spare")
+
+
 def test_without_spares_a_worker_is_started_for_the_ranks_that_are_missing_and_only_one() -> None:
     case = Case(spares=0)
     case.form(7, case.ranks)

@@ -5,6 +5,7 @@ import pytest
 from services.coordinator.events import Said
 from services.coordinator.protection.ledger import Parity
 from shared.messages import PagesCopied, PagesDropped, PagesPinned, PagesSealed, Refused, StepFailed, Submit
+from shared.messages import hosted as hosted_messages
 from shared.types import GenerationRequest, SamplingParams, pack_ids, unpack_ids
 from tests.pure.hosted_world import HostedWorld, SimEngine, key_of
 from tests.pure.test_group_simulation import until
@@ -148,14 +149,14 @@ def test_a_page_that_was_given_away_while_it_was_copied_is_copied_again() -> Non
     assert world.ledger.wants_copy(page)
 
 
-def test_an_engine_whose_spares_can_not_be_prepared_keeps_its_ranks_where_they_are() -> None:
+def test_a_move_in_an_engine_that_keeps_no_spare_is_refused() -> None:
     world = HostedWorld(1)
     world.moves = False
     world.start_engine()
     serving(world)
     refused = world.operate("replace", "rank:1")
     assert isinstance(refused, Refused)
-    assert (refused.status, refused.code) == (409, "hosted_engine")
+    assert (refused.status, refused.code) == (409, "no_spare")
 
 
 def test_an_engine_that_stood_still_for_a_rank_that_does_not_move_steps_again() -> None:
@@ -322,6 +323,14 @@ def mayhem(world: HostedWorld, engine: SimEngine) -> None:
 @pytest.mark.parametrize("seed", range(40))
 def test_a_hosted_engine_survives_whatever_dies_when(seed: int, parity: int) -> None:
     world, engine = started(seed, parity=parity, pages=24)
+    mayhem(world, engine)
+    finish(world)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_it_survives_too_where_what_the_engine_tells_comes_in_parts(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosted_messages, "ENTRIES_AT_ONCE", 3)
+    world, engine = started(seed, pages=24)
     mayhem(world, engine)
     finish(world)
 

@@ -59,8 +59,10 @@ class FaultyWorker(GhostCpuWorker):
 
 
 class ForgetfulPages(BlockPages):
-    """Where told so, what was decoded is not written."""
+    """Where told so, what was decoded, or copied, is not written, or not yet."""
 
     def wrote(self, page_id: int, content: Memory, /) -> None:
+        while Path(os.environ[FOLDER], "hold").exists():
+            time.sleep(0.01)
         if not Path(os.environ[FOLDER], "forget").exists():
             super().wrote(page_id, content)

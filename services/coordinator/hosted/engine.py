@@ -51,6 +51,8 @@ WORKERS_S = 10.0
 class HostedEngine(Host):
     """One life of an engine, and the protection of its pages."""
 
+    keeps_open = False  # its requests come back by the keys of sealed pages
+
     def __init__(
         self,
         config: GroupConfig,
@@ -84,6 +86,7 @@ class HostedEngine(Host):
         self._runs: dict[int, HostedRun] = {}  # since it was quiesced, until each has what it had
         self._quiesced: int | None = None  # in which epoch, while it is
         self._told_runs = False  # since it was quiesced
+        self._telling: list[HostedRun] = []  # of these, while more are to come
         self._pins: dict[int, int] = {}  # page -> transfers under way
         self._kept: set[int] = set()  # pages that the engine keeps, or was asked to
         self._unpinned: list[int] = []  # to be told
@@ -182,9 +185,11 @@ class HostedEngine(Host):
         self._dropped(list(self._stale))
         self._stale.clear()
         self._behind = False
-        runs = (HostedRun.of(run, self.pages) for run in told.runs)
-        self._runs = {run.number: run for run in runs}
-        self._told_runs = True
+        self._telling += (HostedRun.of(run, self.pages, self._keys) for run in told.runs)
+        if not told.more:
+            self._runs = {run.number: run for run in self._telling}
+            self._telling = []
+            self._told_runs = True
 
     def _send(self, message: Message) -> None:
         if self._peer is not None:
@@ -294,7 +299,7 @@ class HostedEngine(Host):
             run.held, run.computed = True, run.had
         self._steps.clear()
         if self._quiesced is None:
-            self._quiesced, self._told_runs = self._membership.epoch, False
+            self._quiesced, self._told_runs, self._telling = self._membership.epoch, False, []
             self._kept.clear()  # it keeps them until it resumes
             self._unpinned.clear()
             self._send(Quiesce(self._quiesced))

@@ -110,6 +110,9 @@ class EngineStatus:
 class Host(Protocol):
     """An engine, as protection sees it."""
 
+    keeps_open: bool = True
+    """Whether a run that has `returned` goes on with what is on its open pages; else nothing of them is wanted."""
+
     def runs(self) -> Collection[Run]:
         """The running requests' pages, in the order in which they are wanted back."""
         ...

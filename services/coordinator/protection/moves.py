@@ -62,7 +62,7 @@ class Moves:
         *,
         possible: bool = True,
     ):
-        """`possible`: whether the engine's spares know how."""
+        """`possible`: whether the engine has spares."""
         self.possible = possible
         self.move: Move | None = None
         self._membership = membership
@@ -77,7 +77,8 @@ class Moves:
     def apply(self, action: OperatorAction, target: str) -> str:
         """Do what an operator asks; says what will happen. Raises RequestRejected where it can't."""
         if not self.possible:
-            raise RequestRejected("the ranks of this engine can't be moved", status=409, code="hosted_engine")
+            text = "this engine keeps no spare (GHOST_SPARES) to which a rank could move"
+            raise RequestRejected(text, status=409, code="no_spare")
         member = self._member(action, target)
         if action == "resume":
             if self.move is not None and self.move.old == member.name and self.move.phase != "switching":
@@ -148,7 +149,8 @@ class Moves:
         move = self.move
         if move is None or move.phase != "closing" or move.copying:
             return
-        move.tail = {number for run in self._host.runs() for number in run.pages if self._ledger.key(number) is None}
+        runs = self._host.runs() if self._host.keeps_open else ()
+        move.tail = {number for run in runs for number in run.pages if self._ledger.key(number) is None}
         if rest := [*self._ledger.uncopied(), *move.tail]:
             self._ask(move, rest)
         else:

@@ -144,7 +144,7 @@ class Worker:
         self._channel = channel
         runner = await self._load(welcome.config)
         runner.address = self._address
-        pages = PageServer(runner.pool, runner.pages, runner.shadow.restored)
+        pages = PageServer(lambda: runner.pool, runner.pages, runner.shadow.restored)
         broken: GhostError | None = None
         async with serve(f"tcp://{bracketed(self._own_address)}:0", pages, token=self._settings.secret or "") as bulk:
             where = f"tcp://{bracketed(self._address)}:{bulk.address.rpartition(':')[2]}"

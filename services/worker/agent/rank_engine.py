@@ -44,7 +44,7 @@ class RankEngine(Protocol):
 
     @property
     def pool(self) -> PageBytes:
-        """Its pages as bytes."""
+        """The pages as bytes of the rank that it is, or was told to prepare for."""
         ...
 
     @property

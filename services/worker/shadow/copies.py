@@ -4,7 +4,7 @@ On the bulk transport a page has its number for a key; its "shard" 0 are its byt
 those of no stripe. The coordinator sees to it that what is read is not written meanwhile.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -30,8 +30,8 @@ def _refs(page: int, page_bytes: int) -> list[ShardRef]:
 class PageServer:
     """Gives this worker's pages to who knows the token (a BulkHandler)."""
 
-    def __init__(self, pool: PageBytes, pages: int, restored: Fence):
-        """`restored`: behind it are the pages that the shadow has written."""
+    def __init__(self, pool: Callable[[], PageBytes], pages: int, restored: Fence):
+        """`pool`: that of the rank that this worker is by now. `restored`: behind it is what the shadow has written."""
         self._pool = pool
         self._restored = restored
         self._pages = pages
@@ -43,15 +43,18 @@ class PageServer:
     def get(self, request: GetShards) -> "_Views":
         """Pages as they are now. ShardMissing is in the places of what is no page of this pool."""
         self._restored.wait()
-        return _Views([self._place(ref) for ref in request.shards])
+        pool, read = self._pool(), dict[int, Bytes]()
+        return _Views([self._place(ref, pool, read) for ref in request.shards])
 
-    def _place(self, ref: ShardRef) -> memoryview | GhostError:
+    def _place(self, ref: ShardRef, pool: PageBytes, read: dict[int, Bytes]) -> memoryview | GhostError:
+        """`read`: what was read of pages before. A page in parts is brought together once, and is what it was then."""
         page = int.from_bytes(ref.page_key, "big")
-        if page < self._pages and ref in (wanted := _refs(page, self._pool.page_bytes)):
-            content = to_host(self._pool.page(page))
+        if page < self._pages and ref in (wanted := _refs(page, pool.page_bytes)):
+            if page not in read:
+                read[page] = to_host(pool.page(page))
             if ref == wanted[_CONTENT]:
-                return content.data
-            return memoryview(checksum(content).to_bytes(_CHECKSUM_BYTES, "big"))
+                return read[page].data
+            return memoryview(checksum(read[page]).to_bytes(_CHECKSUM_BYTES, "big"))
         return ShardMissing(f"page {page} of {ref.length} bytes: this pool has no such")
 
 
@@ -97,5 +100,8 @@ def _write(pages: Sequence[int], content: Bytes, sums: Bytes, pool: PageBytes) -
         if checksum(row) != int.from_bytes(recorded.tobytes(), "big"):
             return f"page {page} arrived damaged"
     for page, row in zip(pages, content, strict=True):
-        write(pool.page(page), row)
+        place = pool.target(page, row)
+        if place is not row:
+            write(place, row)
+        pool.wrote(page, place)
     return ""
