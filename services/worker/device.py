@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from services.worker.device_health import DeviceWatch, failure
+from services.worker.memory import Bytes
 from shared.types.keys import ROUND_BYTES
 
 Mark = Any
@@ -67,6 +68,14 @@ class Device(ABC):
     def host(self, *shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
         """New host memory, uninitialised, which copies from and to the device (`non_blocking`) don't wait for."""
 
+    @abstractmethod
+    def pin(self, memory: Bytes) -> None:
+        """Copies from and to this memory, too, don't wait for the host, until `unpin`. It takes milliseconds a GB."""
+
+    @abstractmethod
+    def unpin(self, memory: Bytes) -> None:
+        """All such copies are done: the memory is as it was."""
+
 
 class HostDevice(Device):
     """Host memory: every call is done when it returns."""
@@ -99,6 +108,12 @@ class HostDevice(Device):
     def host(self, *shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
         content = np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)  # NumPy asks for huge pages
         return torch.from_numpy(content).view(dtype).view(shape)
+
+    def pin(self, memory: Bytes) -> None:
+        pass
+
+    def unpin(self, memory: Bytes) -> None:
+        pass
 
 
 class CudaDevice(Device):
@@ -140,6 +155,14 @@ class CudaDevice(Device):
 
     def host(self, *shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+    def pin(self, memory: Bytes) -> None:
+        runtime = self._cuda.cudart()
+        self._cuda.check_error(runtime.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
+
+    def unpin(self, memory: Bytes) -> None:
+        runtime = self._cuda.cudart()
+        self._cuda.check_error(runtime.cudaHostUnregister(memory.ctypes.data))
 
 
 class Fence:

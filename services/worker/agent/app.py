@@ -52,9 +52,12 @@ SETTLE_S = 5.0
 """A compute thread that is busy for longer after its epoch has ended is stuck."""
 
 
-async def run(settings: WorkerSettings, name: str, device: str, stop: asyncio.Event) -> None:
-    """Serve the coordinator until `stop` is set, dialling it again whenever the channel is lost."""
-    worker = Worker(settings, name, device, partial(make_runner, settings, torch.device(device)))
+async def run(settings: WorkerSettings, name: str, device: str, host_memory: int | None, stop: asyncio.Event) -> None:
+    """Serve the coordinator until `stop` is set, dialling it again whenever the channel is lost.
+
+    `host_memory`: where this host's workers hold one copy of the weights; None if they hold none.
+    """
+    worker = Worker(settings, name, device, partial(make_runner, settings, torch.device(device), host_memory))
     if settings.fault_dir:
         faults.arm(worker, settings.fault_dir)
     works = (worker.serve(), stop.wait(), _show_life(settings.alive_dir, name))
