@@ -5,7 +5,9 @@ does is done when the stream gets there. The tests have a third device, which ch
 """
 
 import math
+import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,6 +18,7 @@ from services.worker.device_health import DeviceWatch, failure
 from services.worker.memory import Bytes
 from shared.types.keys import ROUND_BYTES
 
+WATCH_S = 1.0
 Mark = Any
 """A place in a stream; None in host memory."""
 Stream = Any
@@ -57,7 +60,7 @@ class Device(ABC):
         """What is asked of the current stream from now on is done behind the mark; the thread goes on at once."""
 
     def trouble(self) -> str:
-        """Why the device can't be used any more, as the beginning of a line; empty if nothing is known against it."""
+        """Why the device can't be used any more, in words; empty if nothing is known against it. For any thread."""
         return ""
 
     @abstractmethod
@@ -124,6 +127,8 @@ class CudaDevice(Device):
     def __init__(self, where: torch.device):
         super().__init__(torch.device("cuda", where.index or 0))
         self._cuda: Any = torch.cuda
+        self._health = DeviceWatch([self.where.index])  # what happens from now on
+        self._asking = threading.Lock()
 
     def bind(self) -> None:
         self._cuda.set_device(self.where)
@@ -146,9 +151,8 @@ class CudaDevice(Device):
         self._cuda.current_stream(self.where).wait_event(mark)
 
     def trouble(self) -> str:
-        index = int(self.where.index)
-        known = failure(DeviceWatch([index]).health(index))
-        return f"{known}; " if known else ""
+        with self._asking:
+            return failure(self._health.health(self.where.index))
 
     def finish(self) -> None:
         self._cuda.current_stream(self.where).synchronize()
@@ -183,6 +187,21 @@ class Fence:
         """What is asked of this thread's stream from now on comes after what the last `leave` was called for."""
         if (mark := self._mark) is not None:
             self._device.wait(mark)
+
+
+def watch(device: Device, failed: Callable[[str], None], ended: threading.Event) -> None:
+    """Look at a device until `ended`, from a thread of its own: to ask one that has failed may take long.
+
+    `failed` is called once, from there, with why it can't be used any more.
+    """
+
+    def look() -> None:
+        while not ended.wait(WATCH_S):
+            if trouble := device.trouble():
+                failed(trouble)
+                return
+
+    threading.Thread(target=look, name="device-watch", daemon=True).start()
 
 
 def make_device(where: torch.device) -> Device:

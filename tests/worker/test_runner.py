@@ -123,7 +123,7 @@ def test_after_an_error_of_the_device_the_process_says_that_it_has_to_end(
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
         monkeypatch.setattr(spare.runner, "_stand_by", fail)
-        monkeypatch.setattr(spare.runner.shadow.device, "trouble", lambda: "the device failed: Xid 79; ")
+        monkeypatch.setattr(spare.runner.shadow.device, "trouble", lambda: "the device failed: Xid 79")
         assert spare.asked.wait(WAIT_S)
         assert spare.lives_on()
         assert spare.lives_on()  # so the first job has been looked at

@@ -201,7 +201,8 @@ class Runner:
                 self._failed(epoch, f"{type(job).__name__}: {error}", cut_off=isinstance(error, CutOff))
             except Exception as error:
                 log.exception("%s failed", type(job).__name__)
-                reason = f"{self.shadow.device.trouble()}{type(job).__name__}: {type(error).__name__}: {error}"
+                trouble = f"{known}; " if (known := self.shadow.device.trouble()) else ""
+                reason = f"{trouble}{type(job).__name__}: {type(error).__name__}: {error}"
                 if isinstance(error, torch.AcceleratorError):
                     self.unfit = reason  # nothing works any more in a process after an error of CUDA's
                 self._failed(epoch, reason, fatal=True)
