@@ -158,7 +158,7 @@ class WorkerSettings(CommonSettings):
     threads: int = Field(1, ge=0, description="compute threads of a CPU worker; 0: cores / workers, at least 1")
     transport: Literal["auto", "tcp", "ucx"] = Field("auto", description="bulk transport; auto: ucx with RDMA")
     hold_weights: bool = Field(
-        True, description="a spare holds all ranks' slices ready, for the memory of a whole model"
+        True, description="a host holds ranks' slices ready, one copy for all its workers: a whole model with a spare"
     )
     stop_grace_s: float = Field(
         0.5, ge=0, description="a worker that stays stopped (SIGSTOP) for so long is killed; 0: it may stay"

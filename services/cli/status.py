@@ -12,6 +12,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -138,6 +139,7 @@ def _place(worker: Json) -> str:
 
 def _recoveries(status: Json) -> Table:
     table = Table("recovery", *(phase.removesuffix("_s") for phase in _PHASES), "restored", "recomputed", "ago")
+    table.caption, table.caption_justify = escape(status["recoveries"][-1]["reason"]), "left"
     for record in status["recoveries"][-_RECOVERIES_SHOWN:]:
         lost = ", ".join(map(str, record["lost_ranks"]))
         table.add_row(

@@ -40,6 +40,7 @@ from services.coordinator.views.status import cluster_status
 from shared.config import CoordinatorSettings
 from shared.errors import ProtocolError
 from shared.messages import (
+    TOLD_TO_STOP,
     DigestDone,
     EngineHello,
     EngineReady,
@@ -257,7 +258,7 @@ class Group:
             self._ready(name, message)
         elif isinstance(message, Goodbye):
             self.membership.uncordon(name)  # whoever comes next under its name is another process
-            self._give_up(name, message.reason, "stopped")
+            self._give_up(name, message.reason, "stopped" if message.reason == TOLD_TO_STOP else "failed")
         engine, epochs = self.engine, self.epochs
         if engine is None or epochs is None:
             return

@@ -5,7 +5,9 @@ does is done when the stream gets there. The tests have a third device, which ch
 """
 
 import math
+import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,8 +15,10 @@ import numpy as np
 import torch
 
 from services.worker.device_health import DeviceWatch, failure
+from services.worker.memory import Bytes
 from shared.types.keys import ROUND_BYTES
 
+WATCH_S = 1.0
 Mark = Any
 """A place in a stream; None in host memory."""
 Stream = Any
@@ -56,7 +60,7 @@ class Device(ABC):
         """What is asked of the current stream from now on is done behind the mark; the thread goes on at once."""
 
     def trouble(self) -> str:
-        """Why the device can't be used any more, as the beginning of a line; empty if nothing is known against it."""
+        """Why the device can't be used any more, in words; empty if nothing is known against it. For any thread."""
         return ""
 
     @abstractmethod
@@ -66,6 +70,14 @@ class Device(ABC):
     @abstractmethod
     def host(self, *shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
         """New host memory, uninitialised, which copies from and to the device (`non_blocking`) don't wait for."""
+
+    @abstractmethod
+    def pin(self, memory: Bytes) -> None:
+        """Copies from and to this memory, too, don't wait for the host, until `unpin`. It takes milliseconds a GB."""
+
+    @abstractmethod
+    def unpin(self, memory: Bytes) -> None:
+        """All such copies are done: the memory is as it was."""
 
 
 class HostDevice(Device):
@@ -100,6 +112,12 @@ class HostDevice(Device):
         content = np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)  # NumPy asks for huge pages
         return torch.from_numpy(content).view(dtype).view(shape)
 
+    def pin(self, memory: Bytes) -> None:
+        pass
+
+    def unpin(self, memory: Bytes) -> None:
+        pass
+
 
 class CudaDevice(Device):
     """One GPU, by torch."""
@@ -109,6 +127,8 @@ class CudaDevice(Device):
     def __init__(self, where: torch.device):
         super().__init__(torch.device("cuda", where.index or 0))
         self._cuda: Any = torch.cuda
+        self._health = DeviceWatch([self.where.index])  # what happens from now on
+        self._asking = threading.Lock()
 
     def bind(self) -> None:
         self._cuda.set_device(self.where)
@@ -131,15 +151,22 @@ class CudaDevice(Device):
         self._cuda.current_stream(self.where).wait_event(mark)
 
     def trouble(self) -> str:
-        index = int(self.where.index)
-        known = failure(DeviceWatch([index]).health(index))
-        return f"{known}; " if known else ""
+        with self._asking:
+            return failure(self._health.health(self.where.index))
 
     def finish(self) -> None:
         self._cuda.current_stream(self.where).synchronize()
 
     def host(self, *shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+    def pin(self, memory: Bytes) -> None:
+        runtime = self._cuda.cudart()
+        self._cuda.check_error(runtime.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
+
+    def unpin(self, memory: Bytes) -> None:
+        runtime = self._cuda.cudart()
+        self._cuda.check_error(runtime.cudaHostUnregister(memory.ctypes.data))
 
 
 class Fence:
@@ -160,6 +187,21 @@ class Fence:
         """What is asked of this thread's stream from now on comes after what the last `leave` was called for."""
         if (mark := self._mark) is not None:
             self._device.wait(mark)
+
+
+def watch(device: Device, failed: Callable[[str], None], ended: threading.Event) -> None:
+    """Look at a device until `ended`, from a thread of its own: to ask one that has failed may take long.
+
+    `failed` is called once, from there, with why it can't be used any more.
+    """
+
+    def look() -> None:
+        while not ended.wait(WATCH_S):
+            if trouble := device.trouble():
+                failed(trouble)
+                return
+
+    threading.Thread(target=look, name="device-watch", daemon=True).start()
 
 
 def make_device(where: torch.device) -> Device:

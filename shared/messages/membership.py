@@ -48,7 +48,8 @@ class Welcome(Message):
 class Goodbye(Message):
     """From the coordinator: the peer is not wanted (again), and why; it may not dial again if `final`.
 
-    To the coordinator, from a worker or a store: it ends in order, as it was told to.
+    To the coordinator, from a worker or a store: it ends in order, as it was told to (TOLD_TO_STOP), or because it can
+    be of no use: its device failed, its weights can't be loaded.
     """
 
     reason: str

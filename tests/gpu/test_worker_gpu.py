@@ -15,6 +15,7 @@ from services.worker.communicator import create, open_rendezvous
 from services.worker.communicator.base import Communicator
 from services.worker.device import CudaDevice
 from services.worker.engine.batch import Chunk
+from services.worker.engine.host_slices import host_memory
 from services.worker.engine.kv_pool import KVPool
 from services.worker.engine.model import RankModel
 from services.worker.shadow.coder import make_coder
@@ -140,7 +141,7 @@ def test_the_model_on_the_gpu_gives_the_cpus_logits(tmp_path: Path) -> None:
     directory, logits = small_model(tmp_path, "Llama"), []
     chunk = Chunk(np.arange(1, 40, dtype=np.int32), 0, 39, np.arange(3, dtype=np.int32), "all")
     for device in (torch.device("cpu"), GPU):
-        model = RankModel(directory, size=1, dtype=torch.float32, device=device)
+        model = RankModel(directory, size=1, dtype=torch.float32, device=device, host_memory=host_memory())
         model.prepare(0)
         model.load(0)
         pool = model.make_pool(16, memory_bytes=1 << 20)

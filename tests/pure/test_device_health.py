@@ -1,15 +1,20 @@
 """Which deaths are the device's own: only then a spare elsewhere takes the rank."""
 
+import asyncio
 import signal
 import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from services.worker.agent.app import Worker
 from services.worker.agent.supervisor import _Host
+from services.worker.device import CudaDevice, watch
 from services.worker.device_health import DeviceWatch, Health, failure, visible
 from shared.config import WorkerSettings
+from shared.messages import Goodbye, Heartbeat, Message
 
 
 @pytest.mark.parametrize(
@@ -105,6 +110,49 @@ def test_a_process_is_replaced_on_its_device_unless_that_has_failed(
     monkeypatch.setattr(host._watch, "health", lambda index: Health(xids=(79,) if index == 1 else (31,)))
     assert not host._reap()
     assert set(host._due) == {0}
+
+
+def test_a_rank_whose_device_fails_while_it_serves_says_goodbye_with_what_failed(
+    nvml: Nvml, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process lives: a kernel that never ends, or one that is not waited for yet."""
+    monkeypatch.setattr("services.worker.device.WATCH_S", 0.01)
+    device, runner = CudaDevice(torch.device("cuda:0")), SimpleNamespace(unfit="", overstay_s=0.0)
+    runner.step_done, runner.in_flight, runner.progress = 0, True, 0
+
+    async def beaten() -> list[Message]:
+        worker = Worker(WorkerSettings(), "w", "cuda:0", lambda *_: runner)  # type: ignore[arg-type,return-value]
+        worker._runner = runner  # type: ignore[assignment]
+        channel = Channel()
+        watch(device, worker._device_failed, worker._ended)
+        async with asyncio.timeout(20):
+            beating = asyncio.create_task(worker._beat(channel, runner, 0.01))  # type: ignore[arg-type]
+            while len(channel.sent) < 3:
+                await asyncio.sleep(0)
+            nvml.xids = [31, 79]
+            await beating
+        worker._runner = None
+        await worker.close()
+        return channel.sent
+
+    *beats, last = asyncio.run(beaten())
+    assert all(isinstance(each, Heartbeat) for each in beats)
+    assert isinstance(last, Goodbye)
+    assert "Xid 79" in last.reason
+
+
+class Channel:
+    """Keeps what is sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[Message] = []
+        self.closed = False
+
+    def send(self, message: Message) -> None:
+        self.sent.append(message)
+
+    async def close(self) -> None:
+        self.closed = True
 
 
 def test_without_nvml_a_death_is_the_process_own(monkeypatch: pytest.MonkeyPatch) -> None:

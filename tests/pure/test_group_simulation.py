@@ -453,6 +453,21 @@ def test_a_worker_and_a_store_that_are_told_to_stop_leave_without_a_warning(capl
     finish(world)
 
 
+def test_a_rank_whose_device_failed_goes_to_a_spare_and_the_status_names_the_failure(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    world = World(28, pages=128)
+    decoding(world)
+    name = str(world.group.membership.ranks[1])
+    world.says(name, Goodbye("the device failed: Xid 79, it has fallen off the bus"))
+    world.kill(world.workers[name])
+    finish(world)
+    assert world.group.membership.ranks[1] != name
+    assert "Xid 79" in world.group.status().recoveries[-1].reason
+    assert any("Xid 79" in str(vars(record)) for record in caplog.records if record.levelname == "WARNING")
+    assert b'rank_failures_total{reason="failed"} 1.0' in world.group.metrics.render()
+
+
 def test_without_a_spare_it_says_what_it_waits_for_and_goes_on_when_one_comes() -> None:
     world = World(2)
     for _ in range(world.size):

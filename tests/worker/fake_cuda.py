@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels.launch import Launch, Program
 from services.worker.communicator.torch_dist import NcclCommunicator
 from services.worker.device import Device
+from services.worker.memory import Bytes
 from tests.pure.kernels_on_cpu import CpuRunner
 from tests.pure.ordering import Access, Clock, Hazard, Ordering, Ranges, Work, joined
 
@@ -100,6 +101,16 @@ class World:
             self._storages[storage.data_ptr()] = storage.nbytes()
             if host:
                 self._host.add(storage.data_ptr())
+
+    def drop(self, tensor: torch.Tensor) -> None:
+        """Memory is pinned no longer: no copy may need it any more."""
+        where = tensor.untyped_storage().data_ptr()
+        with self.lock:
+            assert not any(access.memory == where for each in self._late for access in each.work.access), (
+                "memory is unpinned that a copy has yet to read"
+            )
+            self._host.remove(where)
+            del self._storages[where]
 
     def on_device(self, tensor: torch.Tensor) -> bool:
         where = tensor.untyped_storage().data_ptr()
@@ -301,6 +312,12 @@ class FakeCuda(Device):
         memory = torch.from_numpy(np.full(count, POISON, dtype=np.uint8))
         self.world.keep(memory, host=True)
         return memory.view(dtype).view(shape)
+
+    def pin(self, memory: Bytes) -> None:
+        self.world.keep(torch.from_numpy(memory), host=True)
+
+    def unpin(self, memory: Bytes) -> None:
+        self.world.drop(torch.from_numpy(memory))
 
 
 class Wire:

@@ -12,6 +12,7 @@ import torch
 from services.worker.agent.inventory import Inventory
 from services.worker.communicator import Communicator
 from services.worker.device import Fence, HostDevice
+from services.worker.engine.host_slices import host_memory
 from services.worker.engine.model import RankModel
 from services.worker.engine.runner import Runner
 from shared.errors import ModelError
@@ -66,7 +67,7 @@ class Ranked:
         )
         self.runner = Runner(
             model_dir, config, torch.device("cpu"), NoShadow(), Inventory(), self.told.append,  # type: ignore[arg-type]
-            hold_weights=True,
+            host_memory=host_memory(),
         )  # fmt: skip
 
     def lives_on(self) -> bool:
@@ -122,7 +123,7 @@ def test_after_an_error_of_the_device_the_process_says_that_it_has_to_end(
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
         monkeypatch.setattr(spare.runner, "_stand_by", fail)
-        monkeypatch.setattr(spare.runner.shadow.device, "trouble", lambda: "the device failed: Xid 79; ")
+        monkeypatch.setattr(spare.runner.shadow.device, "trouble", lambda: "the device failed: Xid 79")
         assert spare.asked.wait(WAIT_S)
         assert spare.lives_on()
         assert spare.lives_on()  # so the first job has been looked at
@@ -151,7 +152,7 @@ class Pair:
         self.told: list[queue.Queue[Message]] = [queue.Queue(), queue.Queue()]
         self.runners = [
             Runner(
-                model_dir, config, torch.device("cpu"), NoShadow(), Inventory(), told.put, hold_weights=False,  # type: ignore[arg-type]
+                model_dir, config, torch.device("cpu"), NoShadow(), Inventory(), told.put, host_memory=None,  # type: ignore[arg-type]
             )
             for told in self.told
         ]  # fmt: skip

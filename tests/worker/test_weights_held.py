@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from services.worker.engine.host_slices import host_memory
 from services.worker.engine.model import RankModel
 from tests.worker.rank_threads import small_model
 
@@ -19,7 +20,9 @@ def _no_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_slices_of_all_ranks_are_held_in_host_memory_and_one_is_on_the_device(tmp_path: Path) -> None:
     """The device is "meta", which like a GPU is not the host's."""
-    model = RankModel(small_model(tmp_path, "Qwen2"), size=SIZE, dtype=torch.float32, device="meta")
+    model = RankModel(
+        small_model(tmp_path, "Qwen2"), size=SIZE, dtype=torch.float32, device="meta", host_memory=host_memory()
+    )
     for rank in range(SIZE):
         model.prepare(rank)
     model.load(1)

@@ -18,7 +18,8 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 LossKind = Literal["closed", "silent", "late", "hung", "cut off", "failed", "replaced", "stopped"]
 """Why a worker was given up: its channel closed, no heartbeat, not joined in time, no progress though it beats, no way
-to its peers, its device failed, or another process came under its name."""
+to its peers, its device failed or it can't load its weights, another process came under its name, or it was told to
+stop."""
 
 STATES = ("forming", "assigning", "joining", "restoring", "serving")
 _PHASES_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from services.worker.agent import faults
 from services.worker.agent.assembly import make_runner
 from services.worker.agent.inventory import Inventory
 from services.worker.agent.rank_engine import Load, RankEngine
+from services.worker.device import watch
 from services.worker.shadow.copies import PageServer, copy_pages
 from services.worker.shadow.stores import StoreClients
 from shared.channel import REDIAL_S, Channel, dial
@@ -52,9 +54,12 @@ SETTLE_S = 5.0
 """A compute thread that is busy for longer after its epoch has ended is stuck."""
 
 
-async def run(settings: WorkerSettings, name: str, device: str, stop: asyncio.Event) -> None:
-    """Serve the coordinator until `stop` is set, dialling it again whenever the channel is lost."""
-    worker = Worker(settings, name, device, partial(make_runner, settings, torch.device(device)))
+async def run(settings: WorkerSettings, name: str, device: str, host_memory: int | None, stop: asyncio.Event) -> None:
+    """Serve the coordinator until `stop` is set, dialling it again whenever the channel is lost.
+
+    `host_memory`: where this host's workers hold one copy of the weights; None if they hold none.
+    """
+    worker = Worker(settings, name, device, partial(make_runner, settings, torch.device(device), host_memory))
     if settings.fault_dir:
         faults.arm(worker, settings.fault_dir)
     works = (worker.serve(), stop.wait(), _show_life(settings.alive_dir, name))
@@ -92,6 +97,7 @@ class Worker:
         self._address = ""  # where other ranks reach this host
         self._copying: asyncio.Task[None] | None = None
         self._inventory = Inventory()
+        self._ended = threading.Event()
         self._stores = StoreClients(
             settings.secret, put_deadline_s=settings.put_deadline_s, fetch_deadline_s=settings.fetch_deadline_s
         )
@@ -176,8 +182,14 @@ class Worker:
             self._load_engine, config, self._inventory, self._stores, self._loop, self._report
         )
         self._runner.shadow.device.bind()
+        watch(self._runner.shadow.device, self._device_failed, self._ended)
         log.info("ready in %.2f s: %d pages", time.monotonic() - began, self._runner.pages)
         return self._runner
+
+    def _device_failed(self, why: str) -> None:
+        """The next beat says so, and this worker ends; its supervisor does not start it again."""
+        if self._runner is not None:
+            self._runner.unfit = self._runner.unfit or why
 
     def _handle(self, runner: RankEngine, message: Message) -> None:
         match message:
@@ -250,6 +262,7 @@ class Worker:
 
     async def close(self) -> None:
         """End threads and connections."""
+        self._ended.set()
         if self._runner is not None:
             await asyncio.to_thread(self._runner.close)
             await asyncio.to_thread(self._runner.shadow.close)

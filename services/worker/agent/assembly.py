@@ -27,6 +27,7 @@ from shared.types import GroupConfig
 def make_runner(
     settings: WorkerSettings,
     device: torch.device,
+    host_memory: int | None,
     config: GroupConfig,
     inventory: Inventory,
     stores: StoreClients,
@@ -41,7 +42,7 @@ def make_runner(
         raise ConfigError(f"device {device}: no CUDA device here")
     shadow = make_shadow(settings.transport, make_device(device), config, inventory, stores, loop, report)
     model_dir = resolve_model(settings.model or config.model)
-    return Runner(model_dir, config, device, shadow, inventory, report, hold_weights=settings.hold_weights)
+    return Runner(model_dir, config, device, shadow, inventory, report, host_memory=host_memory)
 
 
 def make_shadow(

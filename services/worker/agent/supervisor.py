@@ -11,6 +11,7 @@ import signal
 import time
 
 from services.worker.device_health import DeviceWatch, failure
+from services.worker.engine.host_slices import host_memory
 from shared import logs
 from shared.config import WorkerSettings, default_name
 from shared.service import EXIT_CONFIG, die_with_parent, run_service
@@ -64,13 +65,14 @@ class _Host:
         self._stopped: dict[int, float] = {}
         self._wrong: set[int] = set()  # places whose last worker said that settings or model are wrong
         self._serial = 0
+        self._host_memory = host_memory() if settings.hold_weights else None
 
     def start(self, place: int) -> None:
         self._serial += 1
         name = f"{self._prefix}-{place}.{self._serial}"
         pid = os.fork()
         if pid == 0:
-            os._exit(_child(self._settings, name, _device(self._settings.device, place)))
+            os._exit(_child(self._settings, name, _device(self._settings.device, place), self._host_memory))
         self._pids[place] = pid
         self._started[place] = time.monotonic()
         self._due.pop(place, None)
@@ -157,7 +159,7 @@ def _device(device: str, place: int) -> str:
     return f"cuda:{place}" if device == "cuda" else device
 
 
-def _child(settings: WorkerSettings, name: str, device: str) -> int:
+def _child(settings: WorkerSettings, name: str, device: str, host_memory: int | None) -> int:
     """The life of one worker process."""
     die_with_parent()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -170,6 +172,6 @@ def _child(settings: WorkerSettings, name: str, device: str) -> int:
         torch.set_num_threads(threads)
 
     async def service(stop: asyncio.Event) -> None:
-        await run(settings, name, device, stop)
+        await run(settings, name, device, host_memory, stop)
 
     return run_service(f"worker {name}", service, settings)

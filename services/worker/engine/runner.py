@@ -5,9 +5,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -45,6 +46,9 @@ log = logging.getLogger(__name__)
 
 MAX_JOBS = 1024
 REASON_CHARS = 500
+BUSY_S = 0.05
+"""A spare looks again so often for slices that other processes of its host are filling."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,8 @@ class Place:
 class Runner:
     """One device's model and pool. `submit` and `interrupt` come from the event loop, the rest runs on its own thread.
 
-    Reports are messages for the coordinator; `report` must be safe to call from any thread.
+    Reports are messages for the coordinator; `report` must be safe to call from any thread. `host_memory` is
+    RankModel's; without it a spare holds nothing.
     """
 
     def __init__(
@@ -71,7 +76,7 @@ class Runner:
         inventory: Inventory,
         report: Callable[[Message], None],
         *,
-        hold_weights: bool,
+        host_memory: int | None,
     ):
         self.config = config
         self.address = "127.0.0.1"  # where other ranks reach this one; the worker knows once it has dialled
@@ -96,10 +101,10 @@ class Runner:
         self._place: Place | None = None
         self._assigned = -1  # the rank that it has or is about to take
         self._loaded_rank: int | None = None
-        self._hold_weights = hold_weights
-        self._unprepared = list(range(config.size)) if hold_weights else []
+        self._holds = host_memory is not None
+        self._unprepared = list(range(config.size)) if self._holds else []
         dtype = cast(torch.dtype, getattr(torch, config.dtype))
-        self.model = RankModel(model_dir, size=config.size, dtype=dtype, device=device)
+        self.model = RankModel(model_dir, size=config.size, dtype=dtype, device=device, host_memory=host_memory)
         self.pool = self.model.make_pool(config.page_tokens, memory_bytes=config.kv_bytes)
         self.info = model_info(model_dir, self.model.spec, self.pool.page_bytes)
         step_bytes = config.max_step_tokens * self.model.spec.hidden * dtype.itemsize
@@ -196,7 +201,8 @@ class Runner:
                 self._failed(epoch, f"{type(job).__name__}: {error}", cut_off=isinstance(error, CutOff))
             except Exception as error:
                 log.exception("%s failed", type(job).__name__)
-                reason = f"{self.shadow.device.trouble()}{type(job).__name__}: {type(error).__name__}: {error}"
+                trouble = f"{known}; " if (known := self.shadow.device.trouble()) else ""
+                reason = f"{trouble}{type(job).__name__}: {type(error).__name__}: {error}"
                 if isinstance(error, torch.AcceleratorError):
                     self.unfit = reason  # nothing works any more in a process after an error of CUDA's
                 self._failed(epoch, reason, fatal=True)
@@ -207,28 +213,42 @@ class Runner:
     def _next_job(self) -> tuple[Job, float] | None:
         """The next job. With time on its hands a spare holds every rank's slice ready; a rank needs its own only."""
         while self._jobs.empty() and self._place is None and self._unprepared:
-            try:
-                self._with_weights(self._unprepared.pop(0), self.model.prepare)
-                if not self._unprepared:
-                    log.info("it holds the slices of all %d ranks", self.config.size)
-            except Exception:
-                log.exception("a spare can't hold all slices")
-                self._unprepared = []
+            if not self._hold_next():
+                with suppress(queue.Empty):
+                    return self._wait(BUSY_S)
         if self._jobs.empty() and self.step_done:
             self.model.forget_prepared()
+        return self._wait()
+
+    def _wait(self, at_most_s: float | None = None) -> tuple[Job, float] | None:
         self.at_rest.set()
-        entry = self._jobs.get()
-        self.at_rest.clear()
-        return entry
+        try:
+            return self._jobs.get(timeout=at_most_s)
+        finally:
+            self.at_rest.clear()
+
+    def _hold_next(self) -> bool:
+        """Hold one more slice, if there is one that no other process is filling."""
+        try:
+            for rank in self._unprepared:
+                if self._with_weights(rank, self.model.prepare):
+                    self._unprepared.remove(rank)
+                    if not self._unprepared:
+                        log.info("it holds the slices of all %d ranks", self.config.size)
+                    return True
+        except Exception:
+            log.exception("a spare can't hold all slices")
+            self._unprepared = []
+        return False
 
     def _failed(self, epoch: int, reason: str, *, fatal: bool = False, cut_off: bool = False) -> None:
         if epoch == self._epoch and self._place is not None:
             self._report(RankFailed(epoch, self._place.assign.rank, reason, fatal, cut_off))
 
-    def _with_weights(self, rank: int, take: Callable[[int], None]) -> None:
+    def _with_weights(self, rank: int, take: Callable[[int], T]) -> T:
         """Load or prepare a rank's slice; a worker that can't is unfit."""
         try:
-            take(rank)
+            return take(rank)
         except Exception as error:
             self.unfit = f"the weights of rank {rank} can't be loaded: {error}"
             raise
@@ -249,7 +269,7 @@ class Runner:
     def _stand_by(self, job: StandBy) -> None:
         """No rank any more, or still none; with `hold`, slices that are not at hand are read when there is time."""
         self._leave()
-        self._unprepared = list(range(self.config.size)) if job.hold and self._hold_weights else []
+        self._unprepared = list(range(self.config.size)) if job.hold and self._holds else []
         self._place, self.step_done = None, 0
 
     def _prepare(self, job: Prepare) -> None:

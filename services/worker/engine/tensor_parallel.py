@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from services.worker.communicator.base import Communicator
-from services.worker.device import make_device
+from services.worker.engine.placed import content, metadata, placed
+from services.worker.memory import Bytes
 from shared.errors import ModelError
 
 Style = Literal["colwise", "rowwise", "replicated"]
@@ -29,6 +30,7 @@ _PUBLISHED: Mapping[str, Style] = {
 }
 _TRIED_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256)
 _LARGE = 4 << 20
+_ALIGN = 4096  # what oneDNN gives its own memory
 _linear_pointwise = torch.ops.mkldnn._linear_pointwise.default
 
 
@@ -50,6 +52,7 @@ class Packed:
     packed: torch.Tensor | None  # by oneDNN
     weight: torch.Tensor | None  # plain, where oneDNN is not to be had
     bias: torch.Tensor | None
+    memory: Bytes | None = None  # what they lie in, where it is not their own
 
 
 class PackedLinear(nn.Module):
@@ -76,31 +79,57 @@ class PackedLinear(nn.Module):
         self._packed: torch.Tensor | None = None
         self._weight: torch.Tensor | None = None  # where oneDNN is not to be had: the plain one
         self._bias: torch.Tensor | None = None
+        self._memory: Bytes | None = None  # kept as long as the tensors in it
         self._where = torch.device(device)
         self._packs = self._where.type == "cpu"
         self._least_rows = _least_rows(inputs, outputs, dtype) if self._packs else 1
+        self._held_as = _computed_in(dtype) if self._packs else dtype
 
-    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> "Packed":
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Packed:
         """Weight [outputs, inputs] and bias [outputs], of the model's dtype, ready to be taken.
 
-        On the model's device; or in host memory, from where `take` brings them to a GPU.
+        Where they are; `take` brings them to the model's device.
         """
         if weight.shape != (self.outputs, self.inputs):
             raise ModelError(f"a weight has shape {tuple(weight.shape)}, not {(self.outputs, self.inputs)}")
-        bias = None if bias is None else bias.contiguous().clone()
+        bias = None if bias is None else bias.to(self._held_as).contiguous().clone()
         if self._packs:
-            computed = _computed_in(weight.dtype)
-            return Packed(_pack(weight.to(computed)), None, None if bias is None else bias.to(computed))
-        if weight.device.type == "cpu":
-            return Packed(None, self._held(weight), None if bias is None else self._held(bias))
+            return Packed(_pack(weight.to(self._held_as)), None, bias)
         return Packed(None, weight.contiguous(), bias)
 
-    def _held(self, tensor: torch.Tensor) -> torch.Tensor:
-        return make_device(self._where).host(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
+    @property
+    def room(self) -> int:
+        """The bytes that `store` takes: the weight, then the bias, then one that says whether there is a bias."""
+        return _aligned(self.form[0]) + _aligned(self.outputs * self._held_as.itemsize + 1)
 
-    def take(self, slice_: "Packed") -> None:
+    def store(self, slice_: Packed, memory: Bytes) -> None:
+        """Write what `pack` made of weights in host memory to `room` bytes."""
+        weight = slice_.weight if slice_.packed is None else slice_.packed
+        assert weight is not None
+        size, at = self.form[0], _aligned(self.form[0])
+        memory[:size] = content(weight)
+        if slice_.bias is not None:
+            memory[at : at + slice_.bias.nbytes] = content(slice_.bias)
+        memory[-1] = slice_.bias is not None
+
+    def stored(self, memory: Bytes) -> Packed:
+        """What `store` has written there: the same bytes, not a copy."""
+        size, form = self.form
+        weight = placed(memory, (self.outputs, self.inputs), self._held_as, form)
+        bias = placed(memory[_aligned(size) :], (self.outputs,), self._held_as) if memory[-1] else None
+        return Packed(weight, None, bias, memory) if self._packs else Packed(None, weight, bias, memory)
+
+    @property
+    def form(self) -> tuple[int, bytes]:
+        """The bytes of a weight, and oneDNN's metadata of it."""
+        if self._packs:
+            return _packed_form(self.inputs, self.outputs, self._held_as, torch.get_num_threads())
+        return self.inputs * self.outputs * self._held_as.itemsize, b""
+
+    def take(self, slice_: Packed) -> None:
         """Compute with these weights from now on."""
         self._packed, self._weight, self._bias = slice_.packed, slice_.weight, slice_.bias
+        self._memory = slice_.memory
         if not self._packs:
             self._weight = self._here(slice_.weight)
             self._bias = self._here(slice_.bias)
@@ -203,6 +232,20 @@ def _computed_in(dtype: torch.dtype) -> torch.dtype:
 def _pack(weight: torch.Tensor) -> torch.Tensor:
     packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
     return packed
+
+
+@lru_cache(maxsize=256)
+def _packed_form(inputs: int, outputs: int, dtype: torch.dtype, threads: int) -> tuple[int, bytes]:
+    """How many bytes oneDNN's form of a weight takes, and its metadata: equal for all weights of a shape.
+
+    `threads`: what the calling thread may use, on which the form depends; once torch is asked, that is settled.
+    """
+    packed = _pack(torch.zeros(outputs, inputs, dtype=dtype))
+    return len(content(packed)), metadata(packed)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
 
 
 def _multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
