@@ -4,18 +4,21 @@ A page is free, or held by requests, or pinned while its bytes are read or writt
 by the prefix cache until its room is needed.
 """
 
-from collections import deque
+from array import array
 from collections.abc import Iterable
+
+from services.coordinator.protection.page_lists import page_lists
 
 
 class Allocator:
-    """Counts of holders and pins, and the pages that are free."""
+    """Counts of holders and pins, and the pages that are free or idle."""
 
     def __init__(self, count: int):
         self.count = count
-        self._free: deque[int] = deque(range(count))
-        self._holders = [0] * count
-        self._pins = [0] * count
+        self._free, self.idle = page_lists(count, 2)
+        self._free.fill()
+        self._holders = array("i", bytes(4 * count))
+        self._pins = array("i", bytes(4 * count))
 
     @property
     def free(self) -> int:
@@ -24,7 +27,8 @@ class Allocator:
 
     def take(self) -> int:
         """A free page, held once."""
-        page = self._free.popleft()
+        page = self._free.first()
+        self._free.remove(page)
         self._holders[page] = 1
         return page
 
@@ -32,13 +36,14 @@ class Allocator:
         """A page that nobody holds is free."""
         self._free.append(page)
 
-    def reserve(self, pages: Iterable[int]) -> None:
-        """These pages are not free, though nobody holds them: they have content from before."""
-        kept = set(pages)
-        self._free = deque(page for page in self._free if page not in kept)
+    def reserve(self, page: int) -> None:
+        """A free page is idle: it has content from before."""
+        self._free.remove(page)
+        self.idle.append(page)
 
     def hold(self, page: int) -> None:
         """One more request stands on it."""
+        self.idle.discard(page)
         self._holders[page] += 1
 
     def release(self, page: int) -> None:
@@ -49,6 +54,7 @@ class Allocator:
 
     def pin(self, page: int) -> None:
         """A transfer begins to read or write its bytes."""
+        self.idle.discard(page)
         self._pins[page] += 1
 
     def unpin(self, page: int) -> None:
@@ -70,15 +76,15 @@ class Allocator:
         """The pages that transfers read or write."""
         return [page for page, pins in enumerate(self._pins) if pins]
 
-    def check(self, tables: Iterable[Iterable[int]], idle: Iterable[int]) -> None:
+    def check(self, tables: Iterable[Iterable[int]]) -> None:
         """Raise AssertionError unless free + busy + idle = all, and holders equal the page tables given."""
         holders = [0] * self.count
         for table in tables:
             for page in table:
                 holders[page] += 1
-        assert holders == self._holders, "holders differ from the page tables"
-        free, unused = set(self._free), set(idle)
-        assert len(free) == len(self._free), "a page is free twice"
+        assert holders == self._holders.tolist(), "holders differ from the page tables"
+        for pages in (self._free, self.idle):
+            assert len([*pages]) == len(pages) == len({*pages}), "a page is twice in a list"
         for page in range(self.count):
-            places = (page in free) + (page in unused) + self.busy(page)
+            places = (page in self._free) + (page in self.idle) + self.busy(page)
             assert places == 1, f"page {page} is in {places} sets"
