@@ -14,7 +14,7 @@ from services.coordinator.membership.members import Formation, Held, Membership
 from services.coordinator.outbox import Outbox
 from services.coordinator.protection.host import EngineStatus, Host, IdlePages, Returned
 from services.coordinator.protection.ledger import EXPOSED
-from services.coordinator.protection.page_lists import page_lists
+from services.coordinator.protection.page_lists import PageLists
 from services.coordinator.protection.protection import Protection
 from services.coordinator.protection.stores import Stores
 from services.coordinator.views.metrics import Metrics
@@ -80,7 +80,8 @@ class HostedEngine(Host):
         self._dialled_at = outbox.now
         self._load = EngineLoad(0, 0, 0, 0, 0, 0, 0)
         self._keys: list[PageKey] = [b""] * ready.pages  # by page; empty: it is not sealed
-        (self._in_order,) = page_lists(ready.pages, 1)  # sealed pages, those sealed longest ago first
+        self._order = PageLists(ready.pages, 1)  # of sealed pages, those sealed longest ago first
+        self._in_order = self._order[1]
         self._stale: set[int] = set()  # of these, those that an engine that dialled anew has not told again
         self._behind = False  # it dialled anew, and does not know of all ranks who holds them now
         self._runs: dict[int, HostedRun] = {}  # since it was quiesced, until each has what it had
@@ -171,7 +172,7 @@ class HostedEngine(Host):
                 self._gone.append(page)
                 continue
             self._keys[page] = key
-            self._in_order.append(page)
+            self._order.move(page, 1)
             if self.protection.begun:
                 self.protection.sealed(page, key)
 
@@ -183,7 +184,7 @@ class HostedEngine(Host):
 
     def _forget(self, page: int) -> None:
         self._keys[page] = b""
-        self._in_order.discard(page)
+        self._order.move(page, 0)
 
     def _known(self) -> dict[int, PageKey]:
         return {page: self._keys[page] for page in self._in_order}

@@ -6,13 +6,14 @@ has lies in arrays as long as the pool; only what few have, or a loss brings, is
 """
 
 from array import array
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import islice
 
 from services.coordinator.protection.host import Host, Run
-from services.coordinator.protection.page_lists import KeyIndex, page_lists
+from services.coordinator.protection.page_lists import KeyIndex, PageLists
 from shared.types import PageKey
 
 
@@ -29,7 +30,7 @@ class Parity(IntEnum):
     """Tried and failed; the reason is in the ledger's `unprotected_reason`."""
 
 
-PARITIES = tuple(Parity)
+OPEN, QUEUED, PENDING, PROTECTED, UNPROTECTED = PARITIES = tuple(Parity)
 EXPOSED = frozenset({Parity.QUEUED, Parity.PENDING, Parity.UNPROTECTED})
 """Sealed, and not protected."""
 NO_RANKS: frozenset[int] = frozenset()
@@ -65,10 +66,10 @@ class Ledger:
         self._alike = alike
         self._keys: list[PageKey | None] = [None] * pages
         self._by_key = KeyIndex(pages)
-        self._in = dict(zip(PARITIES[1:], page_lists(pages, len(PARITIES) - 1), strict=True))
-        self._parity = self._in[Parity.QUEUED].at
-        (self._exposed,) = page_lists(pages, 1)
+        self._in = PageLists(pages, len(PARITIES) - 1)
+        self._parity = self._in.at
         self._since = array("d", bytes(8 * pages))  # of those that are exposed
+        self._exposed: dict[float, int] = {}  # how many are, since each time
         self._copied = array("b", bytes(pages))  # the successor of a rank that moves has that rank's slice
         self._missing: dict[int, frozenset[int]] = {}
         self._acked: dict[int, frozenset[int]] = {}
@@ -124,7 +125,7 @@ class Ledger:
 
     def exposed_since(self) -> float | None:
         """Since when the oldest sealed page has been without protection; None if all have it."""
-        return self._since[self._exposed.first()] if self._exposed else None
+        return next(iter(self._exposed), None)
 
     def valid_tokens(self, run: Run, page_tokens: int) -> int:
         """Tokens from a run's start whose KV is there on every rank."""
@@ -141,7 +142,7 @@ class Ledger:
         """How many pages from a run's start are protected; the first `known` are, as long as there is no setback."""
         pages = run.pages
         for index in range(known, len(run.keys)):
-            if self._parity[pages[index]] != Parity.PROTECTED:
+            if self._parity[pages[index]] != PROTECTED:
                 return index
         return len(run.keys)
 
@@ -155,9 +156,9 @@ class Ledger:
         self._keys[number] = key
         self._by_key.put(key, number)
         if self._alike:
-            self._enter(number, Parity.PROTECTED)
+            self._enter(number, PROTECTED)
         elif self._protect:
-            self._enter(number, Parity.QUEUED)
+            self._enter(number, QUEUED)
 
     def dropped(self, number: int) -> None:
         """A page is given away or written again: nothing is known of it any more. Harmless if nothing was."""
@@ -168,17 +169,17 @@ class Ledger:
             self._copied[number] = False
             if self._parity[number] and not self._alike:
                 self._released.append(key)
-            self._enter(number, Parity.OPEN)
+            self._enter(number, OPEN)
         self._missing.pop(number, None)
 
     # -- protection --------------------------------------------------------------------------------------------------
 
     def start_protection(self, limit: int, in_flight: int) -> list[int]:
         """Up to `limit` queued pages become pending, while at most `in_flight` are."""
-        room = min(limit, in_flight - self.count(Parity.PENDING))
-        started = list(islice(self._in[Parity.QUEUED], max(0, room)))
+        room = min(limit, in_flight - self.count(PENDING))
+        started = list(islice(self._in[QUEUED], max(0, room)))
         for number in started:
-            self._enter(number, Parity.PENDING)
+            self._enter(number, PENDING)
         return started
 
     def end_protection(self, keys: Iterable[PageKey], rank: int, *, protected: bool, reason: str = "") -> None:
@@ -187,14 +188,10 @@ class Ledger:
             number = self._by_key.get(key)
             if number is None:
                 self._released.append(key)
-            elif self._parity[number] == Parity.PENDING and not protected:
-                self._enter(number, Parity.UNPROTECTED)
-            elif self._parity[number] == Parity.PENDING:
-                acked = self._acked.get(number, NO_RANKS) | {rank}
-                if len(acked) < self._acks:
-                    self._acked[number] = acked
-                else:
-                    self._enter(number, Parity.QUEUED if number in self._doubtful else Parity.PROTECTED)
+            elif self._parity[number] == PENDING and not protected:
+                self._enter(number, UNPROTECTED)
+            elif self._parity[number] == PENDING and (self._acks == 1 or self._all_acked(number, rank)):
+                self._enter(number, QUEUED if number in self._doubtful else PROTECTED)
         if not protected:
             self.unprotected_reason = reason
 
@@ -210,7 +207,7 @@ class Ledger:
         first = [number for number in found if number not in unused]
         rest = [number for number in found if number in unused]
         for number in (*first, *rest[:idle]):
-            self._enter(number, Parity.QUEUED)
+            self._enter(number, QUEUED)
 
     def make_room(self, keys: Iterable[PageKey]) -> tuple[PageKey, ...]:
         """The stores had no room for these stripes: choose others, of pages in no use, to be forgotten.
@@ -220,21 +217,21 @@ class Ledger:
         """
         idle = self._host.idle()
         wanted = sum(number not in idle for key in keys if (number := self._by_key.get(key)) is not None)
-        given = list(islice((number for number in idle if self._parity[number] == Parity.PROTECTED), wanted))
+        given = list(islice((number for number in idle if self._parity[number] == PROTECTED), wanted))
         for number in given:
-            self._enter(number, Parity.UNPROTECTED)
+            self._enter(number, UNPROTECTED)
         return self._named(given)
 
     def protection_lost(self) -> None:
         """The stores no longer have what they acknowledged: queue all of it."""
         if self._alike:
             return
-        self._doubtful.update(self._in[Parity.PENDING])
+        self._doubtful.update(self._in[PENDING])
         for number in self._missing:
             self._doubt(number)
-            if self._parity[number] == Parity.PROTECTED:
-                self._enter(number, Parity.UNPROTECTED)
-        self.protect_again(Parity.PROTECTED)
+            if self._parity[number] == PROTECTED:
+                self._enter(number, UNPROTECTED)
+        self.protect_again(PROTECTED)
 
     def shards_lost(self, keys: Iterable[PageKey]) -> None:
         """The stores gave up the parity of these stripes, and only of these: queue them. Unknown ones are released."""
@@ -244,19 +241,19 @@ class Ledger:
                 self._released.append(key)
                 continue
             self._doubt(number)
-            if self._parity[number] == Parity.PROTECTED:
-                self._enter(number, Parity.UNPROTECTED if number in self._missing else Parity.QUEUED)
+            if self._parity[number] == PROTECTED:
+                self._enter(number, UNPROTECTED if number in self._missing else QUEUED)
 
     def unprotected(self) -> tuple[PageKey, ...]:
         """Keys of the pages whose protection failed, or of which it is not known yet."""
-        return self._named(self._in[Parity.UNPROTECTED])
+        return self._named(self._in[UNPROTECTED])
 
     def found_protected(self, keys: Iterable[PageKey]) -> None:
         """The stores turn out to have the parity of these stripes; of use for those that are unprotected."""
         for key in keys:
             number = self._by_key.get(key)
-            if number is not None and self._parity[number] == Parity.UNPROTECTED:
-                self._enter(number, Parity.PROTECTED)
+            if number is not None and self._parity[number] == UNPROTECTED:
+                self._enter(number, PROTECTED)
 
     def take_released(self) -> tuple[PageKey, ...]:
         """Keys of stripes that the stores may forget; those that are sealed again are left out."""
@@ -275,8 +272,8 @@ class Ledger:
         self._missing = dict.fromkeys((*sealed, *open_pages), gone)
         for number, missing in before.items():
             self._missing[number] = missing | gone
-        for number in [*self._in[Parity.PENDING], *self._in[Parity.QUEUED]]:
-            self._enter(number, Parity.UNPROTECTED)
+        for number in [*self._in[PENDING], *self._in[QUEUED]]:
+            self._enter(number, UNPROTECTED)
 
     def adopt(self, inventories: Mapping[int, Mapping[int, PageKey]], ranks: int) -> None:
         """Take over what ranks still have of an earlier coordinator's: rank -> page -> key. For an empty ledger.
@@ -293,7 +290,7 @@ class Ledger:
                 self.sealed(number, key)
                 self._missing[number] = nobody
                 if self._protect and not self._alike:
-                    self._enter(number, Parity.UNPROTECTED)
+                    self._enter(number, UNPROTECTED)
                 adopted.append((number, key))
         self._host.adopt(adopted)
         for rank, inventory in inventories.items():
@@ -312,8 +309,8 @@ class Ledger:
         """
         if self._keys[number] == key:
             self._missing.pop(number, None)
-            if self._parity[number] != Parity.PROTECTED or number in self._doubtful:
-                self._enter(number, Parity.QUEUED if self._protect else Parity.OPEN)
+            if self._parity[number] != PROTECTED or number in self._doubtful:
+                self._enter(number, QUEUED if self._protect else OPEN)
             self._host.whole((number,))
 
     def tokens_restored(self, number: int, *, whole: bool) -> None:
@@ -329,8 +326,8 @@ class Ledger:
             self._host.gone((number,))
         else:
             self._missing.pop(number, None)
-            if self._parity[number] == Parity.PROTECTED:
-                self._enter(number, Parity.UNPROTECTED)
+            if self._parity[number] == PROTECTED:
+                self._enter(number, UNPROTECTED)
             self._host.whole((number,))
 
     def forget(self, numbers: Iterable[int]) -> None:
@@ -385,28 +382,33 @@ class Ledger:
         else:
             self._missing.pop(number, None)
 
+    def _all_acked(self, number: int, rank: int) -> bool:
+        """Whether this rank's acknowledgement is the last that is wanted."""
+        acked = self._acked[number] = self._acked.get(number, NO_RANKS) | {rank}
+        return len(acked) >= self._acks
+
     def _doubt(self, number: int) -> None:
-        if self._keys[number] is not None and (self._parity[number] == Parity.PENDING or number in self._missing):
+        if self._keys[number] is not None and (self._parity[number] == PENDING or number in self._missing):
             self._doubtful.add(number)
 
     def _enter(self, number: int, parity: Parity) -> None:
-        was = self.parity(number)
-        if was is not Parity.OPEN:
-            self._in[was].remove(number)
-        if parity is not Parity.OPEN:
-            self._in[parity].append(number)
-        if was is Parity.PROTECTED and (parity is not Parity.OPEN or number in self._missing):
-            self.setbacks += number not in self._host.idle()
-        if parity not in EXPOSED:
-            self._exposed.discard(number)
-        elif was not in EXPOSED:
-            self._exposed.append(number)
+        was = self._parity[number]
+        self._in.move(number, parity)
+        if was == PROTECTED and (parity is not OPEN or number in self._missing) and number not in self._host.idle():
+            self.setbacks += 1
+        if was not in EXPOSED and parity in EXPOSED:
             self._since[number] = self.now
-        if parity in (Parity.QUEUED, Parity.OPEN):
+            self._exposed[self.now] = self._exposed.get(self.now, 0) + 1
+        elif was in EXPOSED and parity not in EXPOSED:
+            since = self._since[number]
+            self._exposed[since] -= 1
+            if not self._exposed[since]:
+                del self._exposed[since]
+        if parity in (QUEUED, OPEN):
             self._doubtful.discard(number)
-        if parity is Parity.PENDING and was is not Parity.PENDING:
+        if parity is PENDING:
             self._host.pin(number)
-        elif was is Parity.PENDING and parity is not Parity.PENDING:
+        elif was == PENDING:
             self._acked.pop(number, None)
             self._host.unpin(number)
 
@@ -415,16 +417,16 @@ class Ledger:
         for page in self:
             assert (page.key is None) or self.find(page.key) == page.number, f"{page} is not found by its key"
             assert page.key is not None or page.missing, f"{page} is open and whole: nothing is to be known of it"
-            assert page.key is not None or page.parity is Parity.OPEN, f"{page} is open but {page.parity.name}"
-            assert (page.parity in EXPOSED) == (page.number in self._exposed), f"{page}: the exposed ones disagree"
+            assert page.key is not None or page.parity is OPEN, f"{page} is open but {page.parity.name}"
         assert all(self._missing.values()), "a page is lost of which nothing is missing"
         assert len(self.keys) == len(self._by_key), "a key is left of a page that is not sealed"
-        for parity, pages in self._in.items():
+        for parity in PARITIES[1:]:
+            pages = self._in[parity]
             assert [*pages] == [*reversed(pages)][::-1], "a list is broken"
             assert all(self._keys[page] is not None for page in pages), f"a page is {parity.name}, but not sealed"
-        since = [self._since[page] for page in self._exposed]
-        assert since == sorted(since), "the exposed are out of order"
-        assert self._acked.keys() <= {*self._in[Parity.PENDING]}, "an acknowledgement of nothing that is under way"
+        exposed = Counter(self._since[page.number] for page in self if page.parity in EXPOSED)
+        assert list(self._exposed.items()) == sorted(exposed.items()), "the exposed disagree, or are out of order"
+        assert self._acked.keys() <= set(self._in[PENDING]), "an acknowledgement of nothing that is under way"
         assert all(self._keys[page] is not None for page in self._doubtful), "there is doubt in a page that is open"
 
     def __iter__(self) -> Iterator[Page]:

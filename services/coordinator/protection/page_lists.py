@@ -5,6 +5,7 @@ A dictionary of a million entries is copied whole when it grows, which nobody wh
 
 from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass
 from zlib import crc32
 
 from shared.types import PageKey
@@ -12,67 +13,68 @@ from shared.types import PageKey
 SHARD_PAGES = 1024
 
 
-class PageList:
-    """Pages in the order in which they came. A page is in one list at most of those that were made together.
+class PageLists:
+    """Lists of a pool's pages, 1 to `count`: each page is in one of them, or in none. All begin empty.
 
     They are rings through two arrays, in which the places after the last page are the lists' ends.
     """
 
-    __slots__ = ("_after", "_before", "_count", "_end", "_number", "_pages", "at")
-
-    def __init__(self, number: int, pages: int, at: "array[int]", after: "array[int]", before: "array[int]"):
-        self.at = at
-        """By page, the number of the list that it is in; 0: in none."""
-        self._number = number
+    def __init__(self, pages: int, count: int):
+        self.at = array("b", bytes(pages))
+        """By page, the list that it is in; 0: none."""
         self._pages = pages
-        self._after = after
-        self._before = before
-        self._end = pages + number - 1
-        self._count = 0
+        self._after = array("i", range(pages + count + 1))
+        self._before = array("i", self._after)
+        self._counts = [0] * (count + 1)
 
-    def fill(self) -> None:
-        """All pages come, in their order. For lists that are empty."""
-        pages, end = self._pages, self._end
+    def __getitem__(self, number: int) -> "PageList":
+        return PageList(number, self._pages + number, self.at, self._counts, self._after, self._before)
+
+    def move(self, page: int, to: int) -> None:
+        """A page comes last in the list `to`, out of the one that it was in; 0: it is in none from now on."""
+        after, before, was = self._after, self._before, self.at[page]
+        if was:
+            following, last = after[page], before[page]
+            after[last], before[following] = following, last
+            self._counts[was] -= 1
+        if to:
+            end = self._pages + to
+            last = before[end]
+            after[last] = before[end] = page
+            after[page], before[page] = end, last
+            self._counts[to] += 1
+        self.at[page] = to
+
+    def fill(self, number: int) -> None:
+        """All pages come into a list, in their order; none is in one."""
+        pages, end = self._pages, self._pages + number
         self._after[:pages], self._before[:pages] = array("i", range(1, pages + 1)), array("i", range(-1, pages - 1))
         self._after[pages - 1] = self._before[0] = end
-        self._after[end], self._before[end], self._count = 0, pages - 1, pages
-        self.at[:] = array("b", [self._number]) * pages
+        self._after[end], self._before[end], self._counts[number] = 0, pages - 1, pages
+        self.at[:] = array("b", [number]) * pages
 
-    def append(self, page: int) -> None:
-        """It comes."""
-        if self.at[page]:
-            raise AssertionError(f"page {page} is in a list already")
-        after, before, end = self._after, self._before, self._end
-        last = before[end]
-        after[last] = before[end] = page
-        before[page], after[page] = last, end
-        self.at[page] = self._number
-        self._count += 1
 
-    def remove(self, page: int) -> None:
-        """It goes."""
-        if self.at[page] != self._number:
-            raise AssertionError(f"page {page} is not in this list")
-        after, before = self._after, self._before
-        following, last = after[page], before[page]
-        after[last], before[following] = following, last
-        self.at[page] = 0
-        self._count -= 1
+@dataclass(frozen=True, slots=True)
+class PageList:
+    """One of them, as it is at any time: pages in the order in which they came."""
 
-    def discard(self, page: int) -> None:
-        """It goes, if it is here."""
-        if self.at[page] == self._number:
-            self.remove(page)
+    _number: int
+    _end: int
+    _at: "array[int]"
+    _counts: list[int]
+    _after: "array[int]"
+    _before: "array[int]"
 
+    @property
     def first(self) -> int:
         """Who has been here longest. For a list that is not empty."""
         return self._after[self._end]
 
     def __len__(self) -> int:
-        return self._count
+        return self._counts[self._number]
 
     def __contains__(self, page: object) -> bool:
-        return isinstance(page, int) and self.at[page] == self._number
+        return isinstance(page, int) and self._at[page] == self._number
 
     def __iter__(self) -> Iterator[int]:
         return self._walk(self._after)
@@ -85,13 +87,6 @@ class PageList:
         while page != self._end:
             yield page
             page = ways[page]
-
-
-def page_lists(pages: int, count: int) -> tuple[PageList, ...]:
-    """Empty lists of a pool's pages, with the numbers 1 to `count`."""
-    at, ends = array("b", bytes(pages)), range(pages, pages + count)
-    after, before = (array("i", bytes(4 * pages)) + array("i", ends) for _ in range(2))
-    return tuple(PageList(number, pages, at, after, before) for number in range(1, count + 1))
 
 
 class KeyIndex:

@@ -7,7 +7,9 @@ by the prefix cache until its room is needed.
 from array import array
 from collections.abc import Iterable
 
-from services.coordinator.protection.page_lists import page_lists
+from services.coordinator.protection.page_lists import PageLists
+
+FREE, IDLE = 1, 2
 
 
 class Allocator:
@@ -15,8 +17,9 @@ class Allocator:
 
     def __init__(self, count: int):
         self.count = count
-        self._free, self.idle = page_lists(count, 2)
-        self._free.fill()
+        self._lists = PageLists(count, 2)
+        self._lists.fill(FREE)
+        self._free, self.idle = self._lists[FREE], self._lists[IDLE]
         self._holders = array("i", bytes(4 * count))
         self._pins = array("i", bytes(4 * count))
 
@@ -27,23 +30,21 @@ class Allocator:
 
     def take(self) -> int:
         """A free page, held once."""
-        page = self._free.first()
-        self._free.remove(page)
-        self._holders[page] = 1
+        page = self._free.first
+        self.hold(page)
         return page
 
     def give(self, page: int) -> None:
         """A page that nobody holds is free."""
-        self._free.append(page)
+        self._lists.move(page, FREE)
 
-    def reserve(self, page: int) -> None:
-        """A free page is idle: it has content from before."""
-        self._free.remove(page)
-        self.idle.append(page)
+    def keep(self, page: int) -> None:
+        """A page that nobody holds is idle: it has content that may be asked for."""
+        self._lists.move(page, IDLE)
 
     def hold(self, page: int) -> None:
         """One more request stands on it."""
-        self.idle.discard(page)
+        self._lists.move(page, 0)
         self._holders[page] += 1
 
     def release(self, page: int) -> None:
@@ -54,7 +55,7 @@ class Allocator:
 
     def pin(self, page: int) -> None:
         """A transfer begins to read or write its bytes."""
-        self.idle.discard(page)
+        self._lists.move(page, 0)
         self._pins[page] += 1
 
     def unpin(self, page: int) -> None:

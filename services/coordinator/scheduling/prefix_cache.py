@@ -14,7 +14,7 @@ from services.coordinator.protection.ledger import Ledger
 from services.coordinator.scheduling.allocator import Allocator
 from shared.types import PageKey
 
-PAGES_RELEASED = 4096
+PAGES_RELEASED = 2048
 """Given back in a step at most, as long as nobody needs them: a long request's take more time than others have."""
 
 
@@ -81,7 +81,7 @@ class PrefixCache:
         if count > self.available:
             return None
         while count > self.allocator.free:
-            self._unseal(self.allocator.idle.first())
+            self._unseal(self.allocator.idle.first)
         return [self.allocator.take() for _ in range(count)]
 
     def match(self, keys: Iterable[PageKey], *, whole: bool = True) -> list[int]:
@@ -142,7 +142,7 @@ class PrefixCache:
     def adopt(self, pages: Iterable[tuple[int, PageKey]]) -> None:
         """Sealed pages from before, held by nobody. For an empty cache."""
         for page, _ in pages:
-            self.allocator.reserve(page)
+            self.allocator.keep(page)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -166,25 +166,25 @@ class PrefixCache:
 
     def _let_go(self, page: int) -> None:
         """Nobody holds it any more, perhaps: then it is idle if it can be found again, otherwise free."""
-        if not self.allocator.held(page):
-            if self.ledger.key(page) is not None:
-                self._keeper.unused(page)
-            else:
-                self._keeper.dropped((page,))
+        if self.allocator.held(page):
+            return
+        sealed = self.ledger.key(page) is not None
+        if sealed:
+            self._keeper.unused(page)
+        else:
+            self._keeper.dropped((page,))
         if self.allocator.busy(page):
             return
-        if self.ledger.key(page) is not None:
-            self.allocator.idle.append(page)
+        if sealed:
+            self.allocator.keep(page)
         else:
             self.allocator.give(page)
 
     def _unseal(self, page: int) -> None:
         """Nobody finds it again; it is free once nobody holds it."""
-        idle = page in self.allocator.idle
-        self.allocator.idle.discard(page)
-        self._keeper.dropped((page,))
-        if idle:
+        if page in self.allocator.idle:
             self.allocator.give(page)
+        self._keeper.dropped((page,))
 
     def check(self, tables: Iterable[Iterable[int]]) -> None:
         """Raise AssertionError unless pages, keys and page tables agree."""
