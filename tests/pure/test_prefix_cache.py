@@ -1,5 +1,7 @@
 """The embedded engine's pages: each in one set, sealed ones found again, none given away that somebody holds."""
 
+from unittest.mock import patch
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -102,17 +104,29 @@ class Pages(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.parts = patch("services.coordinator.scheduling.prefix_cache.PAGES_RELEASED", 2)
+        self.parts.start()
         self.pages = EmbeddedPages(6)
         self.cache, self.ledger = self.pages.cache, self.pages.ledger
         self.tables: list[list[int]] = []
         self.pending: list[PageKey] = []
         self.pinned: list[int] = []
 
+    def teardown(self) -> None:
+        self.parts.stop()
+
+    @rule(all_of_it=st.booleans())
+    def a_step_begins(self, all_of_it: bool) -> None:
+        self.cache.tidy(all_of_it=all_of_it)
+
     @rule(count=st.integers(1, 4))
     def allocate(self, count: int) -> None:
-        available = self.cache.available
         taken = self.cache.allocate(count)
-        assert (taken is None) == (count > available)
+        if taken is None:
+            assert count > self.cache.available
+            self.cache.check(self.tables)
+            used = {page for table in self.tables for page in table} | {*self.cache.allocator.pinned}
+            assert self.cache.in_use == len(used), "a page that was released was withheld"
         if taken is not None:
             self.tables.append(taken)
 
