@@ -65,7 +65,7 @@ class PrefixCache:
 
     @property
     def in_use(self) -> int:
-        """Pages in some request's table, or being read or written by a transfer."""
+        """Pages in some request's table, or that of one that has just ended, or read or written by a transfer."""
         return self.pages - self.available
 
     def idle(self) -> IdlePages:
