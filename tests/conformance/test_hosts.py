@@ -153,8 +153,9 @@ class HostContract(RuleBasedStateMachine):
         stores = sorted(self.stores)
         places = tuple(stores[number % len(stores)] for number in range(SHARDS))
         for page in self.ledger.start_protection(limit, PAGES):
-            assert page.key is not None
-            self.encodes.append(Encode(page.number, page.key, places))
+            key = self.ledger.key(page)
+            assert key is not None
+            self.encodes.append(Encode(page, key, places))
 
     @rule(which=pick, good=mostly, put=st.sets(st.integers(0, SHARDS - 1)))
     @precondition(lambda self: self.encodes)
@@ -187,7 +188,7 @@ class HostContract(RuleBasedStateMachine):
         for key in given:
             page = self.ledger.find(key)
             assert page is not None
-            assert page.number in self.host.idle()
+            assert page in self.host.idle()
         self.release(given)
 
     @rule()
@@ -317,10 +318,11 @@ class HostContract(RuleBasedStateMachine):
     def idle_pages_are_asked_for(self, limit: int) -> None:
         """Or given up, if too little of them is stored."""
         for page in self.ledger.lost_idle(limit):
-            assert page.key is not None
-            stripe = restorable(page.number, page.key, page.missing, self.stripes())
+            key = self.ledger.key(page)
+            assert key is not None
+            stripe = restorable(page, key, self.ledger.missing(page), self.stripes())
             if stripe is None:
-                self.ledger.forget([page.number])
+                self.ledger.forget([page])
             else:
                 self.decode(stripe)
 

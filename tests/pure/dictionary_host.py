@@ -112,9 +112,6 @@ class EmbeddedPages(Driven):
 
     # -- the keeper --------------------------------------------------------------------------------------------------
 
-    def is_whole(self, page: int) -> bool:
-        return self.ledger.is_whole(page)
-
     def sealed(self, page: int, key: PageKey) -> None:
         self.ledger.sealed(page, key)
 
@@ -144,7 +141,7 @@ class EmbeddedPages(Driven):
         return self.cache.seal(page, key)
 
     def key(self, page: int) -> PageKey | None:
-        return self.cache.key(page)
+        return self.ledger.key(page)
 
     # -- the host ----------------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ class Driven(Host):
 
     def __init__(self, count: int, *, protect: bool = True, acks: int = 1):
         self.count = count
-        self.ledger = Ledger(self, protect=protect, acks=acks)
+        self.ledger = Ledger(self, count, protect=protect, acks=acks)
         self.tables: list[Table] = []
         self.pins: Counter[int] = Counter()
         self._numbers = itertools.count()

@@ -108,10 +108,11 @@ def mayhem(world: World, *, silent_loss: bool) -> None:
 
 @pytest.mark.parametrize("parity", [1, 2])
 @pytest.mark.parametrize("seed", range(40))
-def test_streams_are_right_whatever_dies_when(seed: int, parity: int) -> None:
+def test_streams_are_right_whatever_dies_when(seed: int, parity: int, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(seed, parity=parity, protect_tail=seed % 8 >= 4)
     world.poisoned_ranks = range(seed % 3 == 0, world.size if seed % 2 else 2)
     world.room = 5 if seed % 5 == 2 else world.room
+    monkeypatch.setattr("services.coordinator.scheduling.prefix_cache.PAGES_RELEASED", 2048 if seed % 3 else 1)
     mayhem(world, silent_loss=seed % 4 == 3)
     finish(world)
 
@@ -257,6 +258,28 @@ def test_the_prefix_cache_comes_back_after_a_loss(parity: int) -> None:
     finish(world)
     assert world.ledger.count(Parity.PROTECTED) > cached
     assert world.restored == restored == cached * parity
+
+
+def test_when_the_group_serves_again_pages_of_a_request_that_has_ended_are_idle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They come back as all others do, which end with the last that is idle."""
+    monkeypatch.setattr("services.coordinator.scheduling.prefix_cache.PAGES_RELEASED", 1)
+    world = World(8, pages=64)
+    for _ in range(world.size + 1):
+        world.add_worker()
+    world.add_store()
+    serving(world)
+    goes_on = world.submit(length=4, max_tokens=60)
+    ends = world.submit(length=40, max_tokens=1)
+    until(world, lambda: ends in world.finished)
+    world.kill(next(each for each in world.workers.values() if each.assign is not None))
+    (running,) = world.engine.scheduler.running.values()
+    assert goes_on not in world.finished
+    assert world.engine.cache.in_use > len(running.pages) + 3
+    serving(world)
+    assert world.engine.cache.in_use == len(running.pages)
+    finish(world)
 
 
 def test_a_page_being_restored_is_nobody_elses_when_its_request_ends() -> None:

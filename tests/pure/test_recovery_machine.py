@@ -196,15 +196,15 @@ class Recovery(RuleBasedStateMachine):
     @precondition(serving)
     def protection_starts(self, limit: int) -> None:
         for page in self.ledger.start_protection(limit, PAGES):
-            assert page.key is not None
-            assert not page.missing
+            assert self.ledger.key(page) is not None
+            assert self.ledger.is_whole(page)
 
     @rule(which=pick, protected=st.booleans(), times=st.integers(1, 2))
     @precondition(lambda self: self.seen)
     def protection_ends(self, which: int, protected: bool, times: int) -> None:
         key = self.seen[which % len(self.seen)]
         page = self.ledger.find(key)
-        pending = page is not None and page.parity is Parity.PENDING
+        pending = page is not None and self.ledger.parity(page) is Parity.PENDING
         for _ in range(times):
             if pending and protected:
                 self.stored.add(key)

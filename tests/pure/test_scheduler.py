@@ -218,6 +218,39 @@ def test_a_newcomer_that_keeps_what_it_found_never_stands_in_the_way(monkeypatch
         assert not list(scheduler.requests())
 
 
+def test_a_long_requests_pages_are_given_back_over_several_steps_while_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("services.coordinator.scheduling.prefix_cache.PAGES_RELEASED", 3)
+    scheduler = made(pages=64, step=64)
+    add(scheduler, [5], max_tokens=60)
+    add(scheduler, list(range(10, 50)), max_tokens=1)
+    run(scheduler)
+    held = []
+    for _ in range(5):
+        held.append(scheduler.cache.in_use)
+        run(scheduler)
+    assert held == [1 + 10 - 3, 1 + 4, 1 + 1, 1, 2]
+    assert next(iter(scheduler.cache.idle())) == scheduler.running[0].pages[0] + 10  # its last page is evicted first
+
+
+def test_released_pages_go_at_once_to_who_needs_them_and_all_when_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.coordinator.scheduling.prefix_cache.PAGES_RELEASED", 2)
+    scheduler = made(pages=12, step=64)
+    add(scheduler, [5, 6, 7], max_tokens=2)
+    add(scheduler, list(range(10, 50)), max_tokens=1)
+    run(scheduler)
+    assert scheduler.cache.available < 8
+    taken = scheduler.cache.allocate(8)
+    assert taken is not None
+    scheduler.cache.release(taken)
+    run(scheduler)
+    assert not scheduler.running
+    assert scheduler.cache.in_use > 1
+    scheduler.plan()
+    assert scheduler.cache.in_use == 0
+
+
 def test_a_prefix_is_computed_once() -> None:
     scheduler = made()
     add(scheduler, list(range(10, 19)), max_tokens=1)

@@ -14,6 +14,7 @@ from services.coordinator.membership.members import Formation, Held, Membership
 from services.coordinator.outbox import Outbox
 from services.coordinator.protection.host import EngineStatus, Host, IdlePages, Returned
 from services.coordinator.protection.ledger import EXPOSED
+from services.coordinator.protection.page_lists import PageLists
 from services.coordinator.protection.protection import Protection
 from services.coordinator.protection.stores import Stores
 from services.coordinator.views.metrics import Metrics
@@ -70,8 +71,8 @@ class HostedEngine(Host):
         self.pages = ready.pages
         self.workers = ready.workers
         self.protection = Protection(
-            config, settings, self, ready.model.page_bytes, ready.page_tokens, membership, stores, outbox, metrics,
-            tracing, alike=ready.alike, moves=ready.moves,
+            config, settings, self, ready.pages, ready.model.page_bytes, ready.page_tokens, membership, stores, outbox,
+            metrics, tracing, alike=ready.alike, moves=ready.moves,
         )  # fmt: skip
         self._page_tokens = ready.page_tokens
         self._step_timeout_s = settings.step_timeout_s
@@ -80,7 +81,9 @@ class HostedEngine(Host):
         self._peer: Peer | None = None
         self._dialled_at = outbox.now
         self._load = EngineLoad(0, 0, 0, 0, 0, 0, 0)
-        self._keys: dict[int, PageKey] = {}  # of sealed pages, those sealed longest ago first
+        self._keys: list[PageKey] = [b""] * ready.pages  # by page; empty: it is not sealed
+        self._order = PageLists(ready.pages, 1)  # of sealed pages, those sealed longest ago first
+        self._in_order = self._order[1]
         self._stale: set[int] = set()  # of these, those that an engine that dialled anew has not told again
         self._behind = False  # it dialled anew, and does not know of all ranks who holds them now
         self._runs: dict[int, HostedRun] = {}  # since it was quiesced, until each has what it had
@@ -101,7 +104,7 @@ class HostedEngine(Host):
         """It has a connection, a first one or another, by which it tells all that it has (once more)."""
         self._peer, self.workers, self._dialled_at = peer, ready.workers, self._outbox.now
         placed = zip(self._membership.ranks, ready.workers, strict=True)
-        self._stale = set(self._keys)
+        self._stale = set(self._in_order)
         self._behind = self.protection.begun and any(name not in (None, told) for name, told in placed)
         self._withheld.clear()
         self._quiesced = None
@@ -162,24 +165,32 @@ class HostedEngine(Host):
             raise ProtocolError(f"{len(keys)} keys for {len(pages)} pages")
         for page, key in zip(pages, keys, strict=True):
             self._stale.discard(page)
-            if self._keys.get(page) == key:
+            if self._keys[page] == key:
                 continue
-            if page in self._keys:
+            if self._keys[page]:
                 self._dropped([page])
             if (other := self.protection.ledger.find(key)) is not None:  # dropped while it had no connection
-                self._dropped([other.number])
+                self._dropped([other])
             if self._behind:  # a new rank lacks it, and it was given up or never known: so nothing brings it back
                 self._gone.append(page)
                 continue
             self._keys[page] = key
+            self._order.move(page, 1)
             if self.protection.begun:
                 self.protection.sealed(page, key)
 
     def _dropped(self, pages: Iterable[int]) -> None:
         for page in pages:
-            self._keys.pop(page, None)
+            self._forget(page)
             self._withheld.pop(page, None)
         self.protection.dropped(pages)
+
+    def _forget(self, page: int) -> None:
+        self._keys[page] = b""
+        self._order.move(page, 0)
+
+    def _known(self) -> dict[int, PageKey]:
+        return {page: self._keys[page] for page in self._in_order}
 
     def _stands_still(self, told: EngineRuns) -> None:
         self._dropped(list(self._stale))
@@ -203,7 +214,7 @@ class HostedEngine(Host):
 
     def idle(self) -> IdlePages:
         """All sealed pages: which of them its requests stand on, it tells only when it stands still."""
-        return self._keys.keys()
+        return self._in_order
 
     def pin(self, page: int) -> None:
         """See `Host`. The engine is asked by `confirm`; while it stands still it gives no page away."""
@@ -234,7 +245,9 @@ class HostedEngine(Host):
 
     def gone(self, pages: Iterable[int]) -> None:
         """See `Host`."""
-        lost = [page for page in pages if self._keys.pop(page, None) is not None]
+        lost = [page for page in pages if self._keys[page]]
+        for page in lost:
+            self._forget(page)
         withheld = [page for page in lost if page in self._withheld]
         for page in withheld:
             del self._withheld[page]
@@ -245,12 +258,12 @@ class HostedEngine(Host):
 
     def inventory(self, worker: str, held: Held) -> Mapping[int, PageKey]:
         """A worker that the engine knows for its rank has all pages that the engine has; another one has none."""
-        return self._keys if self.workers[held.rank] == worker else {}
+        return self._known() if self.workers[held.rank] == worker else {}
 
     def adopt(self, pages: Iterable[tuple[int, PageKey]]) -> None:
         """They are the engine's own; it forgets the others, which no rank has."""
         left = {page for page, _ in pages}
-        self.gone([page for page in self._keys if page not in left])
+        self.gone([page for page in self._in_order if page not in left])
 
     def returned(self, run: int, valid: int) -> Returned:
         """See `Host`. It goes on with the others, when the engine resumes; of open pages it keeps nothing."""
@@ -312,8 +325,8 @@ class HostedEngine(Host):
     def resume(self) -> None:
         """See `Host`."""
         self._quiesced = None
-        self.protection.dropped([page.number for page in self.protection.ledger if page.key is None])  # open ones
-        self._withheld = {page.number: None for page in self.protection.ledger.lost_idle(self.pages)}
+        self.protection.dropped(self.protection.ledger.lost_open())
+        self._withheld = dict.fromkeys(self.protection.ledger.lost_idle(self.pages))
         gone, self._gone = self._gone, []
         self._send(Resume(self._membership.epoch, pack_ids(gone), pack_ids(self._withheld)))
 
@@ -357,6 +370,6 @@ class HostedEngine(Host):
         self.protection.check()
         if self.protection.begun:
             sealed = {page.number: page.key for page in self.protection.ledger.sealed_pages}
-            assert sealed == self._keys, "the ledger has other pages than the engine told of"
+            assert sealed == self._known(), "the ledger has other pages than the engine told of"
         assert not any(run.held for run in self._runs.values()) or self._quiesced is not None, "a run is held for ever"
         assert self._kept <= self._pins.keys(), "the engine keeps pages for nobody"

@@ -77,7 +77,7 @@ class Background:
             return
         if now < under_way.not_before or not self._restoration.idle:
             return
-        under_way.pages = tuple(page.number for page in self._ledger.lost_idle(self._batch))
+        under_way.pages = tuple(self._ledger.lost_idle(self._batch))
         if not under_way.pages:
             if done := under_way.began - self._ledger.lost:
                 log.info("idle pages are restored or given up", extra={"pages": done})

@@ -94,9 +94,8 @@ class Encoding:
         if self._membership.state != "serving" or not self._stores.open():
             return
         while pages := self._ledger.start_protection(BATCH_PAGES, IN_FLIGHT_PAGES):
-            numbers = [page.number for page in pages]
-            if self._host.confirm(numbers):
-                self.pinned(numbers)
+            if self._host.confirm(pages):
+                self.pinned(pages)
 
     def pinned(self, numbers: Iterable[int]) -> None:
         """These pages, which are pending, are kept by now: have them encoded."""
@@ -229,7 +228,7 @@ class Encoding:
     def _look(self) -> None:
         """Ask the index for the stripes of unprotected pages."""
         self._looking = set()
-        keys, epoch = tuple(self._ledger.unprotected()), self._membership.epoch
+        keys, epoch = self._ledger.unprotected(), self._membership.epoch
         self._outbox.ask(FindStripes("recognise", epoch, keys, self._stores.open()))
 
     def looked_up(self, question: FindStripes, found: StripesFound) -> None:

@@ -1,57 +1,57 @@
 """Which pages are safe: of each sealed page its key, the state of its parity, and the ranks that lack their slice.
 
 Pure. Pages are numbers that the engine gives; the ledger knows those that are sealed, and open ones of which a slice is
-missing. Whatever the engine drops is forgotten, and its key is released for the stores to forget too.
+missing. Whatever the engine drops is forgotten, and its key is released for the stores to forget too. What every page
+has lies in arrays as long as the pool; only what few have, or a loss brings, is in dictionaries.
 """
 
-from collections.abc import Collection, Iterable, Iterator, KeysView, Mapping
+from array import array
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from enum import Enum
+from enum import IntEnum
 from itertools import islice
 
 from services.coordinator.protection.host import Host, Run
+from services.coordinator.protection.page_lists import KeyIndex, PageLists
 from shared.types import PageKey
 
 
-class Parity(Enum):
-    """How far a page's parity is."""
+class Parity(IntEnum):
+    """How far a page's parity is. All but OPEN are numbers of lists of pages."""
 
-    OPEN = "open"
+    OPEN = 0
     """Not sealed, or protection is off: there is nothing to protect."""
-    QUEUED = "queued"
-    PENDING = "pending"
+    QUEUED = 1
+    PENDING = 2
     """At the ranks, and pinned."""
-    PROTECTED = "protected"
-    UNPROTECTED = "unprotected"
+    PROTECTED = 3
+    UNPROTECTED = 4
     """Tried and failed; the reason is in the ledger's `unprotected_reason`."""
 
 
+OPEN, QUEUED, PENDING, PROTECTED, UNPROTECTED = PARITIES = tuple(Parity)
 EXPOSED = frozenset({Parity.QUEUED, Parity.PENDING, Parity.UNPROTECTED})
 """Sealed, and not protected."""
 NO_RANKS: frozenset[int] = frozenset()
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Page:
-    """One page. `missing`: the ranks whose slice of it is lost and not yet restored."""
+    """What is known of one page, for who looks at all of them. `missing`: the ranks whose slice of it is lost."""
 
     number: int
     key: PageKey | None
-    parity: Parity = Parity.OPEN
-    missing: frozenset[int] = NO_RANKS
-    acked: frozenset[int] = NO_RANKS
-    """Ranks whose shards of it the stores acknowledged since it was queued."""
-    doubtful: bool = False
-    """A store was lost while this page's parity was under way, or its slices: an acknowledgement proves nothing."""
-    copied: bool = False
-    """The successor of a rank that moves has that rank's slice."""
+    parity: Parity
+    missing: frozenset[int]
 
 
 class Ledger:
     """The pages of one group. Keys of pages that are dropped collect until `take_released`."""
 
-    def __init__(self, host: Host, *, protect: bool, acks: int = 1, alike: bool = False):
-        """`acks`: ranks that put shards of a stripe: the one that encodes it, or each one its own copy.
+    def __init__(self, host: Host, pages: int, *, protect: bool, acks: int = 1, alike: bool = False):
+        """`pages`: of the pool. `acks`: ranks that put shards of a stripe: the one that encodes it, or each one
+        its own copy.
 
         `alike`: all ranks hold equal bytes, which protects a page as long as one of them lives.
         """
@@ -64,66 +64,74 @@ class Ledger:
         self._protect = protect
         self._acks = acks
         self._alike = alike
-        self._pages: dict[int, Page] = {}
-        self._by_key: dict[PageKey, Page] = {}
-        self._by_parity: dict[Parity, dict[int, Page]] = {parity: {} for parity in Parity}
-        self._exposed: dict[int, float] = {}  # since when, the oldest first
-        self._lost: dict[int, Page] = {}
+        self._keys: list[PageKey | None] = [None] * pages
+        self._by_key = KeyIndex(pages)
+        self._in = PageLists(pages, len(PARITIES) - 1)
+        self._parity = self._in.at
+        self._since = array("d", bytes(8 * pages))  # of those that are exposed
+        self._exposed: dict[float, int] = {}  # how many are, since each time
+        self._copied = array("b", bytes(pages))  # the successor of a rank that moves has that rank's slice
+        self._missing: dict[int, frozenset[int]] = {}
+        self._acked: dict[int, frozenset[int]] = {}
+        """Of pending pages, ranks whose shards the stores acknowledged, while those of others are to come."""
+        self._doubtful: set[int] = set()
+        """A store was lost while their parity was under way, or their slices: an acknowledgement proves nothing."""
         self._released: list[PageKey] = []
 
     # -- what there is -----------------------------------------------------------------------------------------------
 
     def count(self, parity: Parity) -> int:
         """How many sealed pages are in a state of protection."""
-        return len(self._by_parity[parity])
+        return len(self._in[parity])
 
     @property
-    def keys(self) -> KeysView[PageKey]:
+    def keys(self) -> list[PageKey]:
         """The keys of all sealed pages."""
-        return self._by_key.keys()
+        return [key for key in self._keys if key is not None]
 
     @property
-    def sealed_pages(self) -> Collection[Page]:
+    def sealed_pages(self) -> list[Page]:
         """All sealed pages."""
-        return self._by_key.values()
+        return [page for page in self if page.key is not None]
 
-    def find(self, key: PageKey) -> Page | None:
+    def find(self, key: PageKey) -> int | None:
         """The page of this key, if there is one."""
         return self._by_key.get(key)
 
     def key(self, number: int) -> PageKey | None:
         """The key of a page; None: it is not sealed."""
-        page = self._pages.get(number)
-        return page.key if page is not None else None
+        return self._keys[number]
 
     def parity(self, number: int) -> Parity:
         """The state of a page's parity."""
-        page = self._pages.get(number)
-        return page.parity if page is not None else Parity.OPEN
+        return PARITIES[self._parity[number]]
 
     def missing(self, number: int) -> frozenset[int]:
         """The ranks that lack their slice of a page."""
-        page = self._pages.get(number)
-        return page.missing if page is not None else NO_RANKS
+        return self._missing.get(number, NO_RANKS)
 
     def is_whole(self, number: int) -> bool:
         """Whether a page's bytes are there on every rank."""
-        return number not in self._lost
+        return number not in self._missing
 
     @property
     def lost(self) -> int:
         """Pages of which some rank's slice is missing."""
-        return len(self._lost)
+        return len(self._missing)
+
+    def lost_open(self) -> list[int]:
+        """Those of them that are not sealed."""
+        return [number for number in self._missing if self._keys[number] is None]
 
     def exposed_since(self) -> float | None:
         """Since when the oldest sealed page has been without protection; None if all have it."""
-        return next(iter(self._exposed.values()), None)
+        return next(iter(self._exposed), None)
 
     def valid_tokens(self, run: Run, page_tokens: int) -> int:
         """Tokens from a run's start whose KV is there on every rank."""
         for index, key in enumerate(run.keys):
-            page = self._pages.get(run.pages[index])
-            if page is None or page.missing or page.key != key:
+            page = run.pages[index]
+            if page in self._missing or self._keys[page] != key:
                 return index * page_tokens
         tail = run.pages[len(run.keys) :]
         if tail and self.missing(tail[0]):
@@ -134,7 +142,7 @@ class Ledger:
         """How many pages from a run's start are protected; the first `known` are, as long as there is no setback."""
         pages = run.pages
         for index in range(known, len(run.keys)):
-            if self.parity(pages[index]) is not Parity.PROTECTED:
+            if self._parity[pages[index]] != PROTECTED:
                 return index
         return len(run.keys)
 
@@ -142,51 +150,48 @@ class Ledger:
 
     def sealed(self, number: int, key: PageKey) -> None:
         """A page is full. No other page has its key."""
-        if key in self._by_key or self.key(number) is not None:
+        if self._by_key.get(key) is not None or self._keys[number] is not None:
             raise AssertionError(f"page {number} or its key is sealed already")
-        self._lost.pop(number, None)  # it may have been open when a slice of it was lost; it was written again since
-        page = self._pages[number] = self._by_key[key] = Page(number, key)
-        self._by_parity[Parity.OPEN][number] = page
+        self._missing.pop(number, None)  # it may have been open when a slice was lost; it was written again since
+        self._keys[number] = key
+        self._by_key.put(key, number)
         if self._alike:
-            self._enter(page, Parity.PROTECTED)
+            self._enter(number, PROTECTED)
         elif self._protect:
-            self._enter(page, Parity.QUEUED)
+            self._enter(number, QUEUED)
 
     def dropped(self, number: int) -> None:
         """A page is given away or written again: nothing is known of it any more. Harmless if nothing was."""
-        page = self._pages.pop(number, None)
-        if page is None:
-            return
-        self._lost.pop(number, None)
-        if page.key is not None:
-            if page.parity is not Parity.OPEN and not self._alike:
-                self._released.append(page.key)
-            self._enter(page, Parity.OPEN)
-            del self._by_parity[Parity.OPEN][number]
-            del self._by_key[page.key]
+        key = self._keys[number]
+        if key is not None:
+            self._keys[number] = None
+            self._by_key.remove(key)
+            self._copied[number] = False
+            if self._parity[number] and not self._alike:
+                self._released.append(key)
+            self._enter(number, OPEN)
+        self._missing.pop(number, None)
 
     # -- protection --------------------------------------------------------------------------------------------------
 
-    def start_protection(self, limit: int, in_flight: int) -> list[Page]:
+    def start_protection(self, limit: int, in_flight: int) -> list[int]:
         """Up to `limit` queued pages become pending, while at most `in_flight` are."""
-        room = min(limit, in_flight - self.count(Parity.PENDING))
-        started = list(islice(self._by_parity[Parity.QUEUED].values(), max(0, room)))
-        for page in started:
-            self._enter(page, Parity.PENDING)
+        room = min(limit, in_flight - self.count(PENDING))
+        started = list(islice(self._in[QUEUED], max(0, room)))
+        for number in started:
+            self._enter(number, PENDING)
         return started
 
     def end_protection(self, keys: Iterable[PageKey], rank: int, *, protected: bool, reason: str = "") -> None:
         """The stores acknowledged what `rank` put of these stripes, or they did not: then why."""
         for key in keys:
-            page = self._by_key.get(key)
-            if page is None:
+            number = self._by_key.get(key)
+            if number is None:
                 self._released.append(key)
-            elif page.parity is Parity.PENDING and not protected:
-                self._enter(page, Parity.UNPROTECTED)
-            elif page.parity is Parity.PENDING:
-                page.acked |= {rank}
-                if len(page.acked) >= self._acks:
-                    self._enter(page, Parity.QUEUED if page.doubtful else Parity.PROTECTED)
+            elif self._parity[number] == PENDING and not protected:
+                self._enter(number, UNPROTECTED)
+            elif self._parity[number] == PENDING and (self._acks == 1 or self._all_acked(number, rank)):
+                self._enter(number, QUEUED if number in self._doubtful else PROTECTED)
         if not protected:
             self.unprotected_reason = reason
 
@@ -195,14 +200,14 @@ class Ledger:
 
         Pages in use come first; of those that no request stands on at most `idle` are queued.
         """
-        found = [page for state in states for page in self._by_parity[state].values() if not page.missing]
+        found = [number for state in states for number in self._in[state] if number not in self._missing]
         if not found or self._alike:
             return
         unused = self._host.idle()
-        first = [page for page in found if page.number not in unused]
-        rest = [page for page in found if page.number in unused]
-        for page in (*first, *rest[:idle]):
-            self._enter(page, Parity.QUEUED)
+        first = [number for number in found if number not in unused]
+        rest = [number for number in found if number in unused]
+        for number in (*first, *rest[:idle]):
+            self._enter(number, QUEUED)
 
     def make_room(self, keys: Iterable[PageKey]) -> tuple[PageKey, ...]:
         """The stores had no room for these stripes: choose others, of pages in no use, to be forgotten.
@@ -211,49 +216,49 @@ class Ledger:
         if a request finds them again.
         """
         idle = self._host.idle()
-        wanted = sum(page.number not in idle for key in keys if (page := self._by_key.get(key)) is not None)
-        oldest = (page for number in idle if (page := self._pages.get(number)) is not None)
-        given = list(islice((page for page in oldest if page.parity is Parity.PROTECTED), wanted))
-        for page in given:
-            self._enter(page, Parity.UNPROTECTED)
-        return tuple(page.key for page in given if page.key is not None)
+        wanted = sum(number not in idle for key in keys if (number := self._by_key.get(key)) is not None)
+        given = list(islice((number for number in idle if self._parity[number] == PROTECTED), wanted))
+        for number in given:
+            self._enter(number, UNPROTECTED)
+        return self._named(given)
 
     def protection_lost(self) -> None:
         """The stores no longer have what they acknowledged: queue all of it."""
         if self._alike:
             return
-        for page in list(self._by_key.values()):
-            self._doubt(page)
-            if page.parity is Parity.PROTECTED and page.missing:
-                self._enter(page, Parity.UNPROTECTED)
-        self.protect_again(Parity.PROTECTED)
+        self._doubtful.update(self._in[PENDING])
+        for number in self._missing:
+            self._doubt(number)
+            if self._parity[number] == PROTECTED:
+                self._enter(number, UNPROTECTED)
+        self.protect_again(PROTECTED)
 
     def shards_lost(self, keys: Iterable[PageKey]) -> None:
         """The stores gave up the parity of these stripes, and only of these: queue them. Unknown ones are released."""
         for key in keys:
-            page = self._by_key.get(key)
-            if page is None:
+            number = self._by_key.get(key)
+            if number is None:
                 self._released.append(key)
                 continue
-            self._doubt(page)
-            if page.parity is Parity.PROTECTED:
-                self._enter(page, Parity.UNPROTECTED if page.missing else Parity.QUEUED)
+            self._doubt(number)
+            if self._parity[number] == PROTECTED:
+                self._enter(number, UNPROTECTED if number in self._missing else QUEUED)
 
-    def unprotected(self) -> list[PageKey]:
+    def unprotected(self) -> tuple[PageKey, ...]:
         """Keys of the pages whose protection failed, or of which it is not known yet."""
-        return [page.key for page in self._by_parity[Parity.UNPROTECTED].values() if page.key is not None]
+        return self._named(self._in[UNPROTECTED])
 
     def found_protected(self, keys: Iterable[PageKey]) -> None:
         """The stores turn out to have the parity of these stripes; of use for those that are unprotected."""
         for key in keys:
-            page = self._by_key.get(key)
-            if page is not None and page.parity is Parity.UNPROTECTED:
-                self._enter(page, Parity.PROTECTED)
+            number = self._by_key.get(key)
+            if number is not None and self._parity[number] == UNPROTECTED:
+                self._enter(number, PROTECTED)
 
     def take_released(self) -> tuple[PageKey, ...]:
         """Keys of stripes that the stores may forget; those that are sealed again are left out."""
         released, self._released = self._released, []
-        return tuple(key for key in released if key not in self._by_key)
+        return tuple(key for key in released if self._by_key.get(key) is None)
 
     # -- loss and restoration ----------------------------------------------------------------------------------------
 
@@ -261,14 +266,14 @@ class Ledger:
         """The slices of these ranks are gone, of sealed pages and of those that running requests write."""
         if not ranks:
             return
-        open_pages = {number for run in self._host.runs() for number in run.pages[len(run.keys) :]}
-        for number in open_pages - self._pages.keys():
-            self._pages[number] = Page(number, None)
-        for page in list(self._pages.values()):
-            page.missing |= frozenset(ranks)
-            self._lost[page.number] = page
-            if page.parity in (Parity.QUEUED, Parity.PENDING):
-                self._enter(page, Parity.UNPROTECTED)
+        open_pages = (number for run in self._host.runs() for number in run.pages[len(run.keys) :])
+        sealed = (number for number, key in enumerate(self._keys) if key is not None)
+        before, gone = self._missing, frozenset(ranks)
+        self._missing = dict.fromkeys((*sealed, *open_pages), gone)
+        for number, missing in before.items():
+            self._missing[number] = missing | gone
+        for number in [*self._in[PENDING], *self._in[QUEUED]]:
+            self._enter(number, UNPROTECTED)
 
     def adopt(self, inventories: Mapping[int, Mapping[int, PageKey]], ranks: int) -> None:
         """Take over what ranks still have of an earlier coordinator's: rank -> page -> key. For an empty ledger.
@@ -276,37 +281,36 @@ class Ledger:
         A page is missing on the ranks that do not have it under the same key; whether it is protected is not known
         yet, so it counts as unprotected.
         """
+        adopted: list[tuple[int, PageKey]] = []
+        nobody = frozenset(range(ranks))
         for inventory in inventories.values():
             for number, key in inventory.items():
-                if number in self._pages or key in self._by_key:
+                if self._keys[number] is not None or self._by_key.get(key) is not None:
                     continue
                 self.sealed(number, key)
-                page = self._pages[number]
-                page.missing = frozenset(range(ranks))
-                self._lost[number] = page
+                self._missing[number] = nobody
                 if self._protect and not self._alike:
-                    self._enter(page, Parity.UNPROTECTED)
-        self._host.adopt((page.number, key) for key, page in self._by_key.items())
+                    self._enter(number, UNPROTECTED)
+                adopted.append((number, key))
+        self._host.adopt(adopted)
         for rank, inventory in inventories.items():
             self.reclaim(rank, inventory)
 
     def reclaim(self, rank: int, inventory: Mapping[int, PageKey]) -> None:
         """A rank that was lost is back with these pages' slices: page -> key."""
         for number, key in inventory.items():
-            page = self._pages.get(number)
-            if page is not None and page.key == key:
-                self._has(page, rank)
+            if self._keys[number] == key:
+                self._has(number, rank)
 
     def restored(self, number: int, key: PageKey) -> None:
         """All slices of this page are there again, if the key is still its.
 
         What is left of its parity may be too little for the next time: it is as protected as before, or encoded anew.
         """
-        page = self._pages.get(number)
-        if page is not None and page.key == key:
-            self._whole(page)
-            if page.parity is not Parity.PROTECTED or page.doubtful:
-                self._enter(page, Parity.QUEUED if self._protect else Parity.OPEN)
+        if self._keys[number] == key:
+            self._missing.pop(number, None)
+            if self._parity[number] != PROTECTED or number in self._doubtful:
+                self._enter(number, QUEUED if self._protect else OPEN)
             self._host.whole((number,))
 
     def tokens_restored(self, number: int, *, whole: bool) -> None:
@@ -315,114 +319,118 @@ class Ledger:
         Not `whole`: its last tokens are not back. A sealed page is open again then; other requests that stand on it
         see by the key that it is not theirs any more.
         """
-        page = self._pages.get(number)
-        if page is None:
-            return
-        if not whole or page.key is None:
-            sealed = page.key is not None
+        if self._keys[number] is None:
+            self._missing.pop(number, None)
+        elif not whole:
             self.dropped(number)
-            if sealed:
-                self._host.gone((number,))
-            return
-        self._whole(page)
-        if page.parity is Parity.PROTECTED:
-            self._enter(page, Parity.UNPROTECTED)
-        self._host.whole((number,))
+            self._host.gone((number,))
+        else:
+            self._missing.pop(number, None)
+            if self._parity[number] == PROTECTED:
+                self._enter(number, UNPROTECTED)
+            self._host.whole((number,))
 
     def forget(self, numbers: Iterable[int]) -> None:
         """Those of these pages that have a slice missing won't be restored, and lose their key: so the same tokens can
         be computed anew on another page.
         """
-        lost = [number for number in numbers if (page := self._lost.get(number)) is not None and page.key is not None]
+        lost = [number for number in numbers if number in self._missing and self._keys[number] is not None]
         for number in lost:
-            missing = self._pages[number].missing
+            missing = self._missing[number]
             self.dropped(number)
-            page = self._pages[number] = self._lost[number] = Page(number, None)  # its bytes are no better than before
-            page.missing = missing
+            self._missing[number] = missing  # its bytes are no better than before
         self._host.gone(lost)
 
-    def lost_idle(self, limit: int) -> list[Page]:
+    def lost_idle(self, limit: int) -> list[int]:
         """Idle pages that have a slice missing, those in line to be given up last first."""
-        lost = (self._lost[number] for number in reversed(self._host.idle()) if number in self._lost)
-        return list(islice(lost, limit))
+        return list(islice((number for number in reversed(self._host.idle()) if number in self._missing), limit))
 
     # -- a rank that moves -------------------------------------------------------------------------------------------
 
     def wants_copy(self, number: int) -> bool:
         """Whether a sealed page of which nothing is missing is not copied yet."""
-        page = self._pages.get(number)
-        return page is not None and page.key is not None and not page.copied and not page.missing
+        return self._keys[number] is not None and not self._copied[number] and number not in self._missing
 
     def uncopied(self) -> list[int]:
         """The pages that want to be copied, those in use first."""
         idle = self._host.idle()
-        wanted = [page.number for page in self._by_key.values() if self.wants_copy(page.number)]
+        wanted = [number for number in range(len(self._keys)) if self.wants_copy(number)]
         return sorted(wanted, key=lambda number: number in idle)
 
     def copied(self, number: int) -> None:
         """A page was copied. It counts until the page is dropped."""
-        if (page := self._pages.get(number)) is not None and page.key is not None:
-            page.copied = True
+        self._copied[number] = self._keys[number] is not None
 
     def moved(self, rank: int, open_pages: Collection[int]) -> None:
         """The new worker of `rank`, which was lost, has what was copied to it, and these open pages."""
-        for page in list(self._lost.values()):
-            if page.copied or page.number in open_pages:
-                self._has(page, rank)
+        for number in list(self._missing):
+            if self._copied[number] or number in open_pages:
+                self._has(number, rank)
 
     def forget_copies(self) -> None:
         """No rank moves, or to another worker now."""
-        for page in self._by_key.values():
-            page.copied = False
+        self._copied = array("b", bytes(len(self._keys)))
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _has(self, page: Page, rank: int) -> None:
-        page.missing -= {rank}
-        if not page.missing:
-            self._whole(page)
+    def _named(self, numbers: Iterable[int]) -> tuple[PageKey, ...]:
+        return tuple(key for number in numbers if (key := self._keys[number]) is not None)
 
-    def _whole(self, page: Page) -> None:
-        page.missing = NO_RANKS
-        self._lost.pop(page.number, None)
-        if page.key is None:
-            del self._pages[page.number]
+    def _has(self, number: int, rank: int) -> None:
+        if left := self.missing(number) - {rank}:
+            self._missing[number] = left
+        else:
+            self._missing.pop(number, None)
 
-    def _doubt(self, page: Page) -> None:
-        page.doubtful = page.doubtful or page.parity is Parity.PENDING or bool(page.missing)
+    def _all_acked(self, number: int, rank: int) -> bool:
+        """Whether this rank's acknowledgement is the last that is wanted."""
+        acked = self._acked[number] = self._acked.get(number, NO_RANKS) | {rank}
+        return len(acked) >= self._acks
 
-    def _enter(self, page: Page, parity: Parity) -> None:
-        was, page.parity = page.parity, parity
-        number = page.number
-        del self._by_parity[was][number]
-        self._by_parity[parity][number] = page
-        if was is Parity.PROTECTED and (page.missing or parity is not Parity.OPEN) and number not in self._host.idle():
+    def _doubt(self, number: int) -> None:
+        if self._keys[number] is not None and (self._parity[number] == PENDING or number in self._missing):
+            self._doubtful.add(number)
+
+    def _enter(self, number: int, parity: Parity) -> None:
+        was = self._parity[number]
+        self._in.move(number, parity)
+        if was == PROTECTED and (parity is not OPEN or number in self._missing) and number not in self._host.idle():
             self.setbacks += 1
-        if parity not in EXPOSED:
-            self._exposed.pop(number, None)
-        elif was not in EXPOSED:
-            self._exposed[number] = self.now
-        if parity in (Parity.QUEUED, Parity.OPEN):
-            page.doubtful, page.acked = False, NO_RANKS
-        if parity is Parity.PENDING and was is not Parity.PENDING:
+        if was not in EXPOSED and parity in EXPOSED:
+            self._since[number] = self.now
+            self._exposed[self.now] = self._exposed.get(self.now, 0) + 1
+        elif was in EXPOSED and parity not in EXPOSED:
+            since = self._since[number]
+            self._exposed[since] -= 1
+            if not self._exposed[since]:
+                del self._exposed[since]
+        if parity in (QUEUED, OPEN):
+            self._doubtful.discard(number)
+        if parity is PENDING:
             self._host.pin(number)
-        elif was is Parity.PENDING and parity is not Parity.PENDING:
+        elif was == PENDING:
+            self._acked.pop(number, None)
             self._host.unpin(number)
 
     def check(self) -> None:
         """Raise AssertionError unless the ledger agrees with itself."""
-        for number, page in self._pages.items():
-            assert page.number == number, f"{page} is in the place of {number}"
-            assert (page.key is None) or self._by_key.get(page.key) is page, f"{page} is not found by its key"
+        for page in self:
+            assert (page.key is None) or self.find(page.key) == page.number, f"{page} is not found by its key"
             assert page.key is not None or page.missing, f"{page} is open and whole: nothing is to be known of it"
-            assert page.key is not None or page.parity is Parity.OPEN, f"{page} is open but {page.parity}"
-            assert bool(page.missing) == (number in self._lost), f"{page}: the lost ones disagree"
-            assert (page.parity in EXPOSED) == (number in self._exposed), f"{page}: the exposed ones disagree"
-            assert page.key is None or self._by_parity[page.parity].get(number) is page, f"{page}: states disagree"
-        assert len(self._by_key) == sum(map(len, self._by_parity.values())), "a page is in two states"
-        assert self._lost.keys() <= self._pages.keys(), "a page is lost that is not known"
-        assert list(self._exposed.values()) == sorted(self._exposed.values()), "the exposed are out of order"
+            assert page.key is not None or page.parity is OPEN, f"{page} is open but {page.parity.name}"
+        assert all(self._missing.values()), "a page is lost of which nothing is missing"
+        assert len(self.keys) == len(self._by_key), "a key is left of a page that is not sealed"
+        for parity in PARITIES[1:]:
+            pages = self._in[parity]
+            assert [*pages] == [*reversed(pages)][::-1], "a list is broken"
+            assert all(self._keys[page] is not None for page in pages), f"a page is {parity.name}, but not sealed"
+        exposed = Counter(self._since[page.number] for page in self if page.parity in EXPOSED)
+        assert list(self._exposed.items()) == sorted(exposed.items()), "the exposed disagree, or are out of order"
+        assert self._acked.keys() <= set(self._in[PENDING]), "an acknowledgement of nothing that is under way"
+        assert all(self._keys[page] is not None for page in self._doubtful), "there is doubt in a page that is open"
 
     def __iter__(self) -> Iterator[Page]:
         """All pages that are known, sealed or with a slice missing."""
-        return iter(self._pages.values())
+        for number, key in enumerate(self._keys):
+            if key is not None or number in self._missing:
+                yield Page(number, key, self.parity(number), self.missing(number))

@@ -37,6 +37,7 @@ class Protection:
         config: GroupConfig,
         settings: CoordinatorSettings,
         host: Host,
+        pages: int,
         page_bytes: int,
         page_tokens: int,
         membership: Membership,
@@ -50,7 +51,7 @@ class Protection:
     ):
         """`alike`: all ranks hold equal bytes. `moves`: a rank can move to a spare."""
         acks = config.size if config.protection == "replicate" else 1
-        self.ledger = Ledger(host, protect=config.protection != "none", acks=acks, alike=alike)
+        self.ledger = Ledger(host, pages, protect=config.protection != "none", acks=acks, alike=alike)
         self.ledger.now = outbox.now
         self.timeline = Timeline()
         self.rates = Rates()
@@ -78,10 +79,6 @@ class Protection:
         return self.encoding.begun
 
     # -- the engine --------------------------------------------------------------------------------------------------
-
-    def is_whole(self, page: int) -> bool:
-        """Whether a page's bytes are there on every rank."""
-        return self.ledger.is_whole(page)
 
     def sealed(self, page: int, key: PageKey) -> None:
         """A page is full and whole on every rank. No other page has its key."""
@@ -170,7 +167,7 @@ class Protection:
             if any(held.epoch for held in formation.returned.values()):  # a hosted engine begins with ranks of no epoch
                 recovery = self.timeline.interrupted("the coordinator was restarted", formation.epoch, born)
                 recovery.lost.update(formation.fresh - returned.keys())
-                log.info("ranks %s are back with %d pages", sorted(returned), len(self.ledger.sealed_pages))
+                log.info("ranks %s are back with %d pages", sorted(returned), len(self.ledger.keys))
             return
         self.ledger.lose(formation.fresh)
         for rank, held in formation.returned.items():

@@ -21,7 +21,7 @@ from shared.errors import ProtocolError
 Externals = Mapping[str, object]
 """Objects that are not written, but put in by name: settings, metrics, tracing."""
 
-_REF, _EMPTY_SET = 1, msgpack.ExtType(2, b"")
+_REF = 1
 _PLAIN = frozenset({type(None), bool, int, float, str, bytes})
 _KINDS: dict[Any, str] = {
     list: "list",
@@ -43,8 +43,6 @@ def freeze(root: object, externals: Externals) -> bytes:
     def put(value: Any) -> Any:
         if type(value) in _PLAIN:
             return value
-        if type(value) is set and not value:  # a page has two of them: no nodes for those
-            return _EMPTY_SET
         ref = refs.get(id(value))
         if ref is None:
             ref = refs[id(value)] = msgpack.ExtType(_REF, len(found).to_bytes(4, "little"))
@@ -91,8 +89,8 @@ class _Ref(int):
     """The number of a node."""
 
 
-def _ext(kind: int, raw: bytes) -> object:
-    return _Ref(int.from_bytes(raw, "little")) if kind == _REF else set()
+def _ext(kind: int, raw: bytes) -> _Ref:
+    return _Ref(int.from_bytes(raw, "little"))
 
 
 class _Thaw:

@@ -4,18 +4,24 @@ A page is free, or held by requests, or pinned while its bytes are read or writt
 by the prefix cache until its room is needed.
 """
 
-from collections import deque
+from array import array
 from collections.abc import Iterable
+
+from services.coordinator.protection.page_lists import PageLists
+
+FREE, IDLE = 1, 2
 
 
 class Allocator:
-    """Counts of holders and pins, and the pages that are free."""
+    """Counts of holders and pins, and the pages that are free or idle."""
 
     def __init__(self, count: int):
         self.count = count
-        self._free: deque[int] = deque(range(count))
-        self._holders = [0] * count
-        self._pins = [0] * count
+        self._lists = PageLists(count, 2)
+        self._lists.fill(FREE)
+        self._free, self.idle = self._lists[FREE], self._lists[IDLE]
+        self._holders = array("i", bytes(4 * count))
+        self._pins = array("i", bytes(4 * count))
 
     @property
     def free(self) -> int:
@@ -24,21 +30,21 @@ class Allocator:
 
     def take(self) -> int:
         """A free page, held once."""
-        page = self._free.popleft()
-        self._holders[page] = 1
+        page = self._free.first
+        self.hold(page)
         return page
 
     def give(self, page: int) -> None:
         """A page that nobody holds is free."""
-        self._free.append(page)
+        self._lists.move(page, FREE)
 
-    def reserve(self, pages: Iterable[int]) -> None:
-        """These pages are not free, though nobody holds them: they have content from before."""
-        kept = set(pages)
-        self._free = deque(page for page in self._free if page not in kept)
+    def keep(self, page: int) -> None:
+        """A page that nobody holds is idle: it has content that may be asked for."""
+        self._lists.move(page, IDLE)
 
     def hold(self, page: int) -> None:
         """One more request stands on it."""
+        self._lists.move(page, 0)
         self._holders[page] += 1
 
     def release(self, page: int) -> None:
@@ -49,6 +55,7 @@ class Allocator:
 
     def pin(self, page: int) -> None:
         """A transfer begins to read or write its bytes."""
+        self._lists.move(page, 0)
         self._pins[page] += 1
 
     def unpin(self, page: int) -> None:
@@ -70,15 +77,15 @@ class Allocator:
         """The pages that transfers read or write."""
         return [page for page, pins in enumerate(self._pins) if pins]
 
-    def check(self, tables: Iterable[Iterable[int]], idle: Iterable[int]) -> None:
+    def check(self, tables: Iterable[Iterable[int]]) -> None:
         """Raise AssertionError unless free + busy + idle = all, and holders equal the page tables given."""
         holders = [0] * self.count
         for table in tables:
             for page in table:
                 holders[page] += 1
-        assert holders == self._holders, "holders differ from the page tables"
-        free, unused = set(self._free), set(idle)
-        assert len(free) == len(self._free), "a page is free twice"
+        assert holders == self._holders.tolist(), "holders differ from the page tables"
+        for pages in (self._free, self.idle):
+            assert len([*pages]) == len(pages) == len({*pages}), "a page is twice in a list"
         for page in range(self.count):
-            places = (page in free) + (page in unused) + self.busy(page)
+            places = (page in self._free) + (page in self.idle) + self.busy(page)
             assert places == 1, f"page {page} is in {places} sets"

@@ -47,8 +47,8 @@ class EmbeddedEngine(Host):
         room = ready.pages * config.page_tokens
         limit = min(self.model.max_positions, room, settings.max_model_len or room)
         self.protection = Protection(
-            config, settings, self, self.model.page_bytes, config.page_tokens, membership, stores, outbox, metrics,
-            tracing,
+            config, settings, self, ready.pages, self.model.page_bytes, config.page_tokens, membership, stores, outbox,
+            metrics, tracing,
         )  # fmt: skip
         self.cache = PrefixCache(ready.pages, self.protection)
         self.scheduler = Scheduler(
@@ -230,7 +230,8 @@ class EmbeddedEngine(Host):
         self.scheduler.readmit()
 
     def resume(self) -> None:
-        """Nothing to do: each request goes on when it has returned."""
+        """Each request goes on when it has returned. What has ended is to be seen among the idle pages."""
+        self.cache.tidy(all_of_it=True)
 
     def go_on(self) -> None:
         """See `Host`."""
@@ -272,6 +273,3 @@ class EmbeddedEngine(Host):
             assert known == counted, f"request {run.number}: {counted} pages are protected, not {known}"
         self.scheduler.check()
         self.protection.check()
-        for page in self.protection.ledger.sealed_pages:
-            assert self.cache.key(page.number) == page.key, f"{page} has another key in the cache"
-        assert len(self.protection.ledger.sealed_pages) == self.cache.sealed, "the ledger misses sealed pages"

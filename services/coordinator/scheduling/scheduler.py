@@ -180,6 +180,7 @@ class Scheduler:
         """
         if self._in_flight:
             raise AssertionError("a step is in flight")
+        self.cache.tidy(all_of_it=not self.running)
         budget, preemptions = min(self.max_step_tokens, limit or self.max_step_tokens), self.preemptions
         ready = [each for each in self.running.values() if each.goal > each.computed and not each.held]
         prefill = [each for each in ready if each.goal > each.computed + 1]
@@ -442,7 +443,7 @@ class Scheduler:
             assert request.computed <= len(request.pages) * self.page_tokens, f"request {request.number}: no page"
             assert request.told <= len(request.pages), f"request {request.number}: ranks know of more pages than it has"
             for page, key in zip(request.pages, () if request.held else request.keys, strict=False):
-                assert self.cache.key(page) == key, f"request {request.number}: page {page} has another key"
+                assert self.cache.ledger.key(page) == key, f"request {request.number}: page {page} has another key"
 
 
 def _turns(ready: int, budget: int, *, wanted: bool) -> int:

@@ -92,7 +92,7 @@ class Traces:
 
     def _exposed(self, key: PageKey) -> bool:
         page = self._ledger.find(key)
-        return page is not None and page.parity in EXPOSED
+        return page is not None and self._ledger.parity(page) in EXPOSED
 
     def _tell(self, trace: _Trace, name: str, start: float, end: float, attributes: dict[str, str | int]) -> None:
         self._tracing.span(name, parent=trace.parent, start=start, attributes=attributes).end(at=end)
