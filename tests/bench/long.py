@@ -33,6 +33,7 @@ from tests.worker.rank_threads import small_model
 
 TOKENS = 24
 VOCABULARY = 400
+PAGE_TOKENS = 16
 KV_BYTES = 64
 """Of a token, on one rank of the tiny model: one layer, one KV head of 8 float32."""
 BESIDE = 4000
@@ -107,7 +108,10 @@ async def measure(folder: Path, tokens: int, *, window: int = 0) -> Row:
     """One row, on a cluster of its own."""
     longest = tokens + BESIDE + 1000
     memory = 8 + 2 * longest * KV_BYTES // 2**20
-    changed = settings(tp=2, spares=1, kv_memory_mb=memory, store_memory_mb=2 * memory, record=False, threads=1)
+    changed = settings(
+        tp=2, spares=1, page_tokens=PAGE_TOKENS, kv_memory_mb=memory, store_memory_mb=2 * memory, record=False,
+        threads=1,
+    )  # fmt: skip
     async with LocalCluster(changed, model(folder, longest, window)) as cluster:
         await whole(cluster)
         beside = Beside()

@@ -93,7 +93,7 @@ def crossover(machine: Machine, rates: Rates) -> tuple[int, int]:
     [
         ("CPU", 1, 20),  # at once
         ("small GPU, slow link", 100_000, 1_000_000),  # where attention makes a token dear
-        ("H100, slow link", 1_000_000, 2_000_000),
+        ("H100, 10 GB/s", 500, 2_000),
     ],
 )
 def test_the_crossover_is_where_the_machine_has_it(name: str, low: int, high: int) -> None:

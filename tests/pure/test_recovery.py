@@ -133,9 +133,7 @@ def test_a_recovery_tries_one_restore_where_the_guess_is_old_and_little_is_at_st
     rates.saw_restore(1_000_000, 125.0, now=0.0)  # 0.25 s a run by now, and 0.2 s to recompute it
 
     def restored(now: float) -> int:
-        chosen = choose(
-            host.ledger, [first, second], stripes, rates, page_bytes=100, page_tokens=PAGE_TOKENS, now=now
-        )
+        chosen = choose(host.ledger, [first, second], stripes, rates, page_bytes=100, page_tokens=PAGE_TOKENS, now=now)
         return sum(each.way == "restore" for each in chosen)
 
     assert restored(1.0) == 0

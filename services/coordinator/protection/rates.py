@@ -93,7 +93,7 @@ class Rates:
         restore_start_s: float = 0.02,
         step_tokens: int = 512,
     ):
-        """What is taken for granted until something was seen; a restore's start: index look-up, plan, first exchange."""
+        """What is taken for granted until more is known; a restore's start: index look-up, plan, first exchange."""
         self._steps = Fit((1 / prefill_tokens_s, 0.0, 0.0, 0.0))
         self._protects = Fit((1 / restore_bytes_s, restore_start_s))
         self._restores = Fit((1 / restore_bytes_s, restore_start_s))
@@ -145,7 +145,7 @@ class Rates:
         return max(self._restore_start_s, of.seconds(restored_bytes, 1))
 
     def explores(self, restore_s: float, recompute_s: float, now: float) -> bool:
-        """Whether to restore though recomputing is expected to be faster: the guess is old, and not much is at stake."""
+        """Whether to restore though recomputing seems faster: the guess is old, and not much is at stake."""
         old = self._restores.known and now - self._restored_at > STALE_S
         return old and restore_s < EXPLORE * recompute_s
 

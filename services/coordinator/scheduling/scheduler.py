@@ -189,8 +189,8 @@ class Scheduler:
 
         Each running request has a turn of one token, who has waited longest first; then the prefills that run go on in
         chunks, those first that make up for what was lost, who lacks least before the others, then the oldest; then
-        newcomers come. A chunk that is cut, so that the step does not take too long, is the last one. Nobody waits for more than (requests / tokens a step) steps,
-        rounded up, and one.
+        newcomers come. A chunk that is cut, so that the step does not take too long, is the last one. Nobody waits
+        for more than (requests / tokens a step) steps, rounded up, and one.
         """
         if self._in_flight:
             raise AssertionError("a step is in flight")
@@ -339,8 +339,9 @@ class Scheduler:
 
         There is none where the chunk was cut.
         """
-        wanted = min(room, request.remaining)
-        fits = self._fits(request.computed, wanted)
+        _, before = self._in_flight.get(request.number, (request, 0))
+        wanted = min(room, request.remaining - before)
+        fits = self._fits(request.computed, before + wanted) - before
         taken = self._schedule(request, min(wanted, fits))
         return taken, room - taken if fits >= wanted else 0
 
