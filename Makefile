@@ -9,7 +9,7 @@ VLLM_STAMP := $(VLLM)/.installed
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve serve-vllm test test-clusters test-others docker-test chaos bench bench-vllm bench-kernels bench-scale gpu-check check format clean vllm-setup test-vllm
+.PHONY: help setup serve serve-vllm test test-clusters test-others docker-test chaos bench bench-vllm bench-kernels bench-scale bench-long gpu-check check format clean vllm-setup test-vllm
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -83,6 +83,9 @@ gpu-check: ## prove on a CUDA machine what only a GPU can prove, in 10 minutes (
 
 bench-scale: $(STAMP) ## measure what many streams and long contexts cost coordinator and gateway; QUICK=1: no growth curves
 	$(BIN)/python -m tests.bench.scale $(if $(QUICK),--quick)
+
+bench-long: $(STAMP) ## measure one sequence of a million tokens that loses a rank, on real processes
+	$(BIN)/python -m tests.bench.long
 
 check: $(STAMP) ## ruff, mypy --strict, and the import directions
 	$(BIN)/ruff check .

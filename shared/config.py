@@ -113,6 +113,9 @@ class CoordinatorSettings(CommonSettings):
     kv_memory_mb: int = Field(384, ge=1, description="KV pool of each rank, MiB")
     max_model_len: int = Field(0, ge=0, description="longest sequence; 0: what model and pool allow")
     max_step_tokens: int = Field(512, ge=1, le=65536, description="tokens a step (chunked prefill)")
+    max_step_s: Seconds = Field(
+        1.0, description="time that a step may take, as far as shorter chunks of prompts make it shorter"
+    )
     max_batch: int = Field(32, ge=1, le=1024, description="sequences a step")
     logits_mb: int = Field(64, ge=1, description="logits that a rank holds at a time, MiB")
     max_waiting: int = Field(256, ge=0, description="requests that may wait; more are refused with 429")

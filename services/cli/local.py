@@ -18,7 +18,7 @@ import aiohttp
 from pydantic import Field, SecretStr
 
 from services.cli.child import LISTEN_DEADLINE_S, Child, Command, start
-from shared.config import CommonSettings, CoordinatorSettings, DType, Port
+from shared.config import CommonSettings, CoordinatorSettings, DType, Port, Seconds
 from shared.errors import DeadlineExceeded, GhostError
 from shared.service import EXIT_CONFIG, check_bind
 from shared.tls import pinned_context
@@ -59,6 +59,9 @@ class ServeSettings(CommonSettings):
     transport: Literal["auto", "tcp", "ucx"] = Field("auto", description="bulk transport; auto: ucx with RDMA")
     max_model_len: int = Field(0, ge=0, description="longest sequence; 0: what model and pool allow")
     max_step_tokens: int = Field(512, ge=1, le=65536, description="tokens a step (chunked prefill)")
+    max_step_s: Seconds = Field(
+        1.0, description="time that a step may take, as far as shorter chunks of prompts make it shorter"
+    )
     max_batch: int = Field(32, ge=1, le=1024, description="sequences a step")
     logits_mb: int = Field(64, ge=1, description="logits that a rank holds at a time, MiB")
     max_waiting: int = Field(256, ge=0, description="requests that may wait; more are refused with 429")
@@ -152,7 +155,7 @@ class LocalCluster:
              *(["--engine", "hosted"] if self.hosted else []),
              *(["--record-dir", str(self.recordings)] if settings.record else [])],
             ("dtype", "tp", "parity", "protection", "protect_tail", "restore", "page_tokens", "kv_memory_mb",
-             "max_model_len", "max_step_tokens", "max_batch", "logits_mb", "max_waiting", "communicator",
+             "max_model_len", "max_step_tokens", "max_step_s", "max_batch", "logits_mb", "max_waiting", "communicator",
              "replace_stragglers"),
         )  # fmt: skip
         dial = ["--coordinator-url", coordinator.address]

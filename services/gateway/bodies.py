@@ -18,8 +18,8 @@ SMALL_BYTES = 64 * 1024
 """A body up to this counts for nothing: not as memory, nor as work that others would wait for."""
 LARGE_BODIES = 8
 """As many of the largest size may be in memory at a time."""
-MAX_VALUES = 1 << 18
-"""Values in a body, texts aside: token ids above all. Parsing so many takes a tenth of a second."""
+MAX_VALUES = 5 << 18
+"""Values in a body, texts aside: a prompt may be a million token ids. Parsing so many takes a fifth of a second."""
 
 Kind = TypeVar("Kind", bound=BaseModel)
 

@@ -11,8 +11,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from services.coordinator.protection.costs import Rates, StoredStripe, choose, restorable
+from services.coordinator.protection.costs import StoredStripe, choose, restorable
 from services.coordinator.protection.ledger import Parity
+from services.coordinator.protection.rates import Rates
 from shared.messages import ParityShard, StripeRestore
 from shared.types import PageKey, next_page_key, root_key
 from tests.pure.dictionary_host import DictionaryHost, EmbeddedPages

@@ -8,6 +8,7 @@ import pytest
 from services.coordinator.events import Came
 from services.coordinator.membership.epochs import BROKEN_GRACE_S
 from services.coordinator.protection.ledger import Parity
+from services.coordinator.scheduling.engine import EmbeddedEngine
 from services.coordinator.scheduling.scheduler import Request
 from shared.messages import (
     TOLD_TO_STOP,
@@ -136,6 +137,34 @@ def test_one_lost_rank_is_restored_from_parity_and_only_the_tail_recomputed() ->
     assert record.restored_pages == sealed > 0
     assert record.recomputed_tokens < world.page_tokens
     assert record.lost_ranks == (1,)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_prompt_that_is_prefilled_is_no_part_of_a_recovery(begun: bool) -> None:
+    """It ends when all have what they had: whoever decoded has its tail, first of all, and the prompt goes on."""
+    world = World(1, pages=256)
+    assert world.settings.max_step_tokens <= 8
+    for _ in range(world.size + 1):
+        world.add_worker()
+    world.add_store()
+    serving(world)
+    name = world.submit(length=23, max_tokens=200)
+    while len(world.received[name]) < 10:
+        world.move()
+    prompt = world.submit(length=700, max_tokens=2)
+    engine = world.engine
+    assert isinstance(engine, EmbeddedEngine)
+    while begun and not any(each.prompt_tokens == 700 and each.computed > 40 for each in engine.runs()):
+        world.move()
+    world.kill(next(each for each in world.workers.values() if each.assign is not None and each.assign.rank == 1))
+    while not world.group.status().recoveries:
+        world.move()
+    record = world.group.status().recoveries[-1]
+    left = [each.remaining for each in engine.scheduler.requests() if each.prompt_tokens == 700]
+    assert min(left) > 400, f"{left} tokens of the prompt are left"
+    assert all(stream.resumed_s for stream in record.streams)
+    assert not world.received[prompt]
+    finish(world)
 
 
 def test_each_stream_goes_on_when_its_own_pages_are_back() -> None:

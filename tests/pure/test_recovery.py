@@ -1,6 +1,7 @@
 """What is restored and what is recomputed."""
 
-from services.coordinator.protection.costs import Rates, Redundancy, StoredStripe, choose, restorable, wanted_keys
+from services.coordinator.protection.costs import Redundancy, StoredStripe, choose, restorable, wanted_keys
+from services.coordinator.protection.rates import Rates
 from shared.messages import ParityShard
 from shared.types import PageKey, next_page_key, root_key
 from tests.pure.dictionary_host import DictionaryHost
@@ -123,16 +124,23 @@ def test_recomputing_is_chosen_where_it_is_faster() -> None:
     assert plan(host, [run], stripes, Rates(prefill_tokens_s=10)) == run.pages
 
 
-def test_rates_follow_what_is_measured_and_ignore_the_tiny() -> None:
-    rates = Rates()
-    before = rates.prefill_tokens_s
-    rates.saw_prefill(1, 0.001)
-    assert rates.prefill_tokens_s == before
-    for _ in range(50):
-        rates.saw_prefill(500, 0.5)
-        rates.saw_restore(10_000_000, 0.01)
-    assert abs(rates.prefill_tokens_s - 1000) < 1
-    assert abs(rates.restore_bytes_s - 1e9) < 1e6
+def test_a_recovery_tries_one_restore_where_the_guess_is_old_and_little_is_at_stake() -> None:
+    host = DictionaryHost(64)
+    first, second = made(host, 20, 80), made(host, 20, 80, start=500)
+    host.ledger.lose({0})
+    stripes = dict.fromkeys([*first.keys, *second.keys], stripe())
+    rates = Rates(prefill_tokens_s=400, restore_start_s=0.0)
+    rates.saw_restore(1_000_000, 125.0, now=0.0)  # 0.25 s a run by now, and 0.2 s to recompute it
+
+    def restored(now: float) -> int:
+        chosen = choose(host.ledger, [first, second], stripes, rates, page_bytes=100, page_tokens=PAGE_TOKENS, now=now)
+        return sum(each.way == "restore" for each in chosen)
+
+    assert restored(1.0) == 0
+    assert restored(10_000.0) == 1
+    rates.saw_restore(1_000_000, 300.0, now=10_000.0)  # it is not better: nor is it tried, with so much at stake
+    rates.saw_restore(1_000_000, 300.0, now=10_000.0)
+    assert restored(20_000.0) == 0
 
 
 def test_of_raw_copies_each_lost_rank_needs_its_own() -> None:

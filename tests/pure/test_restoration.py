@@ -4,8 +4,9 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from services.coordinator.events import StripesFound
-from services.coordinator.protection.costs import Rates, StoredStripe
+from services.coordinator.protection.costs import StoredStripe
 from services.coordinator.protection.host import Span
+from services.coordinator.protection.rates import Rates
 from services.coordinator.protection.restoration import Restoration
 from services.coordinator.protection.tails import Tails
 from services.coordinator.views.timeline import Timeline
@@ -37,7 +38,7 @@ class OnePage:
             stores=cast(Any, None),
             timeline=Timeline(),
             rates=Rates(),
-            outbox=cast(Any, SimpleNamespace(to_ranks=self.sent.append)),
+            outbox=cast(Any, SimpleNamespace(to_ranks=self.sent.append, now=0.0)),
             always=True,
         )
         run = self.host.begin(2)

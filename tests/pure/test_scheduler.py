@@ -91,6 +91,32 @@ def test_a_long_prompt_is_computed_in_chunks_and_sampled_after_the_last() -> Non
     assert sizes == [(8, "none", 0), (8, "none", 0), (3, "last", 1)]
 
 
+def test_a_chunk_is_as_long_as_the_time_of_a_step_allows_and_then_no_other_begins() -> None:
+    scheduler = Scheduler(
+        EmbeddedPages(64, protect=False).cache, page_tokens=4, max_step_tokens=8, max_batch=4, max_waiting=8,
+        max_model_len=256, eos_token_ids=(EOS,), fits=lambda start, most: most if start < 8 else 3,
+    )  # fmt: skip
+    add(scheduler, list(range(10, 30)))
+    add(scheduler, list(range(40, 60)))
+    sizes = [[(part.sequence, len(part.chunk.tokens)) for part in run(scheduler)[0]] for _ in range(3)]
+    assert sizes == [[(0, 8)], [(0, 3)], [(0, 3)]]
+
+
+def test_who_makes_up_for_what_was_lost_prefills_before_a_prompt() -> None:
+    scheduler = made(64)
+    add(scheduler, list(range(10, 90)))
+    add(scheduler, [5, 6, 7, 8, 9, 5])
+    while not any(each.number == 1 and each.decodes for each in scheduler.running.values()):
+        run(scheduler)
+    add(scheduler, list(range(10, 60)))
+    first, second = scheduler.running[0], scheduler.running[1]
+    scheduler.rollback()  # an epoch ends
+    scheduler.truncate(first, 0)
+    scheduler.truncate(second, 0)
+    plan, _ = run(scheduler)
+    assert {part.sequence: len(part.chunk.tokens) for part in plan} == {0: 1, 1: 7}
+
+
 def test_decoding_sequences_go_before_a_prefill() -> None:
     scheduler = made()
     add(scheduler, [5, 6])

@@ -6,6 +6,7 @@ from typing import Literal
 
 from services.coordinator.protection.host import Run
 from services.coordinator.protection.ledger import Ledger
+from services.coordinator.protection.rates import Rates
 from shared.messages import ParityShard, StripeRestore
 from shared.types import GroupConfig, PageKey
 
@@ -41,34 +42,6 @@ class StoredStripe:
 
     parity: tuple[ParityShard, ...]
     data_checksums: tuple[int, ...]
-
-
-@dataclass(slots=True)
-class Rates:
-    """Speeds that the choice between restoring and recomputing rests on, updated as they are measured."""
-
-    prefill_tokens_s: float = 400.0
-    restore_bytes_s: float = 200e6
-    restore_start_s: float = 0.02
-    """A restore's fixed cost: index look-up, plan, first exchange."""
-
-    def saw_prefill(self, tokens: int, seconds: float) -> None:
-        """Take a step of at least 64 tokens into account."""
-        if tokens >= 64 and seconds > 0:
-            self.prefill_tokens_s += 0.3 * (tokens / seconds - self.prefill_tokens_s)
-
-    def saw_restore(self, restored_bytes: int, seconds: float) -> None:
-        """Take a finished restore of at least 1 MB into account."""
-        if restored_bytes >= 1_000_000 and seconds > 0:
-            self.restore_bytes_s += 0.3 * (restored_bytes / seconds - self.restore_bytes_s)
-
-    def restore_seconds(self, pages: int, page_bytes: int) -> float:
-        """What decoding `pages` pages is expected to take."""
-        return self.restore_start_s + pages * page_bytes / self.restore_bytes_s
-
-    def recompute_seconds(self, tokens: int) -> float:
-        """What a prefill of `tokens` tokens is expected to take."""
-        return tokens / self.prefill_tokens_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,28 +84,35 @@ def choose(
     page_tokens: int,
     always: bool = False,
     redundancy: Redundancy = PARITY,
+    now: float = 0.0,
 ) -> list[Choice]:
     """How each run comes back, those with the least to restore first.
 
-    Of each the pages from its start that are recoverable are restored, if that pays by `rates`, or `always`. A page
-    after one that can't be is left out: recomputing the gap goes through it anyway.
+    Of each the pages from its start that are recoverable are restored, if that pays by `rates`, or `always`; one run
+    may be restored though it does not quite, to learn how fast that is. A page after one that can't be restored is left
+    out: recomputing the gap goes through it anyway.
     """
     missing = {run.number: sum(bool(ledger.missing(page)) for page in run.pages) for run in runs}
     planned: set[PageKey] = set()
-    choices = []
+    choices, explored = [], False
     for run in sorted(runs, key=lambda each: missing[each.number]):
         first: list[StripeRestore] = []
-        for number, key in zip(run.pages, run.keys, strict=False):
+        whole = 0  # pages before the first one that is lost
+        for place, (number, key) in enumerate(zip(run.pages, run.keys, strict=False)):
             if not (lost := ledger.missing(number)) or key in planned:
                 continue
             stripe = restorable(number, key, lost, stripes, redundancy) if ledger.key(number) == key else None
             if stripe is None:
                 break
+            whole = whole if first else place
             first.append(stripe)
-        restore_s = rates.restore_seconds(len(first), page_bytes)
-        recompute_s = rates.recompute_seconds(len(first) * page_tokens)
+        restore_s = rates.restore_seconds(len(first) * page_bytes)
+        recompute_s = rates.recompute_seconds(whole * page_tokens, len(first) * page_tokens)
         if not (always or restore_s < recompute_s):
-            first = []
+            if not explored and rates.explores(restore_s, recompute_s, now):
+                explored = True
+            else:
+                first = []
         planned.update(stripe.key for stripe in first)
         choices.append(Choice(run, tuple(first), restore_s, recompute_s, missing[run.number]))
     return choices

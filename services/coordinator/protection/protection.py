@@ -11,11 +11,11 @@ from services.coordinator.events import FindStripes, StripesFound
 from services.coordinator.membership.members import Formation, Membership
 from services.coordinator.outbox import Outbox
 from services.coordinator.protection.background import Background
-from services.coordinator.protection.costs import Rates
 from services.coordinator.protection.encoding import Encoding
 from services.coordinator.protection.host import Host, Span
 from services.coordinator.protection.ledger import Ledger
 from services.coordinator.protection.moves import Moves
+from services.coordinator.protection.rates import Rates
 from services.coordinator.protection.restoration import Restoration
 from services.coordinator.protection.stores import Stores
 from services.coordinator.protection.tails import Tails
@@ -54,7 +54,8 @@ class Protection:
         self.ledger = Ledger(host, pages, protect=config.protection != "none", acks=acks, alike=alike)
         self.ledger.now = outbox.now
         self.timeline = Timeline()
-        self.rates = Rates()
+        self.rates = Rates(step_tokens=config.max_step_tokens)
+        self._page_bytes = page_bytes
         self._tails = None
         if settings.protect_tail and config.protection == "parity":
             self._tails = Tails(host, self.ledger, page_tokens)
@@ -118,6 +119,8 @@ class Protection:
     def protect_done(self, done: ProtectDone) -> None:
         """A rank tells what became of the stripes that it encoded."""
         self._metrics.protect_done(done)
+        if not done.failed:
+            self.rates.saw_protect(len(done.protected) * self._page_bytes, done.seconds)
         self.encoding.done(done)
 
     def restore_done(self, done: RestoreDone) -> None:

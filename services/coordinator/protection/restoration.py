@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from services.coordinator.events import FindStripes, StripesFound
 from services.coordinator.membership.members import Membership
 from services.coordinator.outbox import Outbox
-from services.coordinator.protection.costs import Rates, StoredStripe, choose, redundancy_of, restorable, wanted_keys
+from services.coordinator.protection.costs import StoredStripe, choose, redundancy_of, restorable, wanted_keys
 from services.coordinator.protection.host import Host, Run
 from services.coordinator.protection.ledger import Ledger
+from services.coordinator.protection.rates import Rates
 from services.coordinator.protection.stores import Stores
 from services.coordinator.protection.tails import Tails
 from services.coordinator.views.timeline import Timeline
@@ -125,6 +126,7 @@ class Restoration:
             page_tokens=self._page_tokens,
             always=self._always,
             redundancy=self.redundancy,
+            now=self._outbox.now,
         )
         self._timeline.chosen(choices)
         for choice in choices:
@@ -247,7 +249,7 @@ class Restoration:
         """The running requests' pages are all back: how fast that was counts for the next time."""
         recovery = self._timeline.current
         if recovery is not None:
-            self._rates.saw_restore(recovery.restored_pages * self._page_bytes, now - recovery.joined)
+            self._rates.saw_restore(recovery.restored_pages * self._page_bytes, now - recovery.joined, now)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 

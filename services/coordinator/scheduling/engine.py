@@ -6,10 +6,13 @@
 import logging
 from collections.abc import Collection, Iterable, Mapping
 
+import numpy as np
+
 from services.coordinator.membership.members import Formation, Held, Membership
 from services.coordinator.outbox import Outbox
 from services.coordinator.protection.host import Blame, EngineStatus, Host, IdlePages, Returned
 from services.coordinator.protection.protection import Protection
+from services.coordinator.protection.rates import Work
 from services.coordinator.protection.stores import Stores
 from services.coordinator.scheduling.failed_steps import FailedSteps
 from services.coordinator.scheduling.prefix_cache import PrefixCache
@@ -26,6 +29,8 @@ log = logging.getLogger(__name__)
 
 RESTORING_STEP_TOKENS = 64
 """Tokens a step while pages are restored: nobody whose pages are back waits long behind another's prefill."""
+LEAST_CHUNK = 64
+"""Tokens of a prompt that a step takes however long they take: the ranks' attention would gain nothing by less."""
 
 
 class EmbeddedEngine(Host):
@@ -59,6 +64,7 @@ class EmbeddedEngine(Host):
             max_waiting=settings.max_waiting,
             max_model_len=limit,
             eos_token_ids=self.model.eos_token_ids,
+            fits=self._fits,
         )
         self.traces = Traces(tracing, self.protection.ledger, outbox)
         self.requests = Requests(self.scheduler, self.model, config.size, outbox, self.traces)
@@ -70,7 +76,8 @@ class EmbeddedEngine(Host):
         self._step_timeout_s = settings.step_timeout_s
         self._step = 0
         self._step_started = 0.0
-        self._step_tokens = 0
+        self._max_step_s = settings.max_step_s
+        self._work = Work(0, 0, 0)
         log.info("model %s, %d pages of %d tokens, requests to %d", self.model.architecture, ready.pages,
                  config.page_tokens, limit)  # fmt: skip
 
@@ -87,7 +94,7 @@ class EmbeddedEngine(Host):
             if self.traces.on:
                 self.traces.planned(self.scheduler.in_step)
             self._step_started = self._outbox.now
-            self._step_tokens = len(batch.tokens) // 4
+            self._work = _work(batch)
             self._outbox.to_ranks(StepPlan(self._membership.epoch, self._step, batch))
 
     def _plan(self, limit: int | None) -> Batch:
@@ -103,6 +110,10 @@ class EmbeddedEngine(Host):
 
     def _in_step(self) -> list[str]:
         return [each.params.request_id for each in self.scheduler.in_step]
+
+    def _fits(self, start: int, most: int) -> int:
+        """How many of a prompt's next tokens the others that wait for the step can bear."""
+        return self.protection.rates.chunk(start, most, self._max_step_s, least=LEAST_CHUNK)
 
     def step_failed(self, step: int, workers: Collection[str], reason: str) -> Blame:
         """See `Host`. Who raised an error in a step that another rank has finished, alike in all, is broken itself."""
@@ -125,7 +136,7 @@ class EmbeddedEngine(Host):
         if not self.scheduler.busy:
             return
         self._failed_steps.came_back(self._in_step() if self._failed_steps.doubted() else ())
-        self.protection.rates.saw_prefill(self._step_tokens, done.seconds)
+        self.protection.rates.saw_step(self._work, done.seconds)
         drawn = dict(zip(id_array(done.sequences), id_array(done.drawn), strict=True))
         self.requests.deliver(self.scheduler.complete(drawn, done.samples))
         self.protection.step_done(self._step, self.scheduler.spans())
@@ -172,9 +183,10 @@ class EmbeddedEngine(Host):
         """See `Host`."""
         request = self.scheduler.running[run]
         recomputed = self.scheduler.truncate(request, valid)
+        upto = min(request.goal, valid + recomputed + 1)  # and the token of the lost step; a prefill just goes on then
         if valid % self.scheduler.page_tokens and recomputed:
             self.protection.rewound(request.pages[-1], valid % self.scheduler.page_tokens)
-        return Returned(recomputed, request.goal, request.remaining)
+        return Returned(recomputed, upto, request.remaining if recomputed or request.decodes else 0)
 
     # -- the host: epochs --------------------------------------------------------------------------------------------
 
@@ -273,3 +285,9 @@ class EmbeddedEngine(Host):
             assert known == counted, f"request {run.number}: {counted} pages are protected, not {known}"
         self.scheduler.check()
         self.protection.check()
+
+
+def _work(batch: Batch) -> Work:
+    starts, counts = np.frombuffer(batch.starts, "<i4").astype(float), np.frombuffer(batch.counts, "<i4")
+    ends = starts + counts
+    return Work(int(counts.sum()), float((counts * (starts + ends)).sum() / 2), float(ends.sum()))

@@ -5,7 +5,7 @@ What a step costs here grows with the sequences in it, not with what they hold.
 
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from services.coordinator.protection.host import Span
@@ -53,7 +53,7 @@ class Request:
     resumed: bool = False
     """An earlier coordinator had it in work."""
     had: int = 0
-    """Tokens that had KV then, for the count of those that are recomputed."""
+    """Tokens that had KV then, or when slices were last lost: until they have it again, they are recomputed."""
 
     @property
     def request_id(self) -> str:
@@ -64,6 +64,16 @@ class Request:
     def remaining(self) -> int:
         """Tokens that are known but have no KV yet. One: it decodes."""
         return self.goal - self.computed
+
+    @property
+    def decodes(self) -> bool:
+        """Whether all but the last of its tokens have KV, or had it."""
+        return self.goal - max(self.computed, self.had) == 1
+
+    @property
+    def recomputing(self) -> int:
+        """Tokens that had KV and are to have it again."""
+        return max(0, self.had - self.computed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +107,9 @@ class Scheduler:
         max_waiting: int,
         max_model_len: int,
         eos_token_ids: tuple[int, ...],
+        fits: Callable[[int, int], int] = lambda start, most: most,
     ):
+        """`fits`: how many of the next tokens, behind `start` others, a step may have so as not to take too long."""
         self.cache = cache
         self.page_tokens = page_tokens
         self.max_step_tokens = max_step_tokens
@@ -105,6 +117,7 @@ class Scheduler:
         self.max_waiting = max_waiting
         self.max_model_len = max_model_len
         self.eos_token_ids = tuple(eos_token_ids)
+        self._fits = fits
         self.waiting: deque[Request] = deque()
         self.running: dict[int, Request] = {}
         """By number; who has waited longest for a step comes first."""
@@ -175,8 +188,9 @@ class Scheduler:
         """The next step. Empty: nothing to do. `limit`: tokens at most, where steps are to be shorter than usual.
 
         Each running request has a turn of one token, who has waited longest first; then the prefills that run go on in
-        chunks, the oldest first; then newcomers come. Nobody waits for more than (requests / tokens a step) steps,
-        rounded up, and one.
+        chunks, those first that make up for what was lost, who lacks least before the others, then the oldest; then
+        newcomers come. A chunk that is cut, so that the step does not take too long, is the last one. Nobody waits
+        for more than (requests / tokens a step) steps, rounded up, and one.
         """
         if self._in_flight:
             raise AssertionError("a step is in flight")
@@ -188,13 +202,16 @@ class Scheduler:
         for request in ready[:turns] if turns < len(ready) else ready:
             if request.number in self.running:
                 budget -= self._schedule(request, 1)
-        for request in sorted(prefill, key=lambda each: each.number):
-            if budget and request.number in self.running:
-                budget -= self._schedule(request, budget)
-        while budget and self._newcomer and preemptions == self.preemptions and self._admit(self.waiting[0]):
+        room = budget
+        for request in sorted(prefill, key=_order):
+            if room and request.number in self.running:
+                taken, room = self._prefill(request, room)
+                budget -= taken
+        while room and self._newcomer and preemptions == self.preemptions and self._admit(self.waiting[0]):
             request = self.waiting.popleft()
             self.running[request.number] = request
-            budget -= self._schedule(request, budget)
+            taken, room = self._prefill(request, room)
+            budget -= taken
         for request in ready[turns:]:  # if those that prefill left something
             if budget and request.number in self.running and request.number not in self._in_flight:
                 budget -= self._schedule(request, 1)
@@ -204,7 +221,7 @@ class Scheduler:
         """A step of one running request, where pages can be had for it; see `plan`."""
         if self._in_flight:
             raise AssertionError("a step is in flight")
-        self._schedule(request, min(self.max_step_tokens, limit or self.max_step_tokens))
+        self._prefill(request, min(self.max_step_tokens, limit or self.max_step_tokens))
         return self._batch()
 
     def complete(self, drawn: Mapping[int, int], samples: Iterable[Sample] = ()) -> Completed:
@@ -281,7 +298,8 @@ class Scheduler:
         self.cache.release(request.pages[pages:])
         del request.pages[pages:]
         del request.keys[tokens // self.page_tokens :]
-        request.computed, request.had, request.held = tokens, 0, False
+        request.had = tokens + max(0, lost)
+        request.computed, request.held = tokens, False
         request.protected = min(request.protected, len(request.keys))
         return lost
 
@@ -316,6 +334,17 @@ class Scheduler:
         request.keys = request.chain[: len(request.pages)]
         request.computed = len(request.pages) * self.page_tokens
         return len(request.pages)
+
+    def _prefill(self, request: Request, room: int) -> tuple[int, int]:
+        """Put what a step can bear of the next `room` tokens into it. Returns how many, and for how many there is room.
+
+        There is none where the chunk was cut.
+        """
+        _, before = self._in_flight.get(request.number, (request, 0))
+        wanted = min(room, request.remaining - before)
+        fits = self._fits(request.computed, before + wanted) - before
+        taken = self._schedule(request, min(wanted, fits))
+        return taken, room - taken if fits >= wanted else 0
 
     def _schedule(self, request: Request, most: int) -> int:
         """Put `most` tokens more of a running request into the step, if it has so many. Returns how many it put."""
@@ -357,6 +386,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         del self.running[request.number]
         self._give_back(request)
+        request.had = 0
         self.waiting.appendleft(request)
         self.preemptions += 1
 
@@ -444,6 +474,11 @@ class Scheduler:
             assert request.told <= len(request.pages), f"request {request.number}: ranks know of more pages than it has"
             for page, key in zip(request.pages, () if request.held else request.keys, strict=False):
                 assert self.cache.ledger.key(page) == key, f"request {request.number}: page {page} has another key"
+
+
+def _order(request: Request) -> tuple[bool, int, int]:
+    """By which those that prefill come in their order."""
+    return not request.recomputing, request.recomputing, request.number
 
 
 def _turns(ready: int, budget: int, *, wanted: bool) -> int:
