@@ -196,7 +196,7 @@ class HostedEngine(Host):
         self._dropped(list(self._stale))
         self._stale.clear()
         self._behind = False
-        self._telling += (HostedRun.of(run, self.pages, self._keys) for run in told.runs)
+        self._telling += (HostedRun.of(run, self._keys) for run in told.runs)
         if not told.more:
             self._runs = {run.number: run for run in self._telling}
             self._telling = []

@@ -1,6 +1,6 @@
 """What a hosted engine tells of its running requests when it stands still."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -22,15 +22,16 @@ class HostedRun:
     held: bool = True
 
     @classmethod
-    def of(cls, told: EngineRun, pages: int, sealed: Mapping[int, PageKey]) -> "HostedRun":
-        """From a message of an engine that has so many pages, these of them sealed. Raises ProtocolError for what can't
-        be.
+    def of(cls, told: EngineRun, keys: Sequence[PageKey]) -> "HostedRun":
+        """From a message of an engine whose pages have these keys, empty where they are not sealed.
+
+        Raises ProtocolError for what can't be.
         """
         try:
             numbers = unpack_ids(told.pages)
         except ValueError as error:
             raise ProtocolError(f"a run that can't be read: {error}") from error
-        if not all(0 <= number < pages for number in numbers):
+        if not all(0 <= number < len(keys) for number in numbers):
             raise ProtocolError(f"run {told.number}: a page that there is not")
-        keys = tuple(sealed[number] for number in takewhile(sealed.__contains__, numbers))
-        return cls(told.number, told.request_id, numbers, keys, told.computed, told.computed)
+        sealed = tuple(takewhile(bool, (keys[number] for number in numbers)))
+        return cls(told.number, told.request_id, numbers, sealed, told.computed, told.computed)
