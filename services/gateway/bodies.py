@@ -20,6 +20,8 @@ LARGE_BODIES = 8
 """As many of the largest size may be in memory at a time."""
 MAX_VALUES = 5 << 18
 """Values in a body, texts aside: a prompt may be a million token ids. Parsing so many takes a fifth of a second."""
+MAX_PARTS = 1 << 18
+"""Lists, objects and names in a body: each takes ten times the memory of a token id."""
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
@@ -75,18 +77,30 @@ def _counted(body: bytearray) -> int:
     return len(body) if len(body) > SMALL_BYTES else 0
 
 
-def check_values(body: bytes, most: int = MAX_VALUES) -> None:
-    """Raise RequestRejected for a body of more than `most` values: known before anything is made of them."""
-    if _values(body) <= most:
+def check_values(body: bytes, most: int = MAX_VALUES, parts: int = MAX_PARTS) -> None:
+    """Raise RequestRejected for a body of more than `most` values, or of more than `parts` lists, objects and names.
+
+    It is known before anything is made of them.
+    """
+    if _parts(body) <= parts and _values(body) <= most:
         return
     plain = body.replace(rb"\\", b"").replace(rb"\"", b"")  # the marks that are left in it begin and end its strings
-    if plain.count(b'"') // 2 > most or _values(b"".join(plain.split(b'"')[::2])) > most:
+    if plain.count(b'"') // 2 > parts:
+        raise RequestRejected(f"the body has more than {parts} texts", code="too_many_values")
+    plain = b"".join(plain.split(b'"')[::2])
+    if _parts(plain) > parts:
+        raise RequestRejected(f"the body has more than {parts} lists, objects and names", code="too_many_values")
+    if _values(plain) > most:
         raise RequestRejected(f"the body has more than {most} values", code="too_many_values")
+
+
+def _parts(body: bytes) -> int:
+    return sum(map(body.count, (b"[", b"{", b":")))
 
 
 def _values(body: bytes) -> int:
     """No fewer than the body's values and names: each is the first one in a list or an object, or follows a , or :."""
-    return sum(body.count(mark) for mark in (b"[", b"{", b",", b":")) + 1
+    return _parts(body) + body.count(b",") + 1
 
 
 def parse(kind: type[Kind], body: bytes) -> Kind:

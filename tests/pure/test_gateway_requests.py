@@ -270,6 +270,7 @@ def test_bos_is_added_to_a_text_but_not_to_a_chat(
 @pytest.mark.parametrize(
     "body",
     [
+        {"prompt": [0.5] * 1_300_000},
         {"prompt": [0.5] * 300_000},
         {"prompt": [0.5] * 100_000},
         {"prompt": [[0.5]] * 50_000},

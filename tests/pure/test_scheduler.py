@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 import pytest
 
+from services.coordinator.protection.rates import Rates, StepBound
 from services.coordinator.scheduling.scheduler import NewTokens, Scheduler
 from services.worker.engine.batch import SequenceStep
 from services.worker.engine.sequences import Sequences
@@ -91,10 +92,20 @@ def test_a_long_prompt_is_computed_in_chunks_and_sampled_after_the_last() -> Non
     assert sizes == [(8, "none", 0), (8, "none", 0), (3, "last", 1)]
 
 
+class Cut(StepBound):
+    """From token 8 on, three tokens are as much as a step can bear."""
+
+    def __init__(self) -> None:
+        super().__init__(Rates(), 1.0)
+
+    def fits(self, start: int, most: int) -> int:
+        return most if start < 8 else 3
+
+
 def test_a_chunk_is_as_long_as_the_time_of_a_step_allows_and_then_no_other_begins() -> None:
     scheduler = Scheduler(
         EmbeddedPages(64, protect=False).cache, page_tokens=4, max_step_tokens=8, max_batch=4, max_waiting=8,
-        max_model_len=256, eos_token_ids=(EOS,), fits=lambda start, most: most if start < 8 else 3,
+        max_model_len=256, eos_token_ids=(EOS,), bound=Cut(),
     )  # fmt: skip
     add(scheduler, list(range(10, 30)))
     add(scheduler, list(range(40, 60)))

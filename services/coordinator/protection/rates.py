@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+LEAST_CHUNK = 64
+"""Tokens of a prompt that a step takes however long they take: the ranks' attention would gain nothing by less."""
 NEW = 0.3
 """The share of what was seen last in what is known of its kind."""
 FITTED_STEPS = 64
@@ -48,8 +50,8 @@ class Fit:
     """
 
     def __init__(self, guess: Sequence[float]):
-        self.parts = np.array(guess, dtype=float)
-        self._seen: dict[tuple[int, ...], np.ndarray] = {}
+        self._parts = tuple(guess)
+        self._seen: dict[tuple[int, ...], tuple[float, ...]] = {}
 
     @property
     def known(self) -> bool:
@@ -58,9 +60,9 @@ class Fit:
 
     def saw(self, *figures: float, seconds: float) -> bool:
         """Take one into account; whether there was none of its size yet."""
-        kind, row = tuple(int(figure).bit_length() for figure in figures), np.array((*figures, seconds))
+        kind, row = tuple(int(figure).bit_length() for figure in figures), (*figures, seconds)
         before = self._seen.get(kind)
-        self._seen[kind] = row if before is None else before + NEW * (row - before)
+        self._seen[kind] = row if before is None else tuple(a + NEW * (b - a) for a, b in zip(before, row, strict=True))
         return before is None
 
     def fit(self) -> None:
@@ -75,11 +77,11 @@ class Fit:
                 parts[used] = found / scale[used]
                 break
             used.pop(int(found.argmin()))
-        self.parts = parts
+        self._parts = tuple(map(float, parts))
 
     def seconds(self, *figures: float) -> float:
         """What that is expected to take."""
-        return float(self.parts @ np.array(figures))
+        return sum(part * figure for part, figure in zip(self._parts, figures, strict=True))
 
 
 class Rates:
@@ -155,3 +157,15 @@ class Rates:
         while count > least and self.step_seconds(Work.chunk(start, count)) > seconds:
             count //= 2
         return min(most, max(count // least * least, least))
+
+
+@dataclass(frozen=True, slots=True)
+class StepBound:
+    """How long a step may take."""
+
+    rates: Rates
+    seconds: float
+
+    def fits(self, start: int, most: int) -> int:
+        """How many of a prompt's next tokens, behind `start` others, those that wait for the step can bear."""
+        return self.rates.chunk(start, most, self.seconds, least=LEAST_CHUNK)

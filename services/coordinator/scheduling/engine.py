@@ -12,7 +12,7 @@ from services.coordinator.membership.members import Formation, Held, Membership
 from services.coordinator.outbox import Outbox
 from services.coordinator.protection.host import Blame, EngineStatus, Host, IdlePages, Returned
 from services.coordinator.protection.protection import Protection
-from services.coordinator.protection.rates import Work
+from services.coordinator.protection.rates import StepBound, Work
 from services.coordinator.protection.stores import Stores
 from services.coordinator.scheduling.failed_steps import FailedSteps
 from services.coordinator.scheduling.prefix_cache import PrefixCache
@@ -29,8 +29,6 @@ log = logging.getLogger(__name__)
 
 RESTORING_STEP_TOKENS = 64
 """Tokens a step while pages are restored: nobody whose pages are back waits long behind another's prefill."""
-LEAST_CHUNK = 64
-"""Tokens of a prompt that a step takes however long they take: the ranks' attention would gain nothing by less."""
 
 
 class EmbeddedEngine(Host):
@@ -64,7 +62,7 @@ class EmbeddedEngine(Host):
             max_waiting=settings.max_waiting,
             max_model_len=limit,
             eos_token_ids=self.model.eos_token_ids,
-            fits=self._fits,
+            bound=StepBound(self.protection.rates, settings.max_step_s),
         )
         self.traces = Traces(tracing, self.protection.ledger, outbox)
         self.requests = Requests(self.scheduler, self.model, config.size, outbox, self.traces)
@@ -76,7 +74,6 @@ class EmbeddedEngine(Host):
         self._step_timeout_s = settings.step_timeout_s
         self._step = 0
         self._step_started = 0.0
-        self._max_step_s = settings.max_step_s
         self._work = Work(0, 0, 0)
         log.info("model %s, %d pages of %d tokens, requests to %d", self.model.architecture, ready.pages,
                  config.page_tokens, limit)  # fmt: skip
@@ -110,10 +107,6 @@ class EmbeddedEngine(Host):
 
     def _in_step(self) -> list[str]:
         return [each.params.request_id for each in self.scheduler.in_step]
-
-    def _fits(self, start: int, most: int) -> int:
-        """How many of a prompt's next tokens the others that wait for the step can bear."""
-        return self.protection.rates.chunk(start, most, self._max_step_s, least=LEAST_CHUNK)
 
     def step_failed(self, step: int, workers: Collection[str], reason: str) -> Blame:
         """See `Host`. Who raised an error in a step that another rank has finished, alike in all, is broken itself."""

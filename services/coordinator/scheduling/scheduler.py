@@ -5,10 +5,11 @@ What a step costs here grows with the sequences in it, not with what they hold.
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from services.coordinator.protection.host import Span
+from services.coordinator.protection.rates import StepBound
 from services.coordinator.scheduling.batches import BatchBuilder
 from services.coordinator.scheduling.prefix_cache import PrefixCache
 from shared.messages import Batch, Sample
@@ -107,9 +108,9 @@ class Scheduler:
         max_waiting: int,
         max_model_len: int,
         eos_token_ids: tuple[int, ...],
-        fits: Callable[[int, int], int] = lambda start, most: most,
+        bound: StepBound | None = None,
     ):
-        """`fits`: how many of the next tokens, behind `start` others, a step may have so as not to take too long."""
+        """`bound`: how long a step may take."""
         self.cache = cache
         self.page_tokens = page_tokens
         self.max_step_tokens = max_step_tokens
@@ -117,7 +118,7 @@ class Scheduler:
         self.max_waiting = max_waiting
         self.max_model_len = max_model_len
         self.eos_token_ids = tuple(eos_token_ids)
-        self._fits = fits
+        self._bound = bound
         self.waiting: deque[Request] = deque()
         self.running: dict[int, Request] = {}
         """By number; who has waited longest for a step comes first."""
@@ -342,8 +343,8 @@ class Scheduler:
         """
         _, before = self._in_flight.get(request.number, (request, 0))
         wanted = min(room, request.remaining - before)
-        fits = self._fits(request.computed, before + wanted) - before
-        taken = self._schedule(request, min(wanted, fits))
+        fits = self._bound.fits(request.computed, before + wanted) - before if self._bound else wanted
+        taken = self._schedule(request, max(0, min(wanted, fits)))
         return taken, room - taken if fits >= wanted else 0
 
     def _schedule(self, request: Request, most: int) -> int:
