@@ -7,10 +7,11 @@ from itertools import pairwise
 from typing import Any
 
 import aiohttp
-import psutil
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
+
+import psutil
 
 from tests.vllm.protected import Protected
 from tests.vllm.server import Seen, Server, prompt, stream
