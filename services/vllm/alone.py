@@ -107,10 +107,15 @@ class Alone:
         for rank in range(self._engine.size):
             self._starting[self._engine.start((rank,))] = rank
         while not self._closed:
-            with suppress(queue.Empty):
-                self._events.get(timeout=TICK_S)()
-            self._run_due(time.monotonic())
-            self._go_on()
+            try:
+                with suppress(queue.Empty):
+                    self._events.get(timeout=TICK_S)()
+                self._run_due(time.monotonic())
+                self._go_on()
+            except Exception as error:  # nobody would decide any more, and the engine stand still for ever
+                log.exception("the decision about the ranks failed")
+                self._engine.fail(f"the decision about the ranks failed: {type(error).__name__}: {error}")
+                return
 
     def _run_due(self, now: float) -> None:
         due = [event for at, event in self._due if at <= now]

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
@@ -49,7 +50,8 @@ class Member:
     def kill(self) -> None:
         """End it at once. That it is gone is told as if it had died by itself."""
         if self.process.is_alive():
-            os.kill(self.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has ended since, or nobody has been told yet
+                os.kill(self.pid, signal.SIGKILL)
 
 
 class Crew:

@@ -346,3 +346,11 @@ def test_the_coordinators_word_about_blocks_reaches_the_scheduler() -> None:
         if (word := case.engine.asked.get(timeout=SOON_S))[0] in ("pin", "back"):
             asked.append(word)
     assert asked == [("pin", [1], (b"k" * 16,)), ("back", [2], True)]
+
+
+def test_an_engine_whose_decider_fails_ends_and_does_not_stand_still_for_ever() -> None:
+    case = Case()
+    case.form(7, case.ranks)
+    case.engine.kill = lambda member: 1 / 0  # type: ignore[method-assign, assignment]
+    case.coordinator.heard(GivenUp((case.name(case.ranks[0]),)))
+    soon(lambda: "ZeroDivisionError" in case.engine.failed, "it stands still")

@@ -33,7 +33,7 @@ async def test_a_stopped_rank_is_named_and_replaced(whole: Protected) -> None:
     assert max(seen.stall(stop.at) for seen in after) < FOUND_S + BUSY_S
     await whole.whole()
     assert stopped not in server.titles().values()
-    assert f"(pid {stopped}) is given up" in whole.log()
+    assert f"(pid {stopped}) stays stopped: it is killed" in whole.log()
 
 
 async def test_a_stopped_spare_is_replaced(whole: Protected) -> None:
