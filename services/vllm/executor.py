@@ -1,7 +1,11 @@
 """vLLM's executor over ranks that come and go. Named to vLLM by --distributed-executor-backend."""
 
 import logging
+import multiprocessing
 import os
+import signal
+import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -29,6 +33,8 @@ from shared.types import ModelInfo
 
 log = logging.getLogger("vllm.ghostserve")
 
+END_S = 10.0
+"""How long an engine core whose API server is gone may take to end."""
 STEP_S = 60.0
 """A rank waits no longer for the others in a step."""
 SETUP = (
@@ -63,6 +69,8 @@ class GhostExecutor(MultiprocExecutor):
         if refusal := versions.check(vllm.__version__) or flags.refusal(self.vllm_config, platform, layout):
             raise ConfigError(refusal)
         self._finalizer = weakref.finalize(self, self.shutdown)
+        if multiprocessing.parent_process() is not None:
+            threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
         self.is_failed = False
         self.failure_callback = None
         self._get_parallel_sizes()
@@ -251,6 +259,16 @@ class GhostExecutor(MultiprocExecutor):
         if self.failure_callback is not None:
             callback, self.failure_callback = self.failure_callback, None
             callback()
+
+
+def _end_with_parent() -> None:
+    """End the engine core when its API server is gone, however that ended: nobody else could use it, or end it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(END_S)
+    os._exit(1)
 
 
 def _lost(method: str) -> Any:

@@ -7,6 +7,7 @@ tells the coordinator is mirrored: a block that is told as sealed must hold the 
 import random
 from collections import deque
 from collections.abc import Collection
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +223,8 @@ class Core:
             self._flying = deque((output, made if made is not LOST else LOST) for output, made in self._flying)
         runs = self.scheduler.stand_still()
         for run in runs:
-            assert len(run.keys) <= run.computed // BLOCK
+            sealed = list(takewhile(self.mirror.sealed.__contains__, unpack_ids(run.pages)))
+            assert len(sealed) <= run.computed // BLOCK
         self.worker.wipe()
         back = self.mirror.sealed.keys() - set(gone) - set(withheld)
         for block in set(range(len(self.worker.blocks))) - back if started else set():

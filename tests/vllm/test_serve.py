@@ -142,6 +142,19 @@ def test_one_command_serves_loses_a_rank_in_mid_stream_and_leaves_no_process(run
     assert running.left() == []
 
 
+def test_a_command_that_is_killed_leaves_no_process(tiny_llama: Path, tmp_path: Path) -> None:
+    command = start(tiny_llama, tmp_path / "log")
+    try:
+        wait(lambda: "Ctrl-C stops" in command.log.read_text(), START_S, command)
+    finally:
+        command.process.kill()
+        command.process.wait()
+    end = time.monotonic() + STOP_S
+    while left := command.left():
+        assert time.monotonic() < end, left
+        time.sleep(0.2)
+
+
 def test_a_flag_that_is_not_protected_ends_the_command_in_a_line(tiny_llama: Path, tmp_path: Path) -> None:
     command = start(tiny_llama, tmp_path / "log", "--no-enable-prefix-caching")
     assert command.process.wait(START_S) == 78
