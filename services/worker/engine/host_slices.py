@@ -32,6 +32,7 @@ STALL_S = 5.0
 """Who waits for a process that fills an area, and gets no further for so long, goes its own way."""
 POLL_S = 0.02
 _HEADER = 4096
+_MADV_POPULATE_READ = 22  # of linux/mman.h; Python has no name for it
 _NAME = 32  # bytes that say which weights these are; a progress word for each area follows
 _WHOLE = 1 << 63
 _USERS = 0  # the byte that all who use the memory lock together; each area's has its number and one
@@ -115,6 +116,9 @@ class HostSlices:
         )
         with suppress(OSError):  # a kernel may have none
             memory.madvise(mmap.MADV_HUGEPAGE)
+        if not writable:
+            with suppress(OSError):  # older than Linux 5.14: the first step pays for its page faults
+                memory.madvise(_MADV_POPULATE_READ)
         return np.frombuffer(memory, dtype=np.uint8)
 
     # -- whose memory it is ------------------------------------------------------------------------------------------
