@@ -66,7 +66,6 @@ class Alone:
         self._ready: list[Member] = []
         self._starting: dict[Member, int | None] = {}
         self._placed: dict[int, Placed] = {}
-        """Generators' states before the steps that were lost."""
         self._stepping_since = float("inf")
         self._attempts = 0
         self._closed = False

@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import cloudpickle
@@ -69,8 +70,8 @@ class GhostExecutor(MultiprocExecutor):
         if refusal := versions.check(vllm.__version__) or flags.refusal(self.vllm_config, platform, layout):
             raise ConfigError(refusal)
         self._finalizer = weakref.finalize(self, self.shutdown)
-        if multiprocessing.parent_process() is not None:
-            threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+        if (parent := multiprocessing.parent_process()) is not None:
+            threading.Thread(target=_end_with, args=(parent,), name="parent", daemon=True).start()
         self.is_failed = False
         self.failure_callback = None
         self._get_parallel_sizes()
@@ -261,10 +262,8 @@ class GhostExecutor(MultiprocExecutor):
             callback()
 
 
-def _end_with_parent() -> None:
+def _end_with(parent: BaseProcess) -> None:
     """End the engine core when its API server is gone, however that ended: nobody else could use it, or end it."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
     parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(END_S)

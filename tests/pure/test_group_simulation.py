@@ -41,6 +41,14 @@ def serving(world: World) -> None:
     until(world, lambda: world.group.membership.state == "serving")
 
 
+def begin(world: World, spares: int = 1) -> None:
+    """A group that serves, with so many spares and a store."""
+    for _ in range(world.size + spares):
+        world.add_worker()
+    world.add_store()
+    serving(world)
+
+
 def finish(world: World) -> None:
     """No more faults: enough workers and a store, until every request has ended."""
     world.add_store()
@@ -120,16 +128,7 @@ def test_streams_are_right_whatever_dies_when(seed: int, parity: int, monkeypatc
 
 def test_one_lost_rank_is_restored_from_parity_and_only_the_tail_recomputed() -> None:
     world = World(1, pages=64)
-    for _ in range(world.size + 1):
-        world.add_worker()
-    world.add_store()
-    serving(world)
-    name = world.submit(length=23, max_tokens=40)
-    while len(world.received[name]) < 10:
-        world.move()
-    while world.group.status().stripes_pending:
-        world.move()
-    assert name not in world.finished
+    half_way(world)
     sealed = world.group.status().stripes_protected
     world.kill(next(each for each in world.workers.values() if each.assign is not None and each.assign.rank == 1))
     finish(world)
@@ -144,10 +143,7 @@ def test_a_prompt_that_is_prefilled_is_no_part_of_a_recovery(begun: bool) -> Non
     """It ends when all have what they had: whoever decoded has its tail, first of all, and the prompt goes on."""
     world = World(1, pages=256)
     assert world.settings.max_step_tokens <= 8
-    for _ in range(world.size + 1):
-        world.add_worker()
-    world.add_store()
-    serving(world)
+    begin(world)
     name = world.submit(length=23, max_tokens=200)
     while len(world.received[name]) < 10:
         world.move()
@@ -169,10 +165,7 @@ def test_a_prompt_that_is_prefilled_is_no_part_of_a_recovery(begun: bool) -> Non
 
 def test_each_stream_goes_on_when_its_own_pages_are_back() -> None:
     world = World(7, pages=200)
-    for _ in range(world.size + 1):
-        world.add_worker()
-    world.add_store()
-    serving(world)
+    begin(world)
     long = world.submit(length=160, max_tokens=60)
     short = world.submit(length=9, max_tokens=60)
     while not (world.received[long] and world.received[short]) or world.group.status().stripes_pending:
@@ -197,10 +190,7 @@ def test_each_stream_goes_on_when_its_own_pages_are_back() -> None:
 @pytest.mark.parametrize("parity", [1, 2])
 def test_with_tails_protected_nothing_is_recomputed(parity: int, length: int) -> None:
     world = World(11, pages=64, parity=parity, protect_tail=True)
-    for _ in range(world.size + parity):
-        world.add_worker()
-    world.add_store()
-    serving(world)
+    begin(world, spares=parity)
     name = world.submit(length=length, max_tokens=60, digest=True)
     for had in (1, 12, 13, 14, 15):
         while len(world.received[name]) < had:
@@ -242,10 +232,7 @@ def stored(world: World, request: Request) -> int:
 @pytest.mark.parametrize("seed", range(4))
 def test_of_a_page_that_has_just_sealed_only_tokens_without_a_stripe_are_recomputed(seed: int, missing: int) -> None:
     world = World(seed, pages=64, protect_tail=True)
-    for _ in range(world.size + 1):
-        world.add_worker()
-    world.add_store()
-    serving(world)
+    begin(world)
     name = world.submit(length=6, max_tokens=200, digest=True)
     while len(world.received[name]) < 3:
         world.move()
@@ -266,10 +253,7 @@ def test_of_a_page_that_has_just_sealed_only_tokens_without_a_stripe_are_recompu
 @pytest.mark.parametrize("parity", [1, 2])
 def test_the_prefix_cache_comes_back_after_a_loss(parity: int) -> None:
     world = World(8, pages=64, parity=parity)
-    for _ in range(world.size + parity):
-        world.add_worker()
-    world.add_store()
-    serving(world)
+    begin(world, spares=parity)
     world.submit(length=40, max_tokens=5, shared_prefix=True)
     finish(world)
     cached = world.group.status().pages_cached
@@ -295,10 +279,7 @@ def test_when_the_group_serves_again_pages_of_a_request_that_has_ended_are_idle(
     """They come back as all others do, which end with the last that is idle."""
     monkeypatch.setattr("services.coordinator.scheduling.prefix_cache.PAGES_RELEASED", 1)
     world = World(8, pages=64)
-    for _ in range(world.size + 1):
-        world.add_worker()
-    world.add_store()
-    serving(world)
+    begin(world)
     goes_on = world.submit(length=4, max_tokens=60)
     ends = world.submit(length=40, max_tokens=1)
     until(world, lambda: ends in world.finished)
@@ -313,10 +294,7 @@ def test_when_the_group_serves_again_pages_of_a_request_that_has_ended_are_idle(
 
 def test_a_page_being_restored_is_nobody_elses_when_its_request_ends() -> None:
     world = World(10, pages=12)
-    for _ in range(world.size + 1):
-        world.add_worker()
-    world.add_store()
-    serving(world)
+    begin(world)
     name = world.submit(length=30, max_tokens=10)
     while len(world.received[name]) < 3 or world.group.status().stripes_pending:
         world.move()
@@ -334,10 +312,7 @@ def test_a_page_being_restored_is_nobody_elses_when_its_request_ends() -> None:
 
 def test_cached_pages_that_no_store_has_are_dropped() -> None:
     world = World(9, pages=64)
-    for _ in range(world.size + 1):
-        world.add_worker()
-    world.add_store()
-    serving(world)
+    begin(world)
     world.submit(length=40, max_tokens=5)
     finish(world)
     world.parity_of.clear()
@@ -349,10 +324,7 @@ def test_cached_pages_that_no_store_has_are_dropped() -> None:
 
 def decoding(world: World, *, spares: int = 1) -> str:
     """A group that serves, and a stream with protected pages that is far from its end. Returns its name."""
-    for _ in range(world.size + spares):
-        world.add_worker()
-    world.add_store()
-    serving(world)
+    begin(world, spares=spares)
     name = world.submit(length=23, max_tokens=200, digest=True)
     while len(world.received[name]) < 10 or world.group.status().stripes_pending:
         world.move()
@@ -580,10 +552,7 @@ def test_an_epoch_that_is_broken_though_nobody_is_lost_is_formed_again() -> None
 def test_a_request_with_which_steps_fail_ends_and_all_others_go_on(seed: int, ranks: tuple[int, ...]) -> None:
     """Where they fail on all ranks alike no new epoch is needed for it, and in no case is a worker given up."""
     world = World(seed, pages=64)
-    for _ in range(world.size + 1):
-        world.add_worker()
-    world.add_store()
-    serving(world)
+    begin(world)
     members, epoch = list(world.group.membership.ranks), world.group.membership.epoch
     good = [world.submit(length=12, max_tokens=20) for _ in range(3)]
     until(world, lambda: all(len(world.received[name]) > 2 for name in good[:2]))
@@ -754,10 +723,7 @@ def test_a_store_keeps_what_it_holds_until_it_is_known_which_pages_there_are() -
 
 def half_way(world: World, tokens: int = 10) -> str:
     """A request that has got so many tokens, all its pages protected."""
-    for _ in range(world.size + 1):
-        world.add_worker()
-    world.add_store()
-    serving(world)
+    begin(world)
     name = world.submit(length=23, max_tokens=40)
     while len(world.received[name]) < tokens or world.group.status().stripes_pending:
         world.move()

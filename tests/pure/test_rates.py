@@ -145,7 +145,7 @@ def test_what_is_tried_is_never_much_worse_and_only_when_the_guess_is_old() -> N
 @pytest.mark.parametrize("context", [0, 10_000, 100_000, 1_000_000])
 def test_a_chunk_takes_no_longer_than_it_may(name: str, context: int) -> None:
     machine, most_s = MACHINES[name], 0.5
-    count = learnt(machine).chunk(context, CHUNK, most_s, least=64)
+    count = learnt(machine).chunk(context, CHUNK, most_s)
     taken = machine.step(Work.chunk(context, count))
     assert taken < 1.25 * most_s or count == 64
     assert count == CHUNK or machine.step(Work.chunk(context, 2 * count + 64)) > 0.75 * most_s

@@ -151,12 +151,12 @@ class Rates:
         old = self._restores.known and now - self._restored_at > STALE_S
         return old and restore_s < EXPLORE * recompute_s
 
-    def chunk(self, start: int, most: int, seconds: float, *, least: int) -> int:
-        """How many of `most` tokens behind `start` others fit into so many seconds of a step; at least `least`."""
+    def chunk(self, start: int, most: int, seconds: float) -> int:
+        """How many of `most` tokens behind `start` others fit into so many seconds of a step, or LEAST_CHUNK."""
         count = most
-        while count > least and self.step_seconds(Work.chunk(start, count)) > seconds:
+        while count > LEAST_CHUNK and self.step_seconds(Work.chunk(start, count)) > seconds:
             count //= 2
-        return min(most, max(count // least * least, least))
+        return min(most, max(count // LEAST_CHUNK * LEAST_CHUNK, LEAST_CHUNK))
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,4 +168,4 @@ class StepBound:
 
     def fits(self, start: int, most: int) -> int:
         """How many of a prompt's next tokens, behind `start` others, those that wait for the step can bear."""
-        return self.rates.chunk(start, most, self.seconds, least=LEAST_CHUNK)
+        return self.rates.chunk(start, most, self.seconds)
