@@ -3,6 +3,7 @@
 Named to vLLM by --worker-cls instead of GhostCpuWorker, so that nothing of this is in what is served.
 """
 
+import asyncio
 import os
 import threading
 import time
@@ -13,7 +14,9 @@ import torch
 
 from services.vllm.pages import BlockPages
 from services.vllm.worker import GhostCpuWorker
+from services.worker.agent import app as agent
 from services.worker.memory import Memory
+from services.worker.shadow import copies
 from tests.vllm.orders import CRASH, FOLDER, ON_ALL, ON_ONE, ONCE, SLOW_S
 
 
@@ -22,7 +25,7 @@ class FaultyWorker(GhostCpuWorker):
 
     def execute_model(self, scheduler_output: Any) -> Any:
         self._hang_if_told()
-        if scheduler_output.total_num_scheduled_tokens > 1 and Path(os.environ[FOLDER], "slow").exists():
+        if scheduler_output.total_num_scheduled_tokens > 1 and _ordered("slow"):
             time.sleep(SLOW_S)
         self._spoil(scheduler_output)
         return super().execute_model(scheduler_output)
@@ -59,10 +62,22 @@ class FaultyWorker(GhostCpuWorker):
 
 
 class ForgetfulPages(BlockPages):
-    """Where told so, what was decoded, or copied, is not written, or not yet."""
+    """Where told so, what was decoded, or copied, is not written."""
 
     def wrote(self, page_id: int, content: Memory, /) -> None:
-        while Path(os.environ[FOLDER], "hold").exists():
-            time.sleep(0.01)
-        if not Path(os.environ[FOLDER], "forget").exists():
+        if not _ordered("forget"):
             super().wrote(page_id, content)
+
+
+def _ordered(order: str) -> bool:
+    return Path(os.environ[FOLDER], order).exists()
+
+
+async def _held_copy(*asked: Any) -> Any:
+    """Copy pages once nothing holds them. The loop goes on: this worker's heart beats."""
+    while _ordered("hold"):
+        await asyncio.sleep(0.01)
+    return await copies.copy_pages(*asked)
+
+
+agent.copy_pages = _held_copy

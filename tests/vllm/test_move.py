@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+from collections.abc import Coroutine
 from itertools import pairwise
 from typing import Any
 
@@ -35,25 +36,31 @@ async def ask(whole: Protected, action: str, target: str) -> tuple[int, dict[str
 
 
 class Decoding:
-    """Streams that are being read. `salt`: they find no block of streams with another one."""
+    """Streams that are being read. `salt`: they find no block of streams with another one.
+
+    What is to happen in them is ordered with "slow": then they last for longer than any of it takes.
+    """
 
     def __init__(self, server: Server, salt: str):
-        self._tokens = 0
+        self._seen = [0] * STREAMS
         self._more = asyncio.Event()
-        prompts = [prompt(70 + each, PROMPT) for each in range(STREAMS)]
-        extra = {"cache_salt": salt}
-        self.all = asyncio.gather(*(stream(server, ids, TOKENS, self._saw, extra_body=extra) for ids in prompts))
+        self.all = asyncio.gather(*(self._read(server, number, salt) for number in range(STREAMS)))
 
-    def _saw(self, tokens: int) -> None:
-        self._tokens += 1
-        self._more.set()
+    def _read(self, server: Server, number: int, salt: str) -> Coroutine[Any, Any, Seen]:
+        def saw(tokens: int) -> None:
+            self._seen[number] = tokens
+            self._more.set()
+
+        return stream(server, prompt(70 + number, PROMPT), TOKENS, saw, extra_body={"cache_salt": salt})
 
     async def more(self, tokens: int) -> None:
         """Wait until so many further tokens of each have come."""
-        goal = self._tokens + STREAMS * tokens
-        while self._tokens < goal:
+        goals = [seen + tokens for seen in self._seen]
+        while any(seen < goal for seen, goal in zip(self._seen, goals, strict=True)):
             self._more.clear()
-            await self._more.wait()
+            more = asyncio.ensure_future(self._more.wait())
+            await asyncio.wait((more, self.all), return_when=asyncio.FIRST_COMPLETED)
+            assert not self.all.done(), "the streams ended before what was to happen in them"
 
 
 async def filled(whole: Protected) -> float:
@@ -85,13 +92,14 @@ async def test_streams_go_on_unchanged_while_their_rank_moves(whole: Protected, 
     since = await filled(whole)
     pids, (spare,) = server.ranks(), server.spares()
     old = psutil.Process(pids[rank])
-    streams = Decoding(server, f"moved-{since}")
-    await streams.more(8)
-    code, answer = await ask(whole, action, f"rank:{rank}")
-    assert code == 202, answer
+    with whole.ordered("slow"):
+        streams = Decoding(server, f"moved-{since}")
+        await streams.more(8)
+        code, answer = await ask(whole, action, f"rank:{rank}")
+        assert code == 202, answer
+        (record,) = await whole.records(since)
     after = await streams.all
     same(after, before)
-    (record,) = await whole.records(since)
     assert record["planned"]
     assert (record["restored_pages"], record["lost_ranks"], record["sequences"]) == (0, [], STREAMS)
     assert record["recomputed_tokens"] <= STREAMS * (BLOCK + 1)
@@ -107,11 +115,11 @@ async def test_a_rank_that_dies_while_it_is_copied_is_an_ordinary_loss(whole: Pr
     since = await filled(whole)
     (spare,) = server.spares()
     held = (await whole.status())["stripes_protected"]
-    streams = Decoding(server, f"moved-{since}")
-    await streams.more(8)
     blocks = STREAMS * (PROMPT // BLOCK)
-    await whole.until(lambda status: status["stripes_protected"] >= held + blocks, "not protected")
-    with whole.ordered("hold"):
+    with whole.ordered("slow"), whole.ordered("hold"):
+        streams = Decoding(server, f"moved-{since}")
+        await streams.more(8)
+        await whole.until(lambda status: status["stripes_protected"] >= held + blocks, "not protected")
         assert (await ask(whole, "replace", "rank:1"))[0] == 202
         await copying(whole)
         await streams.more(8)  # no step waits for the copies
