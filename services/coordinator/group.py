@@ -353,6 +353,8 @@ class Group:
     def _engine_ready(self, peer: Peer, hello: EngineHello, ready: EngineReady, engine: HostedEngine | None) -> None:
         if len(ready.workers) != self.config.size:
             raise ProtocolError(f"an engine of {len(ready.workers)} ranks in a group of {self.config.size}")
+        if min(ready.pages, ready.page_tokens, ready.step_tokens) < 1:
+            raise ProtocolError("an engine without pages, or of pages or steps without tokens")
         if engine is None:
             engine = HostedEngine(
                 self.config, self._settings, hello, ready, self.membership, self.stores, self.outbox, self.metrics,

@@ -233,7 +233,7 @@ class GhostExecutor(MultiprocExecutor):
 
     def host(self, member: Member, name: str) -> None:
         """Have a worker dial the coordinator."""
-        info, blocks, _ = self.hosted_model()
+        info, blocks, *_ = self.hosted_model()
         member.tell(Host(name, info, blocks))
 
     def kill(self, member: Member) -> None:
@@ -244,10 +244,11 @@ class GhostExecutor(MultiprocExecutor):
         """Whether all ranks hold the same KV."""
         return is_alike(self.vllm_config)
 
-    def hosted_model(self) -> tuple[ModelInfo, int, int]:
-        """What the coordinator is told: the model, the number of blocks, and the tokens of one."""
+    def hosted_model(self) -> tuple[ModelInfo, int, int, int]:
+        """What the coordinator is told: the model, the number of blocks, and the tokens of one and of a step."""
         (configs,) = next(args for name, args in self._setup if name == "initialize_from_config")
-        return model_info(self.vllm_config, configs[0])
+        step_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
+        return *model_info(self.vllm_config, configs[0]), step_tokens
 
     def fail(self, reason: str) -> None:
         """The end that vLLM has for an engine whose workers died."""

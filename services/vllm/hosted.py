@@ -49,7 +49,7 @@ class HostedEngineCore(Engine, Protocol):
     @property
     def scheduler(self) -> HostedScheduler | None: ...
 
-    def hosted_model(self) -> tuple[ModelInfo, int, int]: ...
+    def hosted_model(self) -> tuple[ModelInfo, int, int, int]: ...
 
     def alike(self) -> bool: ...
 
@@ -129,9 +129,10 @@ class Hosted(Alone):
     def _connected(self) -> None:
         """The coordinator is there: it is told all, and will have the engine stand still."""
         self._up = True
-        model, blocks, block_tokens = self._engine.hosted_model()
+        model, blocks, block_tokens, step_tokens = self._engine.hosted_model()
         names = tuple(self._name_of(member) if member is not None else "" for member in self._ranks)
-        self._tell(EngineReady(model, blocks, block_tokens, names, self._engine.alike(), moves=self._spares > 0))
+        alike, moves = self._engine.alike(), self._spares > 0
+        self._tell(EngineReady(model, blocks, block_tokens, step_tokens, names, alike, moves))
         if (scheduler := self._engine.scheduler) is not None:
             scheduler.tell_all(whole=not self._doubtful)
 

@@ -18,6 +18,7 @@ from services.vllm.batch import Known
 from services.vllm.books import Books
 from services.vllm.executor import LostStep
 from services.vllm.link import Loss, link_of
+from services.vllm.step_times import StepTimes
 from shared.messages import EngineLoad, EngineRun
 from shared.suspects import Suspects
 from shared.types import PageKey
@@ -44,6 +45,7 @@ class _Resuming(Scheduler):
         self._guard = threading.RLock()
         """Held while requests or blocks change hands: the coordinator's word comes on another thread."""
         self._books = Books(self, self._link.tell)
+        self._times = StepTimes()
         self._suspects = Suspects(max(1, int(os.environ.get("GHOST_STEP_TRIES", "2"))))
         self._others_wait = True
         self._link.attach(self)
@@ -66,6 +68,7 @@ class _Resuming(Scheduler):
         output.ghost_epoch, output.ghost_step = self._epoch, self._step
         output.ghost_known = self._make_known(output)
         output.ghost_ends = self._books.scheduled(self._step, output)
+        self._times.sent(self._step, output.num_scheduled_tokens, output.ghost_ends)
         return output
 
     def _schedule_apart(self, throttle_prefills: bool) -> SchedulerOutput:
@@ -98,6 +101,7 @@ class _Resuming(Scheduler):
         with self._guard:
             if not lost and epoch == self._epoch:  # else its tokens were taken back
                 self._suspects.came_back(step)
+                self._times.came_back(step)
                 self._count(scheduler_output.total_num_scheduled_tokens, model_runner_output)
                 self._draws |= getattr(model_runner_output, "ghost_draws", {})
             if lost or epoch != self._link.epoch:  # its KV may be lost by now, though its tokens count
@@ -167,7 +171,7 @@ class _Resuming(Scheduler):
         with self._guard:
             in_use, cached = self._books.blocks.in_use()
             tokens = self._prompt_tokens, self._generated_tokens
-            return EngineLoad(len(self.running), len(self.waiting), in_use, cached, *tokens, 0)
+            return EngineLoad(len(self.running), len(self.waiting), in_use, cached, *tokens, 0, self._times.take())
 
     def _count(self, computed: int, output: ModelRunnerOutput) -> None:
         """What a step computed, for the load: tokens that it drew, and the others, which are of prompts."""
@@ -188,6 +192,7 @@ class _Resuming(Scheduler):
         if (blamed := self._suspects.lost()) is not None and blamed[0] in self.requests:
             log.error("request %s: a step failed %d times, at last with it alone: it ends with an error", *blamed)
             self.grammar_compile_error_reqs.add(blamed[0])  # update_from_output ends these, and tells their clients
+        self._times.lost()
         blocks = self._books.blocks
         if not loss.kept:
             blocks.forget_all()

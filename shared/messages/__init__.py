@@ -44,6 +44,7 @@ from shared.messages.hosted import (
     Resume,
     RunsRecomputed,
     StepFailed,
+    StepTime,
     UnpinPages,
 )
 from shared.messages.membership import (
@@ -152,6 +153,7 @@ __all__ = [
     "StepDone",
     "StepPlan",
     "StepRaised",
+    "StepTime",
     "StoreDrains",
     "StoreHello",
     "StripeRestore",

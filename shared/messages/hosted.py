@@ -54,14 +54,16 @@ class EngineReady(Message):
     Withheld pages are not told. A page counts only where it is whole on all of `workers`: since a Place that changed
     one, and until Resume, none is.
 
-    `pages`: the number of pages, of `page_tokens` tokens each. `workers`: who holds which rank, by name; "" for one
-    that is lost. `alike`: all ranks hold equal bytes, so that a lost page is copied from another. `moves`: it keeps
-    spares to which a rank can move; the worker that it moves from is ended when it is placed no more.
+    `pages`: the number of pages, of `page_tokens` tokens each. `step_tokens`: a step computes no more. `workers`: who
+    holds which rank, by name; "" for one that is lost. `alike`: all ranks hold equal bytes, so that a lost page is
+    copied from another. `moves`: it keeps spares to which a rank can move; the worker that it moves from is ended when
+    it is placed no more.
     """
 
     model: ModelInfo
     pages: int
     page_tokens: int
+    step_tokens: int
     workers: tuple[str, ...]
     alike: bool = False
     moves: bool = False
@@ -154,6 +156,19 @@ class StepFailed(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class StepTime(Message):
+    """What a step took. Not sent alone: part of EngineLoad.
+
+    `pairs`: of a token that it computed and one that this attends to. `context`: tokens that its requests have.
+    """
+
+    tokens: int
+    pairs: int
+    context: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class EngineLoad(Message):
     """How busy the engine is, for the status; about once a second. Counts since its start."""
 
@@ -164,6 +179,8 @@ class EngineLoad(Message):
     prompt_tokens: int
     generated_tokens: int
     preemptions: int
+    steps: tuple[StepTime, ...] = ()
+    """The last one of each size, since this was told before."""
 
 
 # -- coordinator to engine -------------------------------------------------------------------------------------------

@@ -90,7 +90,9 @@ class SimEngine:
         for block in list(self.keys) if self.doubtful else ():
             self.forget(block)
         alive = tuple(name if name in self.world.workers else "" for name in self.workers)
-        self.out.append(EngineReady(MODEL, self.world.pages, self.size, alive, self.alike, self.world.moves))
+        self.out.append(
+            EngineReady(MODEL, self.world.pages, self.size, STEP_TOKENS, alive, self.alike, self.world.moves)
+        )
         self.out.extend(PagesSealed.parts(self.keys))
 
     def receive(self, message: Message) -> None:

@@ -94,8 +94,8 @@ class Engine:
     def fail(self, reason: str) -> None:
         self.failed = self.failed or reason
 
-    def hosted_model(self) -> tuple[Any, int, int]:
-        return MODEL, 8, 16
+    def hosted_model(self) -> tuple[Any, int, int, int]:
+        return MODEL, 8, 16, 512
 
     def alike(self) -> bool:
         return False

@@ -4,10 +4,20 @@ import pytest
 
 from services.coordinator.events import Said
 from services.coordinator.protection.ledger import Parity
-from shared.messages import PagesCopied, PagesDropped, PagesPinned, PagesSealed, Refused, StepFailed, Submit
+from shared.messages import (
+    EngineLoad,
+    PagesCopied,
+    PagesDropped,
+    PagesPinned,
+    PagesSealed,
+    Refused,
+    StepFailed,
+    StepTime,
+    Submit,
+)
 from shared.messages import hosted as hosted_messages
 from shared.types import GenerationRequest, SamplingParams, pack_ids, unpack_ids
-from tests.pure.hosted_world import HostedWorld, SimEngine, key_of
+from tests.pure.hosted_world import STEP_TOKENS, HostedWorld, SimEngine, key_of
 from tests.pure.test_group_simulation import until
 from tests.pure.world import MODEL, VOCABULARY
 
@@ -77,6 +87,16 @@ def test_a_lost_rank_is_restored_and_the_engine_recomputes_the_open_page_only() 
     assert record.restored_pages == sealed > 0
     assert record.recomputed_tokens <= world.page_tokens
     assert record.lost_ranks == (1,)
+
+
+def test_what_the_engine_tells_of_its_steps_is_what_computing_again_is_expected_to_take() -> None:
+    world, engine = started(pages=64)
+    rates = world.group.protection.rates  # type: ignore[union-attr]
+    steps = tuple(StepTime(tokens, 0, 0, 0.01 + tokens / 10_000) for tokens in (1, 8, 64, 512))
+    engine.out.append(EngineLoad(1, 0, 0, 0, 0, 0, 0, steps))
+    decoding(world, engine, 1)
+    expected = 6_000 / STEP_TOKENS * 0.01 + 0.6
+    assert rates.recompute_seconds(0, 6_000) == pytest.approx(expected, rel=0.05)
 
 
 def test_without_parity_all_is_recomputed_and_the_tokens_are_the_same() -> None:

@@ -29,6 +29,9 @@ def test_no_loss_no_difference(core: Any, depth: int) -> None:
     engine.run()
     assert set(engine.ended.values()) == {"length"}
     assert engine.mirror.sealed
+    steps = engine.scheduler.load().steps
+    assert {each.tokens > 100 for each in steps} == {True, False}
+    assert all(0 < each.seconds < 60 and each.pairs >= each.tokens <= each.context for each in steps)
 
 
 @pytest.mark.parametrize("depth", [1, 2])

@@ -16,6 +16,7 @@ from services.coordinator.protection.host import EngineStatus, Host, IdlePages, 
 from services.coordinator.protection.ledger import EXPOSED
 from services.coordinator.protection.page_lists import PageLists
 from services.coordinator.protection.protection import Protection
+from services.coordinator.protection.rates import Work
 from services.coordinator.protection.stores import Stores
 from services.coordinator.views.metrics import Metrics
 from shared.config import CoordinatorSettings
@@ -72,7 +73,7 @@ class HostedEngine(Host):
         self.workers = ready.workers
         self.protection = Protection(
             config, settings, self, ready.pages, ready.model.page_bytes, ready.page_tokens, membership, stores, outbox,
-            metrics, tracing, alike=ready.alike, moves=ready.moves,
+            metrics, tracing, step_tokens=ready.step_tokens, alike=ready.alike, moves=ready.moves,
         )  # fmt: skip
         self._page_tokens = ready.page_tokens
         self._step_timeout_s = settings.step_timeout_s
@@ -131,6 +132,8 @@ class HostedEngine(Host):
                 self.protection.progressed()
             case EngineLoad():
                 self._load = message
+                for each in message.steps:
+                    self.protection.rates.saw_step(Work(each.tokens, each.pairs, each.context), each.seconds)
             case _:
                 log.debug("the engine sent %s, of no use now", type(message).__name__)
 

@@ -46,15 +46,16 @@ class Protection:
         metrics: Metrics,
         tracing: Tracing,
         *,
+        step_tokens: int,
         alike: bool = False,
         moves: bool = True,
     ):
-        """`alike`: all ranks hold equal bytes. `moves`: a rank can move to a spare."""
+        """`step_tokens`: a step computes no more. `alike`: all ranks hold equal bytes. `moves`: a rank can move."""
         acks = config.size if config.protection == "replicate" else 1
         self.ledger = Ledger(host, pages, protect=config.protection != "none", acks=acks, alike=alike)
         self.ledger.now = outbox.now
         self.timeline = Timeline()
-        self.rates = Rates(step_tokens=config.max_step_tokens)
+        self.rates = Rates(step_tokens=step_tokens)
         self._page_bytes = page_bytes
         self._tails = None
         if settings.protect_tail and config.protection == "parity":

@@ -8,6 +8,7 @@ Encoding a stripe is restoring one backwards: a rank takes as many slices from t
 until a restore was seen, the stripes that were protected say what one will take.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -108,7 +109,7 @@ class Rates:
 
     def saw_step(self, work: Work, seconds: float) -> None:
         """A step is done."""
-        if not work.tokens or seconds <= 0:
+        if work.tokens <= 0 or not 0 < seconds < math.inf:
             return
         self._unfitted += 1
         new = self._steps.saw(work.tokens, 1, work.pairs, work.context, seconds=seconds)

@@ -51,7 +51,7 @@ class EmbeddedEngine(Host):
         limit = min(self.model.max_positions, room, settings.max_model_len or room)
         self.protection = Protection(
             config, settings, self, ready.pages, self.model.page_bytes, config.page_tokens, membership, stores, outbox,
-            metrics, tracing,
+            metrics, tracing, step_tokens=config.max_step_tokens,
         )  # fmt: skip
         self.cache = PrefixCache(ready.pages, self.protection)
         self.scheduler = Scheduler(
