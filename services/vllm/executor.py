@@ -247,8 +247,7 @@ class GhostExecutor(MultiprocExecutor):
     def hosted_model(self) -> tuple[ModelInfo, int, int, int]:
         """What the coordinator is told: the model, the number of blocks, and the tokens of one and of a step."""
         (configs,) = next(args for name, args in self._setup if name == "initialize_from_config")
-        step_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
-        return *model_info(self.vllm_config, configs[0]), step_tokens
+        return model_info(self.vllm_config, configs[0])
 
     def fail(self, reason: str) -> None:
         """The end that vLLM has for an engine whose workers died."""

@@ -9,8 +9,8 @@ from services.vllm.pages import page_bytes
 from shared.types import ModelInfo
 
 
-def model_info(config: VllmConfig, cache: KVCacheConfig) -> tuple[ModelInfo, int, int]:
-    """The model, the number of its blocks, and the tokens of one. All ranks, and spares, must have the same."""
+def model_info(config: VllmConfig, cache: KVCacheConfig) -> tuple[ModelInfo, int, int, int]:
+    """The model, the number of its blocks, and the tokens of one and of a step at most. The same on all ranks."""
     model, size = config.model_config, config.parallel_config.tensor_parallel_size
     placements = [
         (tuple(tensor.layers), tensor.layer_stride, tensor.block_stride, tensor.offset)
@@ -30,7 +30,8 @@ def model_info(config: VllmConfig, cache: KVCacheConfig) -> tuple[ModelInfo, int
         eos_token_ids=(),
         page_bytes=page_bytes(cache.kv_cache_tensors),
     )
-    return info, cache.num_blocks, min(group.kv_cache_spec.block_size for group in cache.kv_cache_groups)
+    block_tokens = min(group.kv_cache_spec.block_size for group in cache.kv_cache_groups)
+    return info, cache.num_blocks, block_tokens, config.scheduler_config.max_num_batched_tokens
 
 
 def is_alike(config: VllmConfig) -> bool:

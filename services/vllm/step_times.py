@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 from shared.messages import StepTime
 
@@ -25,7 +26,7 @@ class StepTimes:
         now = time.monotonic()
         if work.tokens:
             kind = work.tokens.bit_length(), work.context.bit_length()
-            self._seen[kind] = StepTime(work.tokens, work.pairs, work.context, now - max(began, self._last))
+            self._seen[kind] = replace(work, seconds=now - max(began, self._last))
         self._last = now
 
     def lost(self) -> None:
