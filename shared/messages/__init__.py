@@ -86,6 +86,7 @@ from shared.messages.protection import (
     ShardsFound,
     ShardsLost,
     StoreDrains,
+    StripeKind,
     StripeRestore,
 )
 
@@ -154,6 +155,7 @@ __all__ = [
     "StepRaised",
     "StoreDrains",
     "StoreHello",
+    "StripeKind",
     "StripeRestore",
     "Submit",
     "TOLD_TO_STOP",

@@ -109,7 +109,7 @@ def python_page_s() -> float:
         restorer._parity.take = lambda _, read=read: read
         exchange = Exchange(_Alone(), pool, PAGES * 64)  # type: ignore[arg-type]
         began = time.perf_counter()
-        restorer.restore(RestorePlan(1, 1, stripes), exchange, lambda _: None)
+        restorer.restore(RestorePlan.of(1, 1, stripes), exchange, lambda _: None)
         best = min(best, time.perf_counter() - began)
     return best / PAGES
 

@@ -13,7 +13,7 @@ import torch
 
 from services.vllm.pages import BlockPages
 from services.vllm.worker import GhostCpuWorker
-from services.worker.memory import Memory
+from services.worker.memory import Ids, Rows
 from tests.vllm.orders import CRASH, FOLDER, ON_ALL, ON_ONE, ONCE, SLOW_S
 
 
@@ -61,8 +61,8 @@ class FaultyWorker(GhostCpuWorker):
 class ForgetfulPages(BlockPages):
     """Where told so, what was decoded, or copied, is not written, or not yet."""
 
-    def wrote(self, page_id: int, content: Memory, /) -> None:
+    def wrote(self, pages: Ids, content: Rows, /) -> None:
         while Path(os.environ[FOLDER], "hold").exists():
             time.sleep(0.01)
         if not Path(os.environ[FOLDER], "forget").exists():
-            super().wrote(page_id, content)
+            super().wrote(pages, content)

@@ -94,7 +94,7 @@ class Ranks:
 
     async def restore(self, stripes: list[StripeRestore], *, tail: bool) -> list[list[RestoreDone]]:
         """What each rank tells on the way."""
-        plan = RestorePlan(1, 1, tuple(stripes), tail)
+        plan = RestorePlan.of(1, 1, tuple(stripes), tail)
         loop = asyncio.get_running_loop()
         told: list[list[RestoreDone]] = [[] for _ in range(K)]
         for rank, restorer in enumerate(self.restorers):
@@ -149,8 +149,9 @@ async def test_a_token_whose_parity_is_gone_is_told_and_not_written(ranks: Ranks
     ranks.pools[1].kv.zero_()
     told = await ranks.restore(stripes, tail=True)
     assert [[each.failed for each in done] for done in told] == [[], [(b"a" * 16,)], []]
-    assert not np.any(ranks.pools[1].tokens.page(6))
-    assert np.any(ranks.pools[1].tokens.page(7))
+    lost, restored = ranks.pools[1].tokens.rows(np.array([6, 7]), ranks.pools[1].tokens.empty)
+    assert not np.any(lost)
+    assert np.any(restored)
 
 
 async def test_a_rank_that_decodes_tells_after_each_window_how_far_it_is(

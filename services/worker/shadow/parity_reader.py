@@ -2,55 +2,92 @@
 
 import asyncio
 import threading
-from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from kernels.codec import checksum
 from services.worker.device import Device
-from services.worker.memory import Bytes
+from services.worker.memory import Bytes, Ids, Sums
 from services.worker.shadow.stores import StoreClients
 from shared.errors import CommunicatorAborted
-from shared.messages import ParityShard
-from shared.transport.base import GetShards, ShardRef
+from shared.transport.base import DEFAULT_LIMITS, GetShards, ShardRef
+from shared.types import PageKey
 
 AHEAD_BYTES = 64 << 20
 """Of windows that are read, or on their way, before their turn has come."""
 _AHEAD_ROUNDS = 3
+_REFS = DEFAULT_LIMITS.shards
 DAMAGED = "differs from its recorded checksum"
+_NOTHING = np.empty((0, 0, 0), dtype=np.uint8)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Stored:
-    """What is read of one stripe's stored shards."""
+    """What is read of stripes that have the same shards in the same stores.
 
-    untried: deque[ParityShard]
-    wanted: int  # rows
-    rows: dict[int, Bytes] = field(default_factory=dict)  # shard number -> its bytes [page_bytes]
-    trouble: str = "no shard is left to try"  # with the row that was read last
-    damaged: int = 0  # rows
+    `sums`: recorded, [stripes, shards]. So many `wanted` of each: the first ones, and others where those are damaged.
+    """
+
+    keys: Sequence[PageKey]
+    shards: Sequence[int]
+    addresses: Sequence[str]
+    sums: Sums
+    wanted: int
+    rows: Bytes = field(default_factory=lambda: _NOTHING)
+    """[wanted, stripes, length]"""
+    held: Ids = field(init=False)
+    """Which of `shards` each row is: [wanted, stripes]; -1 where none could be had."""
+    trouble: dict[int, str] = field(default_factory=dict)
+    """With the row of a stripe that was read last."""
+    damaged: int = 0
+    """Rows."""
+    _tried: Ids = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.held = np.full((self.wanted, len(self.keys)), -1, dtype=np.int64)
+        self._tried = np.full(len(self.keys), self.wanted, dtype=np.int64)
+
+    def first(self) -> "list[Read]":
+        """The rows to read at first."""
+        everyone = np.arange(len(self.keys))
+        return [Read(self, row, row, everyone) for row in range(self.wanted) if row < len(self.shards)]
+
+    def next(self, read: "Read", bad: Ids) -> "list[Read]":
+        """The rows to read instead of some that could not be had: none if there is no other shard."""
+        again: dict[int, list[int]] = {}
+        for stripe in bad.tolist():
+            if (other := int(self._tried[stripe])) < len(self.shards):
+                self._tried[stripe] += 1
+                again.setdefault(other, []).append(stripe)
+        return [Read(self, read.row, other, np.array(stripes)) for other, stripes in again.items()]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Read:
+    """One row of some stripes, each from the same store: `shard` is its place among the shards."""
+
+    of: Stored
+    row: int
+    shard: int
+    stripes: Ids
 
     @property
-    def missing(self) -> int:
-        """Rows that are wanted and not there."""
-        return self.wanted - len(self.rows)
+    def address(self) -> str:
+        return self.of.addresses[self.shard]
 
-    def next(self) -> list[ParityShard]:
-        """The rows to read now: none if there are enough, or can't be."""
-        if len(self.untried) < self.missing:
-            return []
-        return [self.untried.popleft() for _ in range(self.missing)]
+    @property
+    def places(self) -> list[Bytes]:
+        """Where each goes."""
+        rows = self.of.rows[self.row]
+        return [rows[at] for at in self.stripes.tolist()]
 
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """One row on its way from a store."""
-
-    stripe: Stored
-    shard: ParityShard
-    ref: ShardRef
-    into: Bytes
+    def refs(self) -> list[ShardRef]:
+        """As the store knows them."""
+        number, length = self.of.shards[self.shard], self.of.rows.shape[2]
+        return [ShardRef(self.of.keys[at], number, length) for at in self.stripes.tolist()]
 
 
 WindowId = tuple[int, int, int]
@@ -58,17 +95,17 @@ WindowId = tuple[int, int, int]
 
 
 @dataclass(slots=True)
-class Window:
-    """The stripes of which something is read for one window, by page key. `reading` once it has begun."""
+class Asked:
+    """What is read for one window, by kind of stripe. `reading` once it has begun."""
 
-    stripes: dict[bytes, Stored]
+    stripes: dict[int, Stored]
     length: int
     reading: Future[None] | None = None
 
     @property
     def nbytes(self) -> int:
         """The memory that its rows take."""
-        return self.length * sum(stripe.wanted for stripe in self.stripes.values())
+        return self.length * sum(stored.held.size for stored in self.stripes.values())
 
 
 class ParityReader:
@@ -80,17 +117,17 @@ class ParityReader:
         self._ahead_bytes = max(AHEAD_BYTES, _AHEAD_ROUNDS * device.round_bytes)
         self._stores = stores
         self._loop = loop
-        self._windows: dict[WindowId, Window] = {}
+        self._windows: dict[WindowId, Asked] = {}
         self._lock = threading.Lock()
 
-    def ask(self, window: WindowId, stripes: dict[bytes, Stored], length: int) -> None:
+    def ask(self, window: WindowId, stripes: dict[int, Stored], length: int) -> None:
         """Shards of `length` bytes of these stripes will be wanted."""
         with self._lock:
-            self._windows[window] = Window(stripes, length)
+            self._windows[window] = Asked(stripes, length)
         self._read_on()
 
-    def take(self, window: WindowId) -> dict[bytes, Stored]:
-        """What was read for a window, none if nothing was asked; waits for it. Raises CommunicatorAborted."""
+    def take(self, window: WindowId) -> dict[int, Stored]:
+        """What was read for a window, as it was asked; nothing if nothing was. Raises CommunicatorAborted."""
         with self._lock:
             asked = self._windows.get(window)
             reading = asked.reading if asked is not None else None
@@ -124,31 +161,53 @@ class ParityReader:
                     return
                 taken += window.nbytes
                 if window.reading is None:
-                    work = self._get(window.stripes, window.length)
+                    work = self._get([*window.stripes.values()], window.length)
                     window.reading = asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    async def _get(self, stripes: dict[bytes, Stored], length: int) -> None:
+    async def _get(self, stripes: list[Stored], length: int) -> None:
         """Read as many rows of each stripe as are wanted; another one for each that is damaged or can't be had."""
-        while True:
-            wanted = [(key, stored, shard) for key, stored in stripes.items() for shard in stored.next()]
-            rows = self._device.host(len(wanted), length).numpy()  # in one piece: huge pages, and one copy to a GPU
-            batches: dict[str, list[Read]] = {}
-            for (key, stored, shard), row in zip(wanted, rows, strict=True):
-                read = Read(stored, shard, ShardRef(key, shard.shard, length), row)
-                batches.setdefault(shard.bulk_address, []).append(read)
-            if not batches:
-                return
-            await asyncio.gather(*(self._get_batch(address, batch) for address, batch in batches.items()))
+        total = sum(stored.held.size for stored in stripes)
+        room, at = self._device.host(total, length).numpy(), 0  # in one piece: huge pages, and one copy to a GPU
+        for stored in stripes:
+            stored.rows = room[at : at + stored.held.size].reshape(*stored.held.shape, length)
+            at += stored.held.size
+        reads = [read for stored in stripes for read in stored.first()]
+        while reads:
+            by_store: dict[str, list[Read]] = {}
+            for read in reads:
+                by_store.setdefault(read.address, []).append(read)
+            again = await asyncio.gather(*(self._get_from(address, part) for address, part in by_store.items()))
+            reads = [read for part in again for read in part]
 
-    async def _get_batch(self, address: str, batch: Sequence[Read]) -> None:
-        """Read rows from one store, in one request, and enter each with its stripe: the bytes, or what was wrong."""
-        request = GetShards(self._group, tuple(read.ref for read in batch))
-        outcomes = await self._stores.get(address, request, [read.into.data for read in batch])
-        for read, outcome in zip(batch, outcomes, strict=True):
-            if outcome is not None:
-                read.stripe.trouble = f"{address}: {type(outcome).__name__}: {outcome}"
-            elif checksum(read.into) != read.shard.checksum:
-                read.stripe.trouble = f"{address}: a parity shard {DAMAGED}"
-                read.stripe.damaged += 1
-            else:
-                read.stripe.rows[read.shard.shard] = read.into
+    async def _get_from(self, address: str, reads: Sequence[Read]) -> list[Read]:
+        """Read rows from one store, and look at each. Returns what to read instead of those that are not good."""
+        refs = [ref for read in reads for ref in read.refs()]
+        places = [place for read in reads for place in read.places]
+        parts = [slice(start, start + _REFS) for start in range(0, len(refs), _REFS)]
+        told = await asyncio.gather(
+            *(
+                self._stores.get(
+                    address, GetShards(self._group, tuple(refs[part])), [place.data for place in places[part]]
+                )
+                for part in parts
+            )
+        )
+        outcomes = [outcome for part in told for outcome in part]
+        at, instead = 0, []
+        for read in reads:
+            stored, bad = read.of, []
+            recorded = stored.sums[read.stripes, read.shard].tolist()
+            for number, stripe in enumerate(read.stripes.tolist()):
+                if (outcome := outcomes[at + number]) is not None:
+                    stored.trouble[stripe] = f"{address}: {type(outcome).__name__}: {outcome}"
+                    bad.append(number)
+                elif checksum(places[at + number]) != recorded[number]:
+                    stored.trouble[stripe] = f"{address}: a parity shard {DAMAGED}"
+                    stored.damaged += 1
+                    bad.append(number)
+            good = np.ones(len(read.stripes), dtype=np.bool_)
+            good[bad] = False
+            stored.held[read.row, read.stripes[good]] = read.shard
+            instead += stored.next(read, read.stripes[~good])
+            at += len(read.stripes)
+        return instead

@@ -1,28 +1,32 @@
 """Recovery of pages: survivors send their slices, stores the parity, and a new rank decodes its own into its pool.
 
-A plan is gone through in windows, each one round of exchange; the parity of the next ones is read meanwhile.
+A plan is gone through in windows, each one round of exchange; the parity of the next ones is read meanwhile. What is
+done for a window is done for all of its pages at once.
 """
 
 import asyncio
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
 
 from kernels.codec import DecodePlan
 from services.worker.device import Device
-from services.worker.memory import Memory, write
+from services.worker.memory import Ids, Rows, write
 from services.worker.shadow.coder import Coder
-from services.worker.shadow.exchange import Exchange
+from services.worker.shadow.exchange import Came, Exchange
 from services.worker.shadow.parity_reader import DAMAGED, ParityReader, Stored
 from services.worker.shadow.stores import StoreClients
-from shared.messages import RestoreDone, RestorePlan, StripeRestore
-from shared.types import round_pages
+from services.worker.shadow.windows import Alike, Window, lost_pages, windows
+from shared.messages import RestoreDone, RestorePlan
+from shared.types import PageKey, round_pages
 
 log = logging.getLogger(__name__)
 
-Trouble = dict[bytes, str]
-"""Why stripes could not be decoded, by page key."""
+Trouble = dict[PageKey, str]
+"""Why stripes could not be decoded."""
 
 
 class Restorer:
@@ -35,11 +39,9 @@ class Restorer:
 
     def prefetch(self, plan: RestorePlan, rank: int, length: int) -> None:
         """Begin to read what `rank` has lost, before its turn comes or the ranks are even connected."""
-        window = round_pages(length, self._device.round_bytes)
-        for start in range(0, len(plan.stripes), window):
-            stripes = plan.stripes[start : start + window]
-            if mine := {stripe.key: self._share(stripe, rank) for stripe in stripes if rank in stripe.lost}:
-                self._parity.ask((plan.epoch, plan.plan, start), mine, length)
+        for window in windows(plan, round_pages(length, self._device.round_bytes)):
+            if mine := {group.number: self._share(group, rank) for group in _of(window, rank) if group.kind.shards}:
+                self._parity.ask((plan.epoch, plan.plan, window.start), mine, length)
 
     def forget(self) -> None:
         """The epoch is over: give up what was begun; who waits for it is told so."""
@@ -50,83 +52,108 @@ class Restorer:
 
         Raises CommunicatorAborted when the epoch ends; nothing is written to the pool any more then.
         """
-        decodes = any(exchange.rank in stripe.lost for stripe in plan.stripes)
-        for start in range(0, len(plan.stripes), exchange.round_pages):
-            done = self._window(plan, start, exchange)
+        decodes = bool(lost_pages(plan, exchange.rank))
+        for window in windows(plan, exchange.round_pages):
+            done = self._window(plan, window, exchange)
             if decodes:
                 report(done)
 
-    def _window(self, plan: RestorePlan, start: int, exchange: Exchange) -> RestoreDone:
-        stripes = plan.stripes[start : start + exchange.round_pages]
+    def _window(self, plan: RestorePlan, window: Window, exchange: Exchange) -> RestoreDone:
         began = time.monotonic()
-        slices = self._gather(stripes, exchange)
+        came = self._gather(window, exchange)
         exchanged = time.monotonic()
-        stored = self._parity.take((plan.epoch, plan.plan, start))
+        stored = self._parity.take((plan.epoch, plan.plan, window.start))
         fetched = time.monotonic()
-        failed: Trouble = {}
-        ready: list[tuple[StripeRestore, dict[int, Memory], Stored]] = []
-        for index, by_rank in slices.items():
-            rows = stored.get(stripes[index].key)
-            if rows is None:
-                failed[stripes[index].key] = "its parity was not asked for"
-            elif rows.missing:
-                failed[stripes[index].key] = rows.trouble
-            else:
-                ready.append((stripes[index], by_rank, rows))
+        mine, unread = list(_of(window, exchange.rank)), _unread(window, exchange.rank, stored)
+        wrong: Trouble = {}
         with exchange.writing():
             try:
-                decoded_wrong = self._decode(ready, exchange)
+                for group in mine:
+                    wrong |= self._decode_all(group, stored, came, exchange)
             except Exception as error:  # the exchange goes on: what could not be decoded is recomputed
                 log.exception("pages could not be decoded")
-                decoded_wrong = {stripe.key: f"{type(error).__name__}: {error}" for stripe, _, _ in ready}
+                wrong = {key: f"{type(error).__name__}: {error}" for group in mine for key in group.keys}
             exchange.communicator.check()  # else these may be bytes that never came
-        failed |= decoded_wrong
+        failed = unread | wrong
         return RestoreDone(
             epoch=plan.epoch,
             plan=plan.plan,
             rank=exchange.rank,
-            upto=start + len(stripes),
+            upto=window.start + len(window.pages),
             failed=tuple(failed),
             reason=next(iter(failed.values()), ""),
-            bytes_restored=(len(slices) - len(failed)) * exchange.pool.page_bytes,
+            bytes_restored=(sum(len(group.keys) for group in mine) - len(failed)) * exchange.pool.page_bytes,
             fetch_s=fetched - exchanged,
             exchange_s=exchanged - began,
             decode_s=time.monotonic() - fetched,
             seconds=time.monotonic() - began,
-            damaged=len(decoded_wrong) + sum(each.damaged for each in stored.values()),
+            damaged=len(wrong) + sum(each.damaged for each in stored.values()),
         )
 
-    def _gather(self, stripes: Sequence[StripeRestore], exchange: Exchange) -> dict[int, dict[int, Memory]]:
+    def _gather(self, window: Window, exchange: Exchange) -> Came:
         """Bring the survivors' slices to the ranks that decode; see Exchange.gather."""
-        return exchange.gather([stripe.page for stripe in stripes], [stripe.lost for stripe in stripes])
+        return exchange.gather(window.pages, window.receivers(exchange.size))
 
-    def _share(self, stripe: StripeRestore, rank: int) -> Stored:
-        """What `rank` reads of a stripe."""
-        return Stored(deque(stripe.parity), len(stripe.lost) if stripe.parity else 0)
+    def _share(self, group: Alike, rank: int) -> Stored:
+        """What `rank` reads of stripes."""
+        kind = group.kind
+        return Stored(group.keys, kind.shards, kind.addresses, group.shard_sums, len(kind.lost))
 
-    def _decode(
-        self, ready: Sequence[tuple[StripeRestore, Mapping[int, Memory], Stored]], exchange: Exchange
-    ) -> Trouble:
-        """Decode this rank's slices straight into its pool, those of one kind in one call. Returns what was wrong."""
-        batches: dict[tuple[int, ...], tuple[DecodePlan, list[StripeRestore], list[list[Memory]], list[Memory]]] = {}
-        places = exchange.targets([stripe.page for stripe, _, _ in ready])
-        for (stripe, by_rank, stored), place in zip(ready, places, strict=True):
-            if not stripe.parity:  # all ranks hold the same
-                write(place, next(iter(by_rank.values())))
-                exchange.pool.wrote(stripe.page, place)
-                continue
-            present = {**by_rank, **stored.rows}
-            plan = self._coder.codec.plan(present.keys(), [exchange.rank])
-            _, stripes, sources, targets = batches.setdefault(plan.sources, (plan, [], [], []))
-            stripes.append(stripe)
-            sources.append([present[source] for source in plan.sources])
-            targets.append(place)
+    def _decode_all(self, group: Alike, stored: Mapping[int, Stored], came: Came, exchange: Exchange) -> Trouble:
+        """Restore this rank's slices of what is alike and read. Returns what came out wrong."""
+        if not group.kind.shards:  # all ranks hold the same
+            self._copy(group, came, exchange)
+            return {}
         wrong: Trouble = {}
-        for plan, stripes, sources, targets in batches.values():
-            sums = self._coder.decode(plan, sources, targets)
-            for stripe, target, told in zip(stripes, targets, sums, strict=True):
-                if told == stripe.data_checksums[exchange.rank]:
-                    exchange.pool.wrote(stripe.page, target)
-                else:
-                    wrong[stripe.key] = f"page {stripe.page}, decoded, {DAMAGED}"
+        if (read := stored.get(group.number)) is not None:
+            for at in _equal(read.held):
+                bad = self._decode(group, at, read, came, exchange).tolist()
+                wrong |= {group.keys[place]: f"page {group.pages[place]}, decoded, {DAMAGED}" for place in bad}
         return wrong
+
+    def _copy(self, group: Alike, came: Came, exchange: Exchange) -> None:
+        source = next(rank for rank in range(exchange.size) if rank not in group.kind.lost)
+        targets = exchange.targets(group.pages)
+        for place, row in zip(targets, came.of(source, group.at), strict=True):
+            write(place, row)
+        exchange.pool.wrote(group.pages, targets)
+
+    def _decode(self, group: Alike, at: Ids, read: Stored, came: Came, exchange: Exchange) -> Ids:
+        """Decode stripes, which have the same rows, straight into the pool. Returns those that came out wrong."""
+        present = {rank: came.of(rank, group.at[at]) for rank in range(exchange.size) if rank not in group.kind.lost}
+        for rows, held in zip(read.rows, read.held[:, at[0]].tolist(), strict=True):
+            present[read.shards[held]] = Rows(rows, at)
+        plan: DecodePlan = self._coder.codec.plan(present.keys(), [exchange.rank])
+        targets = exchange.targets(group.pages[at])
+        sums = self._coder.decode(plan, [present[source] for source in plan.sources], targets)
+        good: np.ndarray[Any, np.dtype[np.bool_]] = sums == group.slice_sums[at, group.kind.lost.index(exchange.rank)]
+        exchange.pool.wrote(group.pages[at][good], targets.take(np.flatnonzero(good)))
+        wrong: Ids = at[~good]
+        return wrong
+
+
+def _of(window: Window, rank: int) -> Iterator[Alike]:
+    return (group for group in window.groups if rank in group.kind.lost)
+
+
+def _unread(window: Window, rank: int, stored: Mapping[int, Stored]) -> Trouble:
+    """What a rank lacks and can't decode, since too few rows of it could be had."""
+    unread: Trouble = {}
+    for group in _of(window, rank):
+        if not group.kind.shards:
+            continue
+        if (read := stored.get(group.number)) is None:
+            unread |= dict.fromkeys(group.keys, "its parity was not asked for")
+        else:
+            lacks = np.flatnonzero((read.held < 0).any(axis=0)).tolist()
+            unread |= {group.keys[at]: read.trouble.get(at, "no shard is left to try") for at in lacks}
+    return unread
+
+
+def _equal(held: Ids) -> Iterator[Ids]:
+    """The stripes that lack no row, each time those that have the same ones."""
+    whole = np.flatnonzero((held >= 0).all(axis=0))
+    while len(whole):
+        same = (held[:, whole] == held[:, whole[:1]]).all(axis=0)
+        yield whole[same]
+        whole = whole[~same]
