@@ -201,6 +201,33 @@ async def test_bytes_that_decode_to_something_else_are_told_as_damaged_and_do_no
     assert torch.equal(ranks.pools[1].kv[0], before[0])
 
 
+async def test_a_shard_that_is_damaged_or_gone_is_made_up_for_by_another_of_its_stripe(ranks: Ranks) -> None:
+    """The first shard of one stripe is damaged, that of another is gone; of a third both are damaged."""
+    places, keys = [*range(4)], [bytes([place]) * 16 for place in range(4)]
+    await ranks.protect(places, keys, tail=False)
+    shards = ranks.stores.shards
+    stripes = [
+        StripeRestore(
+            place,
+            key,
+            (1,),
+            tuple(ParityShard(K + n, STORE.bulk_address, shards[key, K + n][0].checksum) for n in range(M)),
+            shards[key, K][0].data_checksums,
+        )
+        for place, key in zip(places, keys, strict=True)
+    ]
+    for key, number in ((keys[0], K), (keys[2], K), (keys[2], K + 1)):
+        label, content = shards[key, number]
+        shards[key, number] = label, bytes([content[0] ^ 1]) + content[1:]
+    del shards[keys[1], K]
+    before = ranks.pools[1].kv.clone()
+    ranks.pools[1].kv.zero_()
+    _, (done,), _ = await ranks.restore(stripes, tail=False)
+    assert (done.failed, done.damaged) == ((keys[2],), 3)
+    assert "parity shard differs" in done.reason
+    assert all(torch.equal(ranks.pools[1].kv[page], before[page]) for page in (0, 1, 3))
+
+
 async def protected_or_not(ranks: Ranks, keys: list[bytes]) -> dict[bytes, str]:
     """Protect one page a key; the reason why it failed by key, empty where it did not."""
     plan = ProtectPlan(1, 0, pack_ids(range(len(keys))), tuple(keys), (STORE,), 0)

@@ -1,9 +1,13 @@
-"""What a rank reads from the stores for its part in restore plans: window by window, ahead of their turn, bounded."""
+"""What a rank reads from the stores for its part in restore plans: window by window, ahead of their turn, bounded.
+
+Nobody looks at the bytes of rows when they come: what is decoded of them has a checksum. Where that is wrong, `replace`
+finds out which row is damaged.
+"""
 
 import asyncio
 import threading
-from collections.abc import Sequence
-from concurrent.futures import CancelledError, Future
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +24,7 @@ AHEAD_BYTES = 64 << 20
 """Of windows that are read, or on their way, before their turn has come."""
 _AHEAD_ROUNDS = 3
 _REFS = DEFAULT_LIMITS.shards
+LOOK_S = 0.05
 DAMAGED = "differs from its recorded checksum"
 _NOTHING = np.empty((0, 0, 0), dtype=np.uint8)
 
@@ -55,14 +60,30 @@ class Stored:
         everyone = np.arange(len(self.keys))
         return [Read(self, row, row, everyone) for row in range(self.wanted) if row < len(self.shards)]
 
-    def next(self, read: "Read", bad: Ids) -> "list[Read]":
-        """The rows to read instead of some that could not be had: none if there is no other shard."""
+    def other(self, row: int, stripes: Iterable[int]) -> "list[Read]":
+        """The shards to read instead of what these stripes could not have in a row: none if there are no others."""
         again: dict[int, list[int]] = {}
-        for stripe in bad.tolist():
-            if (other := int(self._tried[stripe])) < len(self.shards):
+        for stripe in stripes:
+            self.held[row, stripe] = -1
+            if (shard := int(self._tried[stripe])) < len(self.shards):
                 self._tried[stripe] += 1
-                again.setdefault(other, []).append(stripe)
-        return [Read(self, read.row, other, np.array(stripes)) for other, stripes in again.items()]
+                again.setdefault(shard, []).append(stripe)
+        return [Read(self, row, shard, np.array(some)) for shard, some in again.items()]
+
+    def without_damaged(self, stripes: Iterable[int]) -> "list[Read]":
+        """Look at all rows of these stripes; what to read instead of those that are damaged."""
+        instead: list[Read] = []
+        for row in range(self.wanted):
+            bad = [stripe for stripe in stripes if self._damaged(row, stripe)]
+            self.damaged += len(bad)
+            for stripe in bad:
+                self.trouble[stripe] = f"{self.addresses[self.held[row, stripe]]}: a parity shard {DAMAGED}"
+            instead += self.other(row, bad)
+        return instead
+
+    def _damaged(self, row: int, stripe: int) -> bool:
+        held = int(self.held[row, stripe])
+        return held >= 0 and checksum(self.rows[row, stripe]) != int(self.sums[stripe, held])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,6 +165,21 @@ class ParityReader:
         self._read_on()
         return asked.stripes
 
+    def replace(self, stored: Stored, stripes: Sequence[int], ended: Callable[[], bool]) -> bool:
+        """Stripes came out wrong: instead of those of their rows that are damaged others are read, and waited for.
+
+        Returns whether any is. Raises CommunicatorAborted once the epoch has `ended`.
+        """
+        before = stored.damaged
+        if instead := stored.without_damaged(stripes):
+            reading = asyncio.run_coroutine_threadsafe(self._read(instead), self._loop)
+            while not wait([reading], LOOK_S).done:
+                if ended():
+                    reading.cancel()
+                    raise CommunicatorAborted("the epoch ended while parity was on its way")
+            reading.result()
+        return stored.damaged > before
+
     def forget(self) -> None:
         """The epoch is over: give up what was begun; who waits for it is told so."""
         with self._lock:
@@ -165,13 +201,16 @@ class ParityReader:
                     window.reading = asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def _get(self, stripes: list[Stored], length: int) -> None:
-        """Read as many rows of each stripe as are wanted; another one for each that is damaged or can't be had."""
+        """Read as many rows of each stripe as are wanted."""
         total = sum(stored.held.size for stored in stripes)
         room, at = self._device.host(total, length).numpy(), 0  # in one piece: huge pages, and one copy to a GPU
         for stored in stripes:
             stored.rows = room[at : at + stored.held.size].reshape(*stored.held.shape, length)
             at += stored.held.size
-        reads = [read for stored in stripes for read in stored.first()]
+        await self._read([read for stored in stripes for read in stored.first()])
+
+    async def _read(self, reads: list[Read]) -> None:
+        """Read rows, another one for each that can't be had."""
         while reads:
             by_store: dict[str, list[Read]] = {}
             for read in reads:
@@ -180,11 +219,11 @@ class ParityReader:
             reads = [read for part in again for read in part]
 
     async def _get_from(self, address: str, reads: Sequence[Read]) -> list[Read]:
-        """Read rows from one store, and look at each. Returns what to read instead of those that are not good."""
+        """Read rows from one store. Returns what to read instead of those that can't be had."""
         refs = [ref for read in reads for ref in read.refs()]
         places = [place for read in reads for place in read.places]
         parts = [slice(start, start + _REFS) for start in range(0, len(refs), _REFS)]
-        told = await asyncio.gather(
+        answers = await asyncio.gather(
             *(
                 self._stores.get(
                     address, GetShards(self._group, tuple(refs[part])), [place.data for place in places[part]]
@@ -192,22 +231,13 @@ class ParityReader:
                 for part in parts
             )
         )
-        outcomes = [outcome for part in told for outcome in part]
-        at, instead = 0, []
+        outcomes = [outcome for answer in answers for outcome in answer]
+        at, instead = 0, list[Read]()
         for read in reads:
-            stored, bad = read.of, []
-            recorded = stored.sums[read.stripes, read.shard].tolist()
-            for number, stripe in enumerate(read.stripes.tolist()):
-                if (outcome := outcomes[at + number]) is not None:
-                    stored.trouble[stripe] = f"{address}: {type(outcome).__name__}: {outcome}"
-                    bad.append(number)
-                elif checksum(places[at + number]) != recorded[number]:
-                    stored.trouble[stripe] = f"{address}: a parity shard {DAMAGED}"
-                    stored.damaged += 1
-                    bad.append(number)
-            good = np.ones(len(read.stripes), dtype=np.bool_)
-            good[bad] = False
-            stored.held[read.row, read.stripes[good]] = read.shard
-            instead += stored.next(read, read.stripes[~good])
+            told = dict(zip(read.stripes.tolist(), outcomes[at:], strict=False))
+            read.of.held[read.row, read.stripes] = read.shard
+            if bad := {stripe: outcome for stripe, outcome in told.items() if outcome is not None}:
+                read.of.trouble |= {stripe: f"{address}: {type(why).__name__}: {why}" for stripe, why in bad.items()}
+                instead += read.of.other(read.row, bad)
             at += len(read.stripes)
         return instead

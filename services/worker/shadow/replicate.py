@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kernels.codec import checksum
-from services.worker.memory import Ids, Rows, to_host, write
+from services.worker.memory import Ids, Rows, Sums, to_host, write
 from services.worker.shadow.exchange import Came, Exchange
 from services.worker.shadow.parity_reader import Stored
 from services.worker.shadow.protect import Protector
@@ -51,11 +51,10 @@ class CopyRestorer(Restorer):
         kind = group.kind
         return Stored(group.keys, kind.shards[mine], kind.addresses[mine], group.shard_sums[:, mine], 1)
 
-    def _decode(self, group: Alike, at: Ids, read: Stored, came: Came, exchange: Exchange) -> Ids:
-        targets = exchange.targets(group.pages[at])
-        good = np.ones(len(at), dtype=np.bool_)
-        for number, (page, row) in enumerate(zip(targets, Rows(read.rows[0], at), strict=True)):
+    def _decode_alike(
+        self, group: Alike, at: Ids, read: Stored, came: Came, targets: Rows, exchange: Exchange
+    ) -> tuple[Sums, Sums]:
+        for page, row in zip(targets, Rows(read.rows[0], at), strict=True):
             write(page, row)
-            good[number] = checksum(to_host(page)) == read.sums[at[number], 0]
-        exchange.pool.wrote(group.pages[at], targets)
-        return at[~good]
+        sums = np.fromiter((checksum(to_host(page)) for page in targets), dtype=np.uint64, count=len(at))
+        return sums, read.sums[at, 0]

@@ -7,19 +7,18 @@ done for a window is done for all of its pages at once.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from kernels.codec import DecodePlan
 from services.worker.device import Device
-from services.worker.memory import Ids, Rows, write
+from services.worker.memory import Ids, Rows, Sums, write
 from services.worker.shadow.coder import Coder
 from services.worker.shadow.exchange import Came, Exchange
 from services.worker.shadow.parity_reader import DAMAGED, ParityReader, Stored
 from services.worker.shadow.stores import StoreClients
 from services.worker.shadow.windows import Alike, Window, lost_pages, windows
+from shared.errors import CommunicatorAborted, DeadlineExceeded
 from shared.messages import RestoreDone, RestorePlan
 from shared.types import PageKey, round_pages
 
@@ -64,17 +63,12 @@ class Restorer:
         exchanged = time.monotonic()
         stored = self._parity.take((plan.epoch, plan.plan, window.start))
         fetched = time.monotonic()
-        mine, unread = list(_of(window, exchange.rank)), _unread(window, exchange.rank, stored)
-        wrong: Trouble = {}
-        with exchange.writing():
-            try:
-                for group in mine:
-                    wrong |= self._decode_all(group, stored, came, exchange)
-            except Exception as error:  # the exchange goes on: what could not be decoded is recomputed
-                log.exception("pages could not be decoded")
-                wrong = {key: f"{type(error).__name__}: {error}" for group in mine for key in group.keys}
-            exchange.communicator.check()  # else these may be bytes that never came
-        failed = unread | wrong
+        mine, failed, wrong = list(_of(window, exchange.rank)), dict[PageKey, str](), 0
+        for group in mine:
+            read = stored.get(group.number)
+            came_wrong = self._bring_back(group, read, came, exchange)
+            wrong += len(came_wrong)
+            failed |= _unread(group, read) | came_wrong
         return RestoreDone(
             epoch=plan.epoch,
             plan=plan.plan,
@@ -87,7 +81,7 @@ class Restorer:
             exchange_s=exchanged - began,
             decode_s=time.monotonic() - fetched,
             seconds=time.monotonic() - began,
-            damaged=len(wrong) + sum(each.damaged for each in stored.values()),
+            damaged=wrong + sum(each.damaged for each in stored.values()),
         )
 
     def _gather(self, window: Window, exchange: Exchange) -> Came:
@@ -99,60 +93,76 @@ class Restorer:
         kind = group.kind
         return Stored(group.keys, kind.shards, kind.addresses, group.shard_sums, len(kind.lost))
 
-    def _decode_all(self, group: Alike, stored: Mapping[int, Stored], came: Came, exchange: Exchange) -> Trouble:
-        """Restore this rank's slices of what is alike and read. Returns what came out wrong."""
-        if not group.kind.shards:  # all ranks hold the same
-            self._copy(group, came, exchange)
-            return {}
-        wrong: Trouble = {}
-        if (read := stored.get(group.number)) is not None:
-            for at in _equal(read.held):
-                bad = self._decode(group, at, read, came, exchange).tolist()
-                wrong |= {group.keys[place]: f"page {group.pages[place]}, decoded, {DAMAGED}" for place in bad}
-        return wrong
+    def _bring_back(self, group: Alike, read: Stored | None, came: Came, exchange: Exchange) -> Trouble:
+        """Restore this rank's slices of what is alike, as far as it was read. Returns what came out wrong."""
+        try:
+            if not group.kind.shards:  # all ranks hold the same
+                self._copy(group, came, exchange)
+                return {}
+            if read is None:
+                return {}
+            wrong = self._decode(group, np.arange(len(group.keys)), read, came, exchange)
+            while len(wrong) and self._parity.replace(read, wrong.tolist(), lambda: exchange.ended):
+                wrong = self._decode(group, wrong, read, came, exchange)
+            return {group.keys[at]: f"page {group.pages[at]}, decoded, {DAMAGED}" for at in wrong.tolist()}
+        except (CommunicatorAborted, DeadlineExceeded):
+            raise
+        except Exception as error:  # the exchange goes on: what could not be decoded is recomputed
+            log.exception("pages could not be decoded")
+            return dict.fromkeys(group.keys, f"{type(error).__name__}: {error}")
 
     def _copy(self, group: Alike, came: Came, exchange: Exchange) -> None:
         source = next(rank for rank in range(exchange.size) if rank not in group.kind.lost)
-        targets = exchange.targets(group.pages)
-        for place, row in zip(targets, came.of(source, group.at), strict=True):
-            write(place, row)
-        exchange.pool.wrote(group.pages, targets)
+        with exchange.writing():
+            targets = exchange.targets(group.pages)
+            for place, row in zip(targets, came.of(source, group.at), strict=True):
+                write(place, row)
+            exchange.pool.wrote(group.pages, targets)
+            exchange.communicator.check()  # else these may be bytes that never came
 
-    def _decode(self, group: Alike, at: Ids, read: Stored, came: Came, exchange: Exchange) -> Ids:
-        """Decode stripes, which have the same rows, straight into the pool. Returns those that came out wrong."""
+    def _decode(self, group: Alike, stripes: Ids, read: Stored, came: Came, exchange: Exchange) -> Ids:
+        """Decode those of these stripes that lack no row, straight into the pool. Returns what came out wrong."""
+        wrong = []
+        for at in _equal(read.held, stripes):
+            pages = group.pages[at]
+            with exchange.writing():
+                targets = exchange.targets(pages)
+                sums, told = self._decode_alike(group, at, read, came, targets, exchange)
+                good = sums == told
+                exchange.pool.wrote(pages[good], targets.take(np.flatnonzero(good)))
+                exchange.communicator.check()  # else these may be bytes that never came
+            wrong.append(at[~good])
+        return np.concatenate(wrong) if wrong else stripes[:0]
+
+    def _decode_alike(
+        self, group: Alike, at: Ids, read: Stored, came: Came, targets: Rows, exchange: Exchange
+    ) -> tuple[Sums, Sums]:
+        """Decode stripes of which the same rows are there. Returns their checksums, and the recorded ones."""
         present = {rank: came.of(rank, group.at[at]) for rank in range(exchange.size) if rank not in group.kind.lost}
         for rows, held in zip(read.rows, read.held[:, at[0]].tolist(), strict=True):
             present[read.shards[held]] = Rows(rows, at)
-        plan: DecodePlan = self._coder.codec.plan(present.keys(), [exchange.rank])
-        targets = exchange.targets(group.pages[at])
+        plan = self._coder.codec.plan(present.keys(), [exchange.rank])
         sums = self._coder.decode(plan, [present[source] for source in plan.sources], targets)
-        good: np.ndarray[Any, np.dtype[np.bool_]] = sums == group.slice_sums[at, group.kind.lost.index(exchange.rank)]
-        exchange.pool.wrote(group.pages[at][good], targets.take(np.flatnonzero(good)))
-        wrong: Ids = at[~good]
-        return wrong
+        return sums, group.slice_sums[at, group.kind.lost.index(exchange.rank)]
 
 
 def _of(window: Window, rank: int) -> Iterator[Alike]:
     return (group for group in window.groups if rank in group.kind.lost)
 
 
-def _unread(window: Window, rank: int, stored: Mapping[int, Stored]) -> Trouble:
-    """What a rank lacks and can't decode, since too few rows of it could be had."""
-    unread: Trouble = {}
-    for group in _of(window, rank):
-        if not group.kind.shards:
-            continue
-        if (read := stored.get(group.number)) is None:
-            unread |= dict.fromkeys(group.keys, "its parity was not asked for")
-        else:
-            lacks = np.flatnonzero((read.held < 0).any(axis=0)).tolist()
-            unread |= {group.keys[at]: read.trouble.get(at, "no shard is left to try") for at in lacks}
-    return unread
+def _unread(group: Alike, read: Stored | None) -> Trouble:
+    """What can't be decoded, since too few rows of it could be had."""
+    if not group.kind.shards:
+        return {}
+    if read is None:
+        return dict.fromkeys(group.keys, "its parity was not asked for")
+    lacks = np.flatnonzero((read.held < 0).any(axis=0)).tolist()
+    return {group.keys[at]: read.trouble.get(at, "no shard is left to try") for at in lacks}
 
 
-def _equal(held: Ids) -> Iterator[Ids]:
-    """The stripes that lack no row, each time those that have the same ones."""
-    whole = np.flatnonzero((held >= 0).all(axis=0))
+def _equal(held: Ids, stripes: Ids) -> Iterator[Ids]:
+    """Those of these stripes that lack no row, each time those that have the same ones."""
+    whole = stripes[(held[:, stripes] >= 0).all(axis=0)]
     while len(whole):
         same = (held[:, whole] == held[:, whole[:1]]).all(axis=0)
         yield whole[same]
