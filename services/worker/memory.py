@@ -58,7 +58,7 @@ class Rows:
     def addresses(self) -> Sums:
         """Where each lies: uint64 [rows]."""
         start = self.memory.data_ptr() if isinstance(self.memory, torch.Tensor) else self.memory.ctypes.data
-        return np.uint64(start) + self.index.astype(np.uint64) * np.uint64(self.length)
+        return (start + self.index * self.length).view(np.uint64)
 
     @property
     def consecutive(self) -> bool:

@@ -43,14 +43,16 @@ class PageBytes(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Came:
-    """What `gather` brought here: from each rank, the slices of some of the pages. indices: ascending places."""
+    """What `gather` brought here: from each rank, the slices of some of `count` pages. indices: ascending places."""
 
+    count: int
     indices: Sequence[Ids]
     slices: Sequence[Memory]
 
     def of(self, rank: int, at: Ids) -> Rows:
         """A rank's slices of the pages at these places, all of which it has sent."""
-        return Rows(self.slices[rank], np.searchsorted(self.indices[rank], at))
+        indices = self.indices[rank]
+        return Rows(self.slices[rank], at if len(indices) == self.count else np.searchsorted(indices, at))
 
 
 class Exchange:
@@ -75,15 +77,23 @@ class Exchange:
         """
         mine = to[:, self.rank]
         send: list[list[Memory]] = [[] for _ in range(self.size)]
-        for target in np.flatnonzero(to.any(axis=0)).tolist():
-            if target != self.rank and len(at := np.flatnonzero(to[:, target] & ~mine)):
-                send[target] = self.pool.rows(pages[at], partial(self._stage, f"to {target}")).flat()
-        wanted = [np.flatnonzero(mine & ~to[:, source]) for source in range(self.size)]
-        ends = np.cumsum([len(indices) for indices in wanted])
-        inbox = self._stage("inbox", int(ends[-1]))
-        slices = [inbox[end - len(indices) : end] for end, indices in zip(ends.tolist(), wanted, strict=True)]
-        self.communicator.all_to_all(send, [[each.reshape(-1)] if len(each) else [] for each in slices])
-        return Came(wanted, slices)
+        for target in np.flatnonzero((to & ~mine[:, None]).any(axis=0)).tolist():
+            at = np.flatnonzero(to[:, target] & ~mine)
+            send[target] = self.pool.rows(pages[at], partial(self._stage, f"to {target}")).flat()
+        missing = mine[:, None] & ~to
+        counts, everything = missing.sum(axis=0).tolist(), np.flatnonzero(mine)
+        wanted = [
+            everything if count == len(everything) else np.flatnonzero(missing[:, source])
+            for source, count in enumerate(counts)
+        ]
+        inbox, end, slices = self._stage("inbox", sum(counts)), 0, list[Memory]()
+        for count in counts:
+            slices.append(inbox[end : end + count])
+            end += count
+        self.communicator.all_to_all(
+            send, [[each.reshape(-1)] if count else [] for each, count in zip(slices, counts, strict=True)]
+        )
+        return Came(len(pages), wanted, slices)
 
     def own(self, pages: Ids) -> Rows:
         """This rank's slices of pages, to be read until the next call."""

@@ -6,7 +6,7 @@ finds out which row is damaged.
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass, field
 
@@ -17,7 +17,7 @@ from services.worker.device import Device
 from services.worker.memory import Bytes, Ids, Sums
 from services.worker.shadow.stores import StoreClients
 from shared.errors import CommunicatorAborted
-from shared.transport.base import DEFAULT_LIMITS, GetShards, ShardRef
+from shared.transport.base import DEFAULT_LIMITS, GetShards, Outcome, ShardRef
 from shared.types import PageKey
 
 AHEAD_BYTES = 64 << 20
@@ -95,20 +95,26 @@ class Read:
     shard: int
     stripes: Ids
 
-    @property
-    def address(self) -> str:
-        return self.of.addresses[self.shard]
-
-    @property
-    def places(self) -> list[Bytes]:
-        """Where each goes."""
-        rows = self.of.rows[self.row]
-        return [rows[at] for at in self.stripes.tolist()]
-
-    def refs(self) -> list[ShardRef]:
-        """As the store knows them."""
+    def requests(self) -> Iterator[tuple[list[ShardRef], list[memoryview]]]:
+        """What to ask the store for, and where it goes: as much at a time as one request may name."""
         number, length = self.of.shards[self.shard], self.of.rows.shape[2]
-        return [ShardRef(self.of.keys[at], number, length) for at in self.stripes.tolist()]
+        keys, room = self.of.keys, memoryview(self.of.rows[self.row].reshape(-1))
+        for start in range(0, len(self.stripes), _REFS):
+            some = self.stripes[start : start + _REFS].tolist()
+            yield (
+                [ShardRef(keys[at], number, length) for at in some],
+                [room[at * length : (at + 1) * length] for at in some],
+            )
+
+    def ended(self, address: str, outcomes: Sequence[Outcome]) -> "list[Read]":
+        """What became of each. Returns what to read instead of those that could not be had."""
+        self.of.held[self.row, self.stripes] = self.shard
+        if outcomes.count(None) == len(outcomes):
+            return []
+        told = zip(self.stripes.tolist(), outcomes, strict=True)
+        bad = {stripe: f"{address}: {type(why).__name__}: {why}" for stripe, why in told if why is not None}
+        self.of.trouble |= bad
+        return self.of.other(self.row, bad)
 
 
 WindowId = tuple[int, int, int]
@@ -121,12 +127,9 @@ class Asked:
 
     stripes: dict[int, Stored]
     length: int
+    nbytes: int
+    """The memory that its rows take."""
     reading: Future[None] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """The memory that its rows take."""
-        return self.length * sum(stored.held.size for stored in self.stripes.values())
 
 
 class ParityReader:
@@ -143,8 +146,9 @@ class ParityReader:
 
     def ask(self, window: WindowId, stripes: dict[int, Stored], length: int) -> None:
         """Shards of `length` bytes of these stripes will be wanted."""
+        nbytes = length * sum(stored.held.size for stored in stripes.values())
         with self._lock:
-            self._windows[window] = Asked(stripes, length)
+            self._windows[window] = Asked(stripes, length, nbytes)
         self._read_on()
 
     def take(self, window: WindowId) -> dict[int, Stored]:
@@ -212,32 +216,11 @@ class ParityReader:
     async def _read(self, reads: list[Read]) -> None:
         """Read rows, another one for each that can't be had."""
         while reads:
-            by_store: dict[str, list[Read]] = {}
-            for read in reads:
-                by_store.setdefault(read.address, []).append(read)
-            again = await asyncio.gather(*(self._get_from(address, part) for address, part in by_store.items()))
-            reads = [read for part in again for read in part]
+            instead = await asyncio.gather(*map(self._ask, reads))
+            reads = [read for each in instead for read in each]
 
-    async def _get_from(self, address: str, reads: Sequence[Read]) -> list[Read]:
-        """Read rows from one store. Returns what to read instead of those that can't be had."""
-        refs = [ref for read in reads for ref in read.refs()]
-        places = [place for read in reads for place in read.places]
-        parts = [slice(start, start + _REFS) for start in range(0, len(refs), _REFS)]
-        answers = await asyncio.gather(
-            *(
-                self._stores.get(
-                    address, GetShards(self._group, tuple(refs[part])), [place.data for place in places[part]]
-                )
-                for part in parts
-            )
-        )
-        outcomes = [outcome for answer in answers for outcome in answer]
-        at, instead = 0, list[Read]()
-        for read in reads:
-            told = dict(zip(read.stripes.tolist(), outcomes[at:], strict=False))
-            read.of.held[read.row, read.stripes] = read.shard
-            if bad := {stripe: outcome for stripe, outcome in told.items() if outcome is not None}:
-                read.of.trouble |= {stripe: f"{address}: {type(why).__name__}: {why}" for stripe, why in bad.items()}
-                instead += read.of.other(read.row, bad)
-            at += len(read.stripes)
-        return instead
+    async def _ask(self, read: Read) -> list[Read]:
+        address, outcomes = read.of.addresses[read.shard], list[Outcome]()
+        for refs, places in read.requests():
+            outcomes += await self._stores.get(address, GetShards(self._group, tuple(refs)), places)
+        return read.ended(address, outcomes)

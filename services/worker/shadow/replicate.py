@@ -44,7 +44,7 @@ class CopyRestorer(Restorer):
     """Reads a lost rank's copies back. The survivors have no part in it."""
 
     def _gather(self, window: Window, exchange: Exchange) -> Came:
-        return Came((), ())
+        return Came(0, (), ())
 
     def _share(self, group: Alike, rank: int) -> Stored:
         mine = slice(at := group.kind.lost.index(rank), at + 1)  # each lost rank's own copy is there, and no other
