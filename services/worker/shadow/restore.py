@@ -35,15 +35,21 @@ class Restorer:
         self._coder = coder
         self._device = device
         self._parity = ParityReader(group, stores, loop, device)
+        self._windows: dict[tuple[int, int], list[Window]] = {}
+        """Of plans that are prefetched, by epoch and number."""
 
     def prefetch(self, plan: RestorePlan, rank: int, length: int) -> None:
         """Begin to read what `rank` has lost, before its turn comes or the ranks are even connected."""
-        for window in windows(plan, round_pages(length, self._device.round_bytes)):
+        found = self._windows[plan.epoch, plan.plan] = list(
+            windows(plan, round_pages(length, self._device.round_bytes))
+        )
+        for window in found:
             if mine := {group.number: self._share(group, rank) for group in _of(window, rank) if group.kind.shards}:
                 self._parity.ask((plan.epoch, plan.plan, window.start), mine, length)
 
     def forget(self) -> None:
         """The epoch is over: give up what was begun; who waits for it is told so."""
+        self._windows.clear()
         self._parity.forget()
 
     def restore(self, plan: RestorePlan, exchange: Exchange, report: Callable[[RestoreDone], None]) -> None:
@@ -52,7 +58,7 @@ class Restorer:
         Raises CommunicatorAborted when the epoch ends; nothing is written to the pool any more then.
         """
         decodes = bool(lost_pages(plan, exchange.rank))
-        for window in windows(plan, exchange.round_pages):
+        for window in self._windows.pop((plan.epoch, plan.plan), None) or windows(plan, exchange.round_pages):
             done = self._window(plan, window, exchange)
             if decodes:
                 report(done)
