@@ -26,6 +26,7 @@ from rich.table import Table
 
 from services.cli.drill import Options, Stream, closed_record, stream_all
 from services.cli.local import LocalCluster
+from tests.bench.links import Links, measure_links
 from tests.bench.machine import machine
 from tests.cluster.conftest import settings, whole
 from tests.tiny_tokenizer import make_tokenizer_dir
@@ -55,6 +56,7 @@ class Row:
     recomputed_tokens: int
     restored_bytes: int
     restore_bytes_s: float
+    links: Links
     parts: dict[str, float]
     """Of the restore, on the rank that decodes: waiting for the store, exchange, and decoding."""
     beside_median_s: float
@@ -117,7 +119,7 @@ async def measure(folder: Path, tokens: int, *, window: int = 0) -> Row:
         beside = Beside()
         other = asyncio.create_task(beside.run(cluster))
         try:
-            row = await _strike(cluster, tokens, window, beside)
+            row = await _strike(cluster, tokens, window, beside, await measure_links(PAGE_TOKENS * KV_BYTES, ranks=2))
             if other.done():
                 await other
             return row
@@ -126,7 +128,7 @@ async def measure(folder: Path, tokens: int, *, window: int = 0) -> Row:
             await asyncio.gather(other, return_exceptions=True)
 
 
-async def _strike(cluster: LocalCluster, tokens: int, window: int, beside: Beside) -> Row:
+async def _strike(cluster: LocalCluster, tokens: int, window: int, beside: Beside, links: Links) -> Row:
     dice = random.Random(tokens)
     prompt = [dice.randrange(3, VOCABULARY) for _ in range(tokens)]
     options = Options(max_tokens=TOKENS)
@@ -156,6 +158,7 @@ async def _strike(cluster: LocalCluster, tokens: int, window: int, beside: Besid
         recomputed_tokens=record["recomputed_tokens"],
         restored_bytes=record["kv_bytes_restored"],
         restore_bytes_s=record["kv_bytes_restored"] / record["restore_s"],
+        links=links,
         parts={name: record[name] for name in ("fetch_s", "exchange_s", "decode_s")},
         beside_median_s=statistics.median(in_peace),
         beside_prefill_s=max(beside.gaps(calm.started, prefilled)),
@@ -178,13 +181,14 @@ def table(rows: list[Row]) -> Table:
     """The rows, for a person."""
     shown = Table(title="One long sequence, TP = 2, rank 1 killed in decode; seconds")
     for column in ("tokens", "window", "prefill", "stall", "detect", "regroup", "weights", "restore", "recompute",
-                   "MB/s restored", "of its slowest part", "gap beside: median", "longest in prefill", "at the loss",
-                   "same text and KV"):  # fmt: skip
+                   "MB/s restored", "slowest link", "of its slowest part", "gap beside: median", "longest in prefill",
+                   "at the loss", "same text and KV"):  # fmt: skip
         shown.add_column(column, justify="right")
     for row in rows:
         shown.add_row(
             f"{row.tokens:,}", f"{row.window or 'all'}", f"{row.prefill_s:.1f}", f"{row.stall_s:.2f}",
             *(f"{value:.3f}" for value in row.phases.values()), f"{row.restore_bytes_s / 1e6:.0f}",
+            f"{row.links.slowest / 1e6:.0f}",
             f"{row.phases['restore_s'] / max(row.parts.values()):.2f}", f"{row.beside_median_s:.3f}",
             f"{row.beside_prefill_s:.2f}", f"{row.beside_loss_s:.2f}", "yes" if row.identical else "no",
         )  # fmt: skip

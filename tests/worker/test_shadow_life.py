@@ -154,7 +154,7 @@ async def test_an_epoch_that_ends_frees_who_waits_for_a_peer_or_a_step_and_nothi
 async def test_a_store_that_never_answers_holds_up_no_epoch_after_the_one_that_asked_it(group: Group) -> None:
     """A rank is lost again while the parity of the first loss is on its way."""
     await group.begin(1)
-    restore = RestorePlan(1, 1, (STRIPE,))
+    restore = RestorePlan.of(1, 1, (STRIPE,))
     for number, rank in enumerate(group.ranks):
         rank.shadow.prefetch(restore, number, rank.pool.page_bytes)
         rank.shadow.submit(restore)
@@ -177,7 +177,7 @@ async def test_parity_that_comes_while_its_epoch_ends_is_forgotten_or_taken_neve
             outcomes.put(type(error).__name__)
 
     for number in range(200):
-        group.ranks[1].restorer.prefetch(RestorePlan(1, number, (STRIPE,)), 1, 64)
+        group.ranks[1].restorer.prefetch(RestorePlan.of(1, number, (STRIPE,)), 1, 64)
         taking = asyncio.get_running_loop().run_in_executor(None, take, number)
         for _ in range(number % 7):
             await asyncio.sleep(0)

@@ -15,6 +15,7 @@ from kernels.cuda import CudaCodec
 from services.worker.agent.inventory import Inventory
 from services.worker.device import Fence
 from services.worker.engine.kv_pool import KVPool
+from services.worker.memory import Rows
 from services.worker.shadow.coder import CudaCoder
 from services.worker.shadow.protect import Protector
 from services.worker.shadow.restore import Restorer
@@ -120,7 +121,7 @@ class Ranks:
 
     async def restore(self, pages: list[int], keys: list[bytes], *, tail: bool = False) -> None:
         stripes = tuple(self.stores.stripe(page, key, (LOST,)) for page, key in zip(pages, keys, strict=True))
-        plan = RestorePlan(1, 1, stripes, tail)
+        plan = RestorePlan.of(1, 1, stripes, tail)
         rank = self.ranks[LOST]
         rank.shadow.prefetch(plan, LOST, (rank.pool.tokens if tail else rank.pool).page_bytes)
         for each in self.ranks:
@@ -214,8 +215,13 @@ def kernels_on_another_stream(ranks: Ranks, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(FakeCuda, "address", 0)
 
 
+def _in_host(rows: Rows) -> Rows:
+    assert not isinstance(rows.memory, torch.Tensor)
+    return Rows(torch.from_numpy(rows.memory), rows.index)
+
+
 def shards_left_in_host_memory(ranks: Ranks, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(CudaCoder, "_copy_in", lambda self, shards: [torch.from_numpy(each) for each in shards])
+    patch.setattr(CudaCoder, "_copy_in", lambda self, shards: iter(map(_in_host, shards)))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A worker process: control channel on the event loop, model on the compute thread, protection in the shadow."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -181,6 +182,7 @@ class Worker:
         self._runner = await asyncio.to_thread(
             self._load_engine, config, self._inventory, self._stores, self._loop, self._report
         )
+        gc.freeze()  # a full collection of all that is loaded takes 0.3 s, and would come in the middle of a restore
         self._runner.shadow.device.bind()
         watch(self._runner.shadow.device, self._device_failed, self._ended)
         log.info("ready in %.2f s: %d pages", time.monotonic() - began, self._runner.pages)

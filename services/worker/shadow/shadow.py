@@ -3,6 +3,7 @@
 import logging
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ from services.worker.device import Device, Fence
 from services.worker.shadow.exchange import Exchange, PageBytes
 from services.worker.shadow.protect import Protector
 from services.worker.shadow.restore import Restorer
+from services.worker.shadow.windows import lost_pages
 from shared.errors import CommunicatorAborted, DeadlineExceeded
 from shared.messages import Message, ProtectPlan, RankFailed, RestoreDone, RestorePlan
 
@@ -143,14 +145,15 @@ class Shadow:
         if plan.tail:  # no sealed pages
             self._restorer.restore(plan, exchange, tell)
             return
-        mine = {stripe.key: stripe.page for stripe in plan.stripes if exchange.rank in stripe.lost}
-        self._inventory.strike(plan.epoch, mine.values())
-        told = 0
+        mine = deque(lost_pages(plan, exchange.rank))
+        self._inventory.strike(plan.epoch, [page for _, page, _ in mine])
 
         def report(done: RestoreDone) -> None:
-            nonlocal told
-            window, told = plan.stripes[told : done.upto], done.upto
-            whole = ((each.page, each.key) for each in window if each.key in mine and each.key not in done.failed)
+            failed, whole = set(done.failed), []
+            while mine and mine[0][0] < done.upto:
+                _, page, key = mine.popleft()
+                if key not in failed:
+                    whole.append((page, key))
             self._inventory.note(plan.epoch, whole)
             tell(done)
 
