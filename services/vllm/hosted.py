@@ -53,6 +53,9 @@ class HostedEngineCore(Engine, Protocol):
 
     def alike(self) -> bool: ...
 
+    @property
+    def moves(self) -> bool: ...
+
     def when_scheduled(self, attached: Callable[[], None]) -> None: ...
 
     def tells(self, tell: Callable[[Message], None]) -> None: ...
@@ -131,7 +134,11 @@ class Hosted(Alone):
         self._up = True
         model, blocks, block_tokens = self._engine.hosted_model()
         names = tuple(self._name_of(member) if member is not None else "" for member in self._ranks)
-        self._tell(EngineReady(model, blocks, block_tokens, names, self._engine.alike(), moves=self._spares > 0))
+        self._tell(
+            EngineReady(
+                model, blocks, block_tokens, names, self._engine.alike(), moves=self._spares > 0 and self._engine.moves
+            )
+        )
         if (scheduler := self._engine.scheduler) is not None:
             scheduler.tell_all(whole=not self._doubtful)
 
@@ -142,7 +149,9 @@ class Hosted(Alone):
         was_rank = member in self._ranks
         super()._gone(member)
         if was_rank:
-            self._tell(StepFailed(self._hosted_epoch, f"{member.name} died", (self._name_of(member),)))
+            self._tell(
+                StepFailed(self._hosted_epoch, f"{member.name} died{_because(member)}", (self._name_of(member),))
+            )
 
     def _failed(self, member: Member, epoch: int, reason: str, own: bool) -> None:
         if self._dial is None:
@@ -250,3 +259,7 @@ class Hosted(Alone):
         if self._up and now - self._load_told > LOAD_S and (scheduler := self._engine.scheduler) is not None:
             self._load_told = now
             self._tell(scheduler.load())
+
+
+def _because(member: Member) -> str:
+    return f": {member.device_failed}" if member.device_failed else ""

@@ -22,7 +22,8 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """Engine core to worker: make vLLM's worker for each of these ranks, and run `calls` (method, args) on it."""
+    """Engine core to worker: make vLLM's worker for each of these ranks, and run `calls` (method, args) on it. No
+    ranks: the worker is made when it is told which rank it is."""
 
     ranks: tuple[int, ...]
     calls: tuple[tuple[str, tuple[Any, ...]], ...] = ()
@@ -38,6 +39,13 @@ class Place:
     timeout_s: float
     hosted_epoch: int = 0
     """The coordinator's, where one decides."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Engine core to worker: an epoch begins, `epoch`; what is computed in an earlier one has no effect any more."""
+
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +89,7 @@ class Placed:
     error: str = ""
 
 
-Message = Call | Build | Place | Host | Answer | Built | Placed
+Message = Call | Build | Place | End | Host | Answer | Built | Placed
 
 
 def send(connection: Connection, message: Message) -> None:

@@ -35,6 +35,7 @@ class Worker:
         self.name = name
         self.ranks = ranks
         self.pid = 1
+        self.device_failed = ""
 
 
 class Scheduler:
@@ -55,6 +56,7 @@ class Engine:
     """Workers are ready at once, unless they are `stillborn`; ranks connect at once."""
 
     size = 3
+    moves = True
 
     def __init__(self) -> None:
         self.decider: Hosted | None = None
@@ -90,6 +92,9 @@ class Engine:
 
     def quiesce(self, epoch: int) -> None:
         self.epoch = epoch
+
+    def rest(self) -> None:
+        pass
 
     def fail(self, reason: str) -> None:
         self.failed = self.failed or reason
