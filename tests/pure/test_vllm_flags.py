@@ -25,7 +25,8 @@ def config(**changes: Any) -> Any:
         "compilation_config": {"pass_config": SimpleNamespace(fuse_allreduce_rms=False)},
         "kernel_config": {"enable_flashinfer_autotune": False},
     }  # fmt: skip
-    top = {"use_v2_model_runner": True, "speculative_config": None, "kv_transfer_config": None, "ec_transfer_config": None, "lora_config": None}
+    top = {"use_v2_model_runner": True}
+    top |= {"speculative_config": None, "kv_transfer_config": None, "ec_transfer_config": None, "lora_config": None}
     for name, value in changes.items():
         part, _, field = name.partition("_")
         if f"{part}_config" in parts:

@@ -10,6 +10,8 @@ from tests.vllm.protected import protected
 from tests.vllm.server import prompt, stream
 from tests.vllm.streams import Breaks
 
+pytestmark = pytest.mark.timeout(300)
+
 BLOCKS = 300 // 32
 
 
