@@ -235,7 +235,9 @@ def test_a_rank_that_leaves_forgets_its_requests_its_peers_and_its_graphs(runner
     assert mode(runner) == "NONE"
 
 
-def test_one_that_comes_later_neither_measures_memory_nor_captures(monkeypatch: pytest.MonkeyPatch, config: Any) -> None:
+def test_one_that_comes_later_neither_measures_memory_nor_captures(
+    monkeypatch: pytest.MonkeyPatch, config: Any
+) -> None:
     from vllm.v1.worker.gpu_worker import Worker
 
     from services.vllm.gpu_worker import GhostGpuWorker
