@@ -149,8 +149,9 @@ class Hosted(Alone):
         was_rank = member in self._ranks
         super()._gone(member)
         if was_rank:
+            why = member.device_failed
             self._tell(
-                StepFailed(self._hosted_epoch, f"{member.name} died{_because(member)}", (self._name_of(member),))
+                StepFailed(self._hosted_epoch, why or f"{member.name} died", (self._name_of(member),), bool(why))
             )
 
     def _failed(self, member: Member, epoch: int, reason: str, own: bool) -> None:
@@ -259,7 +260,3 @@ class Hosted(Alone):
         if self._up and now - self._load_told > LOAD_S and (scheduler := self._engine.scheduler) is not None:
             self._load_told = now
             self._tell(scheduler.load())
-
-
-def _because(member: Member) -> str:
-    return f": {member.device_failed}" if member.device_failed else ""

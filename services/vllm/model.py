@@ -36,4 +36,4 @@ def model_info(config: VllmConfig, cache: KVCacheConfig) -> tuple[ModelInfo, int
 def is_alike(config: VllmConfig) -> bool:
     """Whether a rank's KV is another's too: latent attention, or one KV head for all of them."""
     alike = bool(config.model_config.use_mla) or config.model_config.get_total_num_kv_heads() == 1
-    return alike and config.parallel_config.tensor_parallel_size > 1
+    return alike and bool(config.parallel_config.tensor_parallel_size > 1)

@@ -204,6 +204,15 @@ def test_the_coordinator_is_told_the_workers_by_rank_and_decides_when_steps_begi
     assert (loss.hosted_epoch, list(loss.gone), list(loss.withheld), loss.kept) == (7, [3], [5], True)
 
 
+def test_a_rank_whose_device_failed_is_told_with_what_failed() -> None:
+    case = Case()
+    case.form(7, case.ranks)
+    case.ranks[1].device_failed = "the device failed: Xid 79"
+    case.decider.gone(case.ranks[1])
+    told = StepFailed(7, "the device failed: Xid 79", (case.name(case.ranks[1]),), device_failed=True)
+    assert case.coordinator.next(StepFailed) == told
+
+
 def test_a_rank_that_dies_is_named_and_its_rank_is_given_to_who_the_coordinator_says() -> None:
     case = Case()
     case.form(7, case.ranks)
