@@ -259,3 +259,36 @@ def test_one_that_comes_later_neither_measures_memory_nor_captures(
     assert worker.determine_available_memory() == 17
     assert worker.compile_or_warm_up_model() is False
     assert worker.model_config.enforce_eager is False
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_names_the_gpu_class_on_cuda_and_says_that_it_has_not_run_on_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sys
+
+    import vllm.entrypoints.cli.main
+    import vllm.platforms
+
+    from services.vllm import flags, serve
+    from tests.pure.test_vllm_flags import config
+
+    served: list[list[str]] = []
+    monkeypatch.setattr(vllm.platforms, "current_platform", SimpleNamespace(device_type="cuda"))
+    monkeypatch.setattr(vllm.entrypoints.cli.main, "main", lambda: served.append(sys.argv))
+    for name in flags.GPU_ENVIRONMENT:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "argv", [])
+    given = config(scheduler_config=SimpleNamespace(async_scheduling=True))
+    monkeypatch.setattr(serve, "_configuration", lambda arguments: given)
+    serve.run(["MODEL", "-tp", "4"])
+    (argv,) = served
+    assert argv[argv.index("--worker-cls") + 1] == flags.WORKERS["cuda"]
+    assert argv[argv.index("--scheduler-cls") + 1] == flags.ASYNC_SCHEDULER
+    assert set(flags.GPU_FLAGS) <= set(argv)
+    assert os.environ["VLLM_KV_CACHE_LAYOUT"] in flags.BLOCKS_OUTERMOST
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "not run on a GPU" in said
