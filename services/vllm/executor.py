@@ -96,7 +96,7 @@ class GhostExecutor(MultiprocExecutor):
             count = int(current_platform.device_count())
             watch = DeviceWatch(range(count))
             self._places = Places(count, lambda place: failure(watch.health(place)))
-            self._kind, spares = "nccl", min(spares, max(0, count - int(self.world_size)))
+            self._kind, spares = "nccl", 0  # a GPU has no room for the weights of every rank
         self._graphs = Graphs(self._capture_again, self._is_idle)
         self._decider = (
             Hosted(self, spares, f"vLLM {vllm.__version__}", float(os.environ.get("GHOST_PATIENCE_S", "120")))
@@ -202,15 +202,12 @@ class GhostExecutor(MultiprocExecutor):
         return int(self.world_size)
 
     def start(self, ranks: tuple[int, ...]) -> Member | None:
-        """Start a worker process for any of these ranks; None: no GPU is free for it.
-
-        A GPU has no room for the weights of several ranks: there it loads them when it is told which rank it is.
-        """
-        place = self._places.take(ranks) if self._places is not None else None
+        """Start a worker process for any of these ranks, on a GPU for one of them; None: no GPU is free for it."""
+        place = None
         if self._places is not None:
-            if place is None:
+            if (taken := self._places.take(ranks)) is None:
                 return None
-            ranks = ranks if len(ranks) == 1 else ()
+            place, ranks = taken.place, (taken.rank,)
         member = self._crew.start(ranks[0] if len(ranks) == 1 else None, place)
         member.tell(Build(ranks, tuple(self._setup)))
         return member
@@ -250,11 +247,6 @@ class GhostExecutor(MultiprocExecutor):
 
     def _capture_again(self) -> Future[Any]:
         return self._issue(self._link.epoch, CAPTURE, CAPTURE, (), {}, None)
-
-    @property
-    def moves(self) -> bool:
-        """Whether a spare holds what a rank needs that moves to it."""
-        return self._places is None
 
     @property
     def scheduler(self) -> HostedScheduler | None:

@@ -53,9 +53,6 @@ class HostedEngineCore(Engine, Protocol):
 
     def alike(self) -> bool: ...
 
-    @property
-    def moves(self) -> bool: ...
-
     def when_scheduled(self, attached: Callable[[], None]) -> None: ...
 
     def tells(self, tell: Callable[[Message], None]) -> None: ...
@@ -134,11 +131,7 @@ class Hosted(Alone):
         self._up = True
         model, blocks, block_tokens = self._engine.hosted_model()
         names = tuple(self._name_of(member) if member is not None else "" for member in self._ranks)
-        self._tell(
-            EngineReady(
-                model, blocks, block_tokens, names, self._engine.alike(), moves=self._spares > 0 and self._engine.moves
-            )
-        )
+        self._tell(EngineReady(model, blocks, block_tokens, names, self._engine.alike(), moves=self._spares > 0))
         if (scheduler := self._engine.scheduler) is not None:
             scheduler.tell_all(whole=not self._doubtful)
 

@@ -22,8 +22,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """Engine core to worker: make vLLM's worker for each of these ranks, and run `calls` (method, args) on it. No
-    ranks: the worker is made when it is told which rank it is."""
+    """Engine core to worker: make vLLM's worker for each of these ranks, and run `calls` (method, args) on it."""
 
     ranks: tuple[int, ...]
     calls: tuple[tuple[str, tuple[Any, ...]], ...] = ()

@@ -160,6 +160,10 @@ class Process:
     def _take(self, rank: int) -> None:
         if rank != self._rank:
             if rank not in self._built:  # it was started for another one
+                if self._place_on is not None:  # a GPU has room for one
+                    self._built.clear()
+                    gc.collect()
+                    torch.accelerator.empty_cache()
                 self._make(rank)
             self._rank = rank
             self._built[rank].worker.groups.install()

@@ -21,26 +21,35 @@ class Broken:
 
 def test_a_rank_is_started_again_on_the_gpu_of_the_process_that_died() -> None:
     places = Places(4, Broken())
-    assert [places.take((rank,)) for rank in range(3)] == [0, 1, 2]
+    assert [places.take((rank,)) for rank in range(3)] == [(0, 0), (1, 1), (2, 2)]
     places.give_back(1)
-    assert places.take((1,)) == 1
+    assert places.take((1,)) == (1, 1)
+
+
+def test_of_ranks_that_are_lost_together_each_is_loaded_once() -> None:
+    places = Places(3, Broken())
+    for rank in range(3):
+        places.take((rank,))
+    places.give_back(0)
+    places.give_back(2)
+    assert [places.take((0, 2)), places.take((0, 2))] == [(0, 0), (2, 2)]
 
 
 def test_no_two_processes_share_a_gpu() -> None:
     places = Places(2, Broken())
-    assert {places.take((0,)), places.take((0, 1))} == {0, 1}
-    assert places.take((0, 1)) is None
+    assert [places.take((rank,)) for rank in range(2)] == [(0, 0), (1, 1)]
+    assert places.take((0,)) is None
     places.give_back(0)
-    assert places.take((1,)) == 0
+    assert places.take((1,)) == (0, 1)  # its own is in use yet
 
 
 def test_a_gpu_that_has_failed_is_not_used_again_and_named() -> None:
     broken = Broken()
     places = Places(3, broken)
-    assert [places.take((rank,)) for rank in range(2)] == [0, 1]
+    assert [places.take((rank,)) for rank in range(2)] == [(0, 0), (1, 1)]
     broken.why[0] = "Xid 79"
     assert places.give_back(0) == "Xid 79"
-    assert places.take((0,)) == 2
+    assert places.take((0,)) == (2, 0)
     assert places.take((0,)) is None
 
 

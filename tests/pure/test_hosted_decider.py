@@ -56,7 +56,6 @@ class Engine:
     """Workers are ready at once, unless they are `stillborn`; ranks connect at once."""
 
     size = 3
-    moves = True
 
     def __init__(self) -> None:
         self.decider: Hosted | None = None
