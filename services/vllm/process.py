@@ -97,6 +97,9 @@ class Process:
                 message = messages.receive(self._connection)
             except (EOFError, OSError):
                 os._exit(0)  # the engine core is gone; nothing here needs an end
+            except Exception:  # what it says can't be read: without ears this process is of no use
+                log.exception("a message of the engine core can't be read")
+                os._exit(1)
             if isinstance(message, End):
                 with self._epochs:
                     self._ended_at = message.epoch
