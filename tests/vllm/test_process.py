@@ -90,14 +90,15 @@ def join(told: Told, epoch: int) -> Communicator:
 
 
 def test_a_rank_that_waits_for_others_to_connect_goes_on_when_the_epoch_is_over(worker: Told) -> None:
+    join(worker, 1).close()
     meeting = open_rendezvous("shm", 2)
-    worker.tell(End(1), Place(1, 0, meeting.address, LONG_S))
-    assert not worker.connection.poll(2.0)
-    worker.tell(End(2))
-    placed = worker.hear(SOON_S + 40)  # it may be importing yet
+    worker.tell(End(2), Place(2, 0, meeting.address, LONG_S))
+    assert not worker.connection.poll(0.5)  # nobody else comes
+    worker.tell(End(3))
+    placed = worker.hear(SOON_S)
     assert isinstance(placed, Placed)
-    assert (placed.epoch, bool(placed.error)) == (1, True)
-    join(worker, 2).close()
+    assert (placed.epoch, bool(placed.error)) == (2, True)
+    join(worker, 3).close()
 
 
 def test_a_place_of_an_epoch_that_is_over_is_not_taken(worker: Told) -> None:
