@@ -117,8 +117,8 @@ async def test_a_spare_of_vllm_prepares_the_pages_of_the_rank_it_is_told_and_of_
     told: list[Message] = []
     stores = StoreClients("", put_deadline_s=5.0, fetch_deadline_s=5.0)
     spare = HostedRank(
-        Steps(), MODEL, BLOCKS, pool_of, WorkerSettings(), GROUP, Inventory(), stores, asyncio.get_running_loop(),
-        told.append,
+        Steps(), MODEL, BLOCKS, pool_of, torch.device("cpu"), WorkerSettings(), GROUP, Inventory(), stores,
+        asyncio.get_running_loop(), told.append,
     )  # fmt: skip
     try:
         spare.submit(Prepare(7, 2))

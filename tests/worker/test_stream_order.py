@@ -12,6 +12,7 @@ import pytest_asyncio
 import torch
 
 from kernels.cuda import CudaCodec
+from services.vllm.rank import Steps
 from services.worker.agent.inventory import Inventory
 from services.worker.device import Fence
 from services.worker.engine.kv_pool import KVPool
@@ -73,6 +74,24 @@ class Rank:
         return torch.index_select(self.pool.slots, 0, _slots(pages))
 
 
+class VllmRank(Rank):
+    """One whose model is vLLM's, on the main thread of its process."""
+
+    def __init__(self, *given: Any):
+        super().__init__(*given)
+        self.steps = Steps(shadow=self.shadow)
+
+    def step(self, number: int, pages: list[int], content: torch.Tensor) -> None:
+        self.steps.begin()
+        self.pool.slots.index_copy_(0, _slots(pages), content)
+        self.steps.end()
+        self.shadow._step = number  # which nobody tells: its pages are sealed when the step has come back
+
+    def seen(self, pages: list[int]) -> torch.Tensor:
+        self.steps.begin()
+        return torch.index_select(self.pool.slots, 0, _slots(pages))
+
+
 def _slots(pages: list[int]) -> torch.Tensor:
     return torch.tensor([page * 4 * PAGE_TOKENS + at for page in pages for at in range(4 * PAGE_TOKENS)])
 
@@ -80,11 +99,11 @@ def _slots(pages: list[int]) -> torch.Tensor:
 class Ranks:
     """K ranks in one world."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[Rank] = Rank) -> None:
         self.world, self.stores, self.told = World(), Stores(), list[Message]()
         self.passed_on: list[Clock] = []
         wire = Wire(self.world, K)
-        self.ranks = [Rank(number, self.world, wire, self.stores, self.tell) for number in range(K)]
+        self.ranks = [kind(number, self.world, wire, self.stores, self.tell) for number in range(K)]
 
     async def until(self, done: Callable[[], bool]) -> None:
         async with asyncio.timeout(20):
@@ -171,6 +190,24 @@ async def ranks() -> AsyncIterator[Ranks]:
 async def test_everything_is_in_order_and_lost_pages_come_back(ranks: Ranks, tail: bool) -> None:
     assert await ranks.live(tail=tail) == []
     assert ranks.world.counts["copies that are not pinned"] == 0
+
+
+async def test_the_same_is_so_where_the_model_is_vllms() -> None:
+    group = Ranks(VllmRank)
+    try:
+        assert await group.live() == []
+    finally:
+        await asyncio.to_thread(group.close)
+
+
+@pytest.mark.parametrize("part", ["begin", "end"])
+async def test_each_mark_of_vllms_steps_is_needed(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Steps, part, lambda self: None)
+    group = Ranks(VllmRank)
+    try:
+        assert any("hazard" in each for each in await group.live(tail=part == "begin"))
+    finally:
+        await asyncio.to_thread(group.close)
 
 
 class _Nothing(Fence):

@@ -18,6 +18,7 @@ from services.worker.agent.assembly import make_runner
 from services.worker.agent.inventory import Inventory
 from services.worker.agent.rank_engine import Load, RankEngine
 from services.worker.device import watch
+from services.worker.identity import host_id
 from services.worker.shadow.copies import PageServer, copy_pages
 from services.worker.shadow.stores import StoreClients
 from shared.channel import REDIAL_S, Channel, dial
@@ -136,7 +137,7 @@ class Worker:
     def _hello(self, own_address: str) -> WorkerHello:
         self._own_address = own_address
         self._address = self._settings.advertise_host or own_address
-        return WorkerHello(self._name, socket.gethostname(), _host_id(), os.getpid(), self._device)
+        return WorkerHello(self._name, socket.gethostname(), host_id(), os.getpid(), self._device)
 
     async def _settle(self) -> None:
         """Wait until nothing of the epoch before is computed any more. Raises GhostError if that does not end, or if
@@ -281,9 +282,3 @@ async def _show_life(folder: str, name: str) -> None:
         except OSError as error:
             raise ConfigError(f"alive_dir {folder}: {error.strerror}") from error
         await asyncio.sleep(ALIVE_S)
-
-
-def _host_id() -> str:
-    """Equal for processes that can open each other's files under /proc: one kernel, one PID namespace."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}/{os.readlink('/proc/self/ns/pid')}"

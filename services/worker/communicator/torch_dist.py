@@ -12,8 +12,9 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -254,6 +255,7 @@ class NcclCommunicator(_GroupCommunicator):
         self._late = False
         self._ending: threading.Thread | None = None
         self._abort_once = threading.Lock()
+        self._looking = threading.Lock()
         self._latest: c10d.Work | None = None
         group = self._connect(store, timeout)
         threading.Thread(target=self._watch, name="nccl-watch", daemon=True).start()
@@ -341,11 +343,27 @@ class NcclCommunicator(_GroupCommunicator):
                 if self._latest is not seen:
                     seen = watched = self._latest
                     since = time.monotonic()
-            elif _is_done(watched):
+            elif self._is_done(watched):
                 watched = None
             elif time.monotonic() - since > self.timeout:
                 self._late = True
                 self.abort()
+
+    def _is_done(self, work: c10d.Work) -> bool:
+        with self._looking:
+            try:
+                return work.is_completed()
+            except RuntimeError:  # it failed: what follows will tell
+                return True
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        with self._looking:
+            before = self._latest
+            try:
+                yield
+            finally:
+                self._latest = before  # those that were captured have not run
 
     def abort(self) -> None:
         """NCCL's own abort may wait for the device: it has a thread of its own, and nobody here waits for it."""
@@ -374,13 +392,6 @@ def _side_by_side(buffers: Sequence[torch.Tensor]) -> torch.Tensor | None:
             return None
         end += buffer.nbytes
     return first.as_strided((end - first.data_ptr(),), (1,))
-
-
-def _is_done(work: c10d.Work) -> bool:
-    try:
-        return work.is_completed()
-    except RuntimeError:  # it failed: what follows will tell
-        return True
 
 
 def _own_address(host: str) -> str:

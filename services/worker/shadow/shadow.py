@@ -5,7 +5,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from services.worker.agent.inventory import Inventory
 from services.worker.communicator.base import Communicator
@@ -50,6 +50,8 @@ class Shadow:
         self._exchange: Exchange | None = None
         self._tail_exchange: Exchange | None = None
         self._stale: list[Communicator] = []
+        self._busy = threading.Lock()
+        """Held while a plan is carried out."""
         self._state = threading.Condition()
         self._jobs: queue.Queue[ProtectPlan | RestorePlan | None] = queue.Queue(MAX_JOBS)
         self._thread = threading.Thread(target=self._run, name="shadow", daemon=True)
@@ -97,6 +99,21 @@ class Shadow:
             self._step = step
             self._state.notify_all()
 
+    @contextmanager
+    def paused(self) -> Iterator[bool]:
+        """As long as this is entered no plan is begun, and nothing is asked of the device here. Gives False, and has no
+        effect, where a plan is being carried out: to wait for it could mean to wait for ranks that wait for this one.
+        """
+        if not self._busy.acquire(blocking=False):
+            yield False
+            return
+        try:
+            exchange = self._exchange
+            with exchange.communicator.still() if exchange is not None else nullcontext():
+                yield True
+        finally:
+            self._busy.release()
+
     def close(self) -> None:
         """End the thread."""
         self.interrupt(-1)
@@ -113,22 +130,26 @@ class Shadow:
     def _work(self) -> None:
         while (plan := self._jobs.get()) is not None:
             exchange = self._ready(plan)
-            if exchange is not None:
-                self.computed.wait()
-                try:
-                    if isinstance(plan, ProtectPlan):
-                        self._protector.protect(plan, exchange)
-                    else:
-                        with self._leaving_mark():
-                            self._restore(plan, exchange)
-                except (CommunicatorAborted, DeadlineExceeded) as error:
-                    self._failed(plan.epoch, exchange.rank, f"exchange: {error}", fatal=False)
-                except Exception as error:  # the ranks are out of step: they connect anew, and nothing else is lost
-                    log.exception("%s failed", type(plan).__name__)
-                    exchange.communicator.abort()
-                    self._failed(plan.epoch, exchange.rank, f"shadow: {type(error).__name__}: {error}", fatal=False)
-            self._drop_stale()
+            with self._busy:
+                if exchange is not None:
+                    self._carry_out(plan, exchange)
+                self._drop_stale()
         self._drop_stale()
+
+    def _carry_out(self, plan: ProtectPlan | RestorePlan, exchange: Exchange) -> None:
+        self.computed.wait()
+        try:
+            if isinstance(plan, ProtectPlan):
+                self._protector.protect(plan, exchange)
+            else:
+                with self._leaving_mark():
+                    self._restore(plan, exchange)
+        except (CommunicatorAborted, DeadlineExceeded) as error:
+            self._failed(plan.epoch, exchange.rank, f"exchange: {error}", fatal=False)
+        except Exception as error:  # the ranks are out of step: they connect anew, and nothing else is lost
+            log.exception("%s failed", type(plan).__name__)
+            exchange.communicator.abort()
+            self._failed(plan.epoch, exchange.rank, f"shadow: {type(error).__name__}: {error}", fatal=False)
 
     @contextmanager
     def _leaving_mark(self) -> Iterator[None]:
