@@ -8,6 +8,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter, NullFormatter
 
 PHASES = {
     "detect_s": "#a0aec0",
@@ -20,7 +21,7 @@ PHASES = {
 
 def plot_scale(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Write a PNG: median and p99 of a step by its streams, by their context, and by the pages cached beside."""
-    figure, panels = plt.subplots(1, 3, figsize=(15, 4.4))
+    figure, panels = plt.subplots(1, 3, figsize=(15, 4.4), sharey=True)
     most, usual = max(row["streams"] for row in rows), _commonest([row["context"] for row in rows])
     for axes, by, label in zip(
         panels,
@@ -64,6 +65,7 @@ def plot_long(rows: Sequence[dict[str, Any]], path: Path) -> None:
     prefill.set(xscale="log", yscale="log", xlabel="tokens of the prompt", ylabel="prefill, s")
     stall.set(ylim=0, xlabel="tokens of the prompt", ylabel="stall of its stream, s")
     gap.set(xscale="log", yscale="log", xlabel="tokens of the prompt", ylabel="longest gap of a stream beside, s")
+    prefill.yaxis.set_major_formatter(EngFormatter(sep=""))
     for axes in panels:
         axes.legend(frameon=False)
     _write(figure, panels, "One long sequence, TP = 2, a rank killed in decode", path)
@@ -75,6 +77,8 @@ def _commonest(values: Sequence[int]) -> int:
 
 def _write(figure: Any, panels: Any, title: str, path: Path) -> None:
     for axes in panels:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
     figure.tight_layout()
