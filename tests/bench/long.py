@@ -124,7 +124,7 @@ async def measure(folder: Path, tokens: int, *, window: int = 0, say: Callable[[
     memory = 8 + 2 * longest * KV_BYTES // 2**20
     changed = settings(
         tp=2, spares=1, page_tokens=PAGE_TOKENS, kv_memory_mb=memory, store_memory_mb=2 * memory, record=False,
-        threads=1,
+        threads=1, restore="always",
     )  # fmt: skip
     load = os.getloadavg()[0]
     async with LocalCluster(changed, model(folder, longest, window)) as cluster:
@@ -253,7 +253,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             f"{row['tokens']:,}", f"{row['window'] or 'all'}", f"{row['prefill_s']:.1f}", f"{row['cached_s']:.1f}",
             f"{row['decode_tokens_s']:.0f}", f"{row['stall_s']:.2f}",
             *(f"{value:.3f}" for value in row["phases"].values()), f"{row['restore_bytes_s'] / 1e6:.0f}",
-            f"{row['phases']['restore_s'] / max(row['parts'].values()):.2f}", *gaps,
+            f"{row['phases']['restore_s'] / max(*row['parts'].values(), 1e-9):.2f}", *gaps,
             f"+{(memory['then'] - memory['at_first']) / 2**20:.0f}", "yes" if row["identical"] else "no",
         )  # fmt: skip
     return shown

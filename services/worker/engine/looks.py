@@ -112,13 +112,15 @@ class _Rows:
     @classmethod
     def of(cls, chunk: Chunk, row: int, window: int | None) -> "_Rows":
         split = min(max(chunk.prompt_tokens, chunk.start), chunk.end)  # positions from here on were generated
-        tiles, queries = [], []
+        tiles = []
         for at in range(chunk.start // TILE * TILE, split, TILE) if split > chunk.start else ():
             first, last = max(at, chunk.start), min(at + TILE, split)
             sees = 0 if window is None else max(0, (at - window + 1) // TILE * TILE)
             tiles.append((Tile(row + first - chunk.start, last - first, first - at), sees, at + TILE))
-        for at in range(split, chunk.end):
-            queries.append((row + at - chunk.start, 0 if window is None else max(0, at + 1 - window), at + 1))
+        queries = (
+            (row + at - chunk.start, 0 if window is None else max(0, at + 1 - window), at + 1)
+            for at in range(split, chunk.end)
+        )
         return cls(tuple(tiles), tuple(queries), window)
 
     @property
