@@ -130,12 +130,12 @@ class IsalCodec(Codec):
 
     def encode_at(self, addresses: Addresses, length: int, *, stream: int = 0) -> None:
         check_addresses(addresses, self.k, self.m, length)
-        self._encode.apply_at(addresses.tolist(), length)
+        self._encode.apply_at(addresses, length)
 
     def reconstruct_at(self, plan: DecodePlan, addresses: Addresses, length: int, *, stream: int = 0) -> None:
         self._check_plan(plan)
         check_addresses(addresses, self.k, len(plan.targets), length)
-        self._decode(plan).apply_at(addresses.tolist(), length)
+        self._decode(plan).apply_at(addresses, length)
 
     def prepare(self, plans: Iterable[DecodePlan] = ()) -> None:
         for plan in plans:

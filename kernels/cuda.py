@@ -200,7 +200,9 @@ def _decode_program(plan: DecodePlan) -> Program:
     return Program.of(plan.matrix)
 
 
+@lru_cache(maxsize=_PROGRAMS)
 def _with_sums(program: Program) -> Program:
+    """The same one each time: what it makes of itself takes longer than to look it up."""
     return Program.of(program.matrix, sums=True)
 
 

@@ -7,7 +7,7 @@ Source: isa-l/include/erasure_code.h. Its tables are made from our matrices; its
 
 import ctypes.util
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -106,14 +106,22 @@ class Tables:
         else:
             self._apply_in_parts(addresses, length)
 
-    def apply_at(self, stripes: Iterable[Sequence[int]], length: int) -> None:
-        """Do the same for stripes of shards given by address; the caller guarantees what apply checks."""
-        in_one_call = self._in_one_call(length)
-        for addresses in stripes:
-            if in_one_call:
-                self._apply_part(addresses, 0, length)
+    def apply_at(self, addresses: Any, length: int) -> None:
+        """Do the same for stripes of shards given by address, uint64 [stripes, shards], contiguous.
+
+        The caller guarantees what apply checks. Stripes that follow each other in memory are coded as one.
+        """
+        follows = (np.diff(addresses, axis=0) == length).all(axis=1)
+        firsts = np.flatnonzero(np.concatenate([[True], ~follows]))[: len(addresses)]
+        lengths = (np.diff(firsts, append=len(addresses)) * length).tolist()
+        stripes = np.ascontiguousarray(addresses[firsts])
+        table = _ffi.cast(_POINTERS, stripes.ctypes.data)
+        for number, size in enumerate(lengths):
+            if self._in_one_call(size):
+                pointers = table + number * (self.columns + self.rows)
+                self._encode(size, self.columns, self.rows, self._tables, pointers, pointers + self.columns)
             else:
-                self._apply_in_parts(addresses, length)
+                self._apply_in_parts(stripes[number].tolist(), size)
 
     def _in_one_call(self, length: int) -> bool:
         return length < _MAX_CALL and (self._threads == 1 or length * self.columns < 2 * _THREAD_BYTES)

@@ -113,6 +113,8 @@ def plan_launches(program: Program, addresses: npt.NDArray[np.uint64], length: i
     todo = np.ones(len(addresses), dtype=bool)
     for width in WIDTHS:
         alike = todo & (unlike % np.uint64(width) == 0)
+        if not alike.any():
+            continue
         todo &= ~alike
         stripes = addresses[alike]
         blocks = max(1, -(-(length // width) // (BLOCK * program.vectors)))

@@ -1,10 +1,11 @@
 -- Fenced writes of the stripe index. The epoch in KEYS[1] only grows; a call of an older epoch changes nothing.
--- KEYS[1]  epoch of the group       ARGV[1]  operation: put, delete, drop, purge, raise, lease or leave
--- KEYS[2]  and on: stripes          ARGV[2]  epoch of the caller (drop, purge: unused)
+-- KEYS[1]  epoch of the group       ARGV[1]  operation: put, delete, drop, purge, find, raise, lease or leave
+-- KEYS[2]  and on: stripes          ARGV[2]  epoch of the caller (drop, purge, find: unused)
 -- put:     ARGV[3..] pairs (shard number, entry), one for each stripe key; a stripe may be named more than once
 -- delete:  whole stripes
 -- drop:    ARGV[3..] pairs (shard number, owner): deletes the entry only if it still begins with owner
 -- purge:   ARGV[3] what entries of a store begin with, ARGV[4] what those of its present life do: deletes all others of it
+-- find:    what is known of each stripe, as MessagePack: a list for each key, of shard numbers and entries in turns
 -- raise:   the group's epoch becomes ARGV[2] if it was less; returns {1, what it was}
 -- lease:   KEYS[1] is the lease, ARGV[2] who wants it, for ARGV[3] ms, ARGV[4] whose it may be taken from; who has it now
 -- leave:   KEYS[1] is the lease, ARGV[2] who gives it back
@@ -29,6 +30,14 @@ if operation == 'raise' then
     redis.call('SET', KEYS[1], ARGV[2])
   end
   return {1, current}
+end
+
+if operation == 'find' then
+  local stripes = {}
+  for i = 2, #KEYS do
+    stripes[i - 1] = redis.call('HGETALL', KEYS[i])
+  end
+  return {1, cmsgpack.pack(stripes)}
 end
 
 if operation ~= 'drop' and operation ~= 'purge' then

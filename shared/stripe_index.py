@@ -19,7 +19,9 @@ the store deletes them when it is back.
 import asyncio
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
+from operator import attrgetter
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
@@ -37,6 +39,7 @@ _BATCH = 512  # entries in one script call: bounds how long Redis serves nobody 
 _KNOWN_S = 24 * 3600
 """After so long a store writes its entries again, so that the marks of stores that are gone go too."""
 _T = TypeVar("_T")
+_number = attrgetter("number")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,13 +162,12 @@ class StripeIndex:
         found: dict[PageKey, StripeEntry] = {}
         for start in range(0, len(page_keys), _BATCH):
             batch = page_keys[start : start + _BATCH]
-            pipeline = self._redis.pipeline(transaction=False)
-            for page_key in batch:
-                pipeline.hgetall(_stripe_key(group, page_key))
-            for page_key, shards in zip(batch, await self._call(pipeline.execute()), strict=True):
+            keys = [_epoch_key(group), *(_stripe_key(group, page_key) for page_key in batch)]
+            _, packed = await self._call(self._script(keys=keys, args=["find", 0]))  # one value: redis-py reads it fast
+            for page_key, shards in zip(batch, msgpack.unpackb(packed, raw=True), strict=True):
                 if shards:
-                    entries = sorted((_unpack(page_key, *item) for item in shards.items()), key=lambda e: e.number)
-                    found[page_key] = StripeEntry(page_key, tuple(entries))
+                    entries = map(partial(_unpack, page_key), shards[::2], shards[1::2])
+                    found[page_key] = StripeEntry(page_key, tuple(sorted(entries, key=_number)))
         return found
 
     async def delete_many(self, group: str, epoch: int, page_keys: Sequence[PageKey]) -> int:

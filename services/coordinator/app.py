@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
-from dataclasses import replace
 
 from aiohttp import web
 
@@ -135,7 +134,7 @@ def group_config(settings: CoordinatorSettings) -> GroupConfig:
     if settings.parity + settings.tp > 256:
         raise ConfigError(f"--tp {settings.tp} and --parity {settings.parity}: together at most 256")
     served = settings.served_name or settings.model.rstrip("/").rsplit("/", 1)[-1]
-    config = GroupConfig(
+    return GroupConfig(
         group=settings.group,
         model=settings.model,
         served_name=served,
@@ -154,7 +153,6 @@ def group_config(settings: CoordinatorSettings) -> GroupConfig:
         collective_timeout_s=settings.collective_timeout_s,
         logits_bytes=settings.logits_mb << 20,
     )
-    return replace(config, protection="none") if settings.tp == 1 else config
 
 
 def application(front: Front, token: str | None) -> web.Application:

@@ -259,6 +259,8 @@ class Group:
         elif isinstance(message, Goodbye):
             self.membership.uncordon(name)  # whoever comes next under its name is another process
             self._give_up(name, message.reason, "stopped" if message.reason == TOLD_TO_STOP else "failed")
+            if self.protection is not None and message.reason != TOLD_TO_STOP:
+                self.protection.timeline.explained(name, message.reason)  # its supervisor may say so after its death
         engine, epochs = self.engine, self.epochs
         if engine is None or epochs is None:
             return
@@ -345,8 +347,12 @@ class Group:
                 self._engine_ready(peer, hello, message, engine)
             case Goodbye(reason=reason):
                 self._engine_gone(peer, reason)
-            case StepFailed() if self.epochs is not None and message.epoch == self.membership.epoch:
-                self.epochs.step_failed(message)
+            case StepFailed() if self.epochs is not None and self.protection is not None:
+                if message.epoch == self.membership.epoch:
+                    self.epochs.step_failed(message)
+                if message.device_failed:
+                    for name in message.culprits:
+                        self.protection.timeline.explained(name, message.reason)
             case _ if engine is not None:
                 engine.said(message)
 

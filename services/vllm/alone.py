@@ -28,6 +28,8 @@ class Member(Protocol):
     """One worker process."""
 
     name: str
+    device_failed: str
+    """Why its device can't be used any more, where that is why it has ended; empty otherwise."""
 
     @property
     def pid(self) -> int: ...
@@ -39,13 +41,15 @@ class Engine(Protocol):
     @property
     def size(self) -> int: ...
 
-    def start(self, ranks: tuple[int, ...]) -> Member: ...
+    def start(self, ranks: tuple[int, ...]) -> Member | None: ...
 
     def quiesce(self, epoch: int) -> None: ...
 
     def place(self, epoch: int, ranks: list[Any], hosted_epoch: int = 0) -> None: ...
 
     def resume(self, loss: Loss) -> None: ...
+
+    def rest(self) -> None: ...
 
     def fail(self, reason: str) -> None: ...
 
@@ -104,13 +108,18 @@ class Alone:
 
     def _run(self) -> None:
         for rank in range(self._engine.size):
-            self._starting[self._engine.start((rank,))] = rank
+            if (member := self._engine.start((rank,))) is None:
+                self._engine.fail(f"there is no device for rank {rank}")
+                return
+            self._starting[member] = rank
         while not self._closed:
             try:
                 with suppress(queue.Empty):
                     self._events.get(timeout=TICK_S)()
                 self._run_due(time.monotonic())
                 self._go_on()
+                if self._phase == "stepping":
+                    self._engine.rest()
             except Exception as error:  # nobody would decide any more, and the engine stand still for ever
                 log.exception("the decision about the ranks failed")
                 self._engine.fail(f"the decision about the ranks failed: {type(error).__name__}: {error}")
@@ -212,4 +221,6 @@ class Alone:
         spares = self._spares if time.monotonic() - self._stepping_since > SPARE_AFTER_S else 0
         ranks = tuple(range(self._engine.size)) if self._spares else missing
         while len(self._starting) + len(self._ready) < len(missing) + spares:
-            self._starting[self._engine.start(ranks)] = None
+            if (member := self._engine.start(ranks)) is None:
+                return  # a device is free once the process on it has ended
+            self._starting[member] = None

@@ -1,4 +1,4 @@
-"""What a worker's model runner (V1) knows of requests: wiped after a loss, and made known again by the scheduler."""
+"""What a worker's model runner knows of requests: wiped after a loss, and for V1 made known again by the scheduler."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +22,10 @@ class Known:
 def wipe(runner: Any) -> None:
     """Empty the batch and forget every request, as a runner that was only just made."""
     runner.execute_model_state = None
+    if hasattr(runner, "req_states"):  # V2, which is sent requests that resume as if they were new
+        for request_id in list(runner.req_states.req_id_to_index):
+            runner._remove_request(request_id)
+        return
     runner.kv_connector_output = None
     for request_id in list(runner.input_batch.req_id_to_index):
         runner.input_batch.remove_request(request_id)

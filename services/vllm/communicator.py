@@ -1,4 +1,4 @@
-"""vLLM's collectives of CPU ranks over our own communicator: it sleeps while it waits, and can be aborted."""
+"""vLLM's collectives over our own communicators, which can be aborted; those of CPUs sleep while they wait."""
 
 import torch
 from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
@@ -13,9 +13,9 @@ class RankCommunicator(DeviceCommunicatorBase):
     Without a channel each rank is alone: collectives have the right shapes and no meaning. So a spare warms up.
     """
 
-    def __init__(self, unique_name: str, ranks: list[int], rank: int):
+    def __init__(self, unique_name: str, ranks: list[int], rank: int, device: torch.device):
         # The base class asks torch.distributed who is there; no group of torch.distributed exists here.
-        self.device = torch.device("cpu")
+        self.device = device
         self.cpu_group = self.device_group = None
         self.unique_name = unique_name
         self.ranks = ranks
@@ -28,7 +28,9 @@ class RankCommunicator(DeviceCommunicatorBase):
         self.channel: Communicator | None = None
 
     def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
-        """The sum of all ranks' tensors, in place."""
+        """The sum of all ranks' tensors: in place on a CPU. Compiled code of a GPU may go on using what it gave."""
+        if self.device.type == "cuda":
+            input_ = input_.clone(memory_format=torch.contiguous_format)
         if self.channel is None:
             return input_
         if input_.is_contiguous():

@@ -28,8 +28,12 @@ LOOK_S = 0.1
 class Member:
     """One worker process, as the engine core sees it."""
 
-    def __init__(self, name: str, running: BaseProcess, connection: Connection):
+    def __init__(self, name: str, running: BaseProcess, connection: Connection, place: int | None = None):
+        """`place`: the GPU that it uses."""
         self.name = name
+        self.place = place
+        self.device_failed = ""
+        """Why its device can't be used any more, where that is why it has ended."""
         self.process = running
         self.connection = connection
         self._sending = threading.Lock()
@@ -85,18 +89,18 @@ class Crew:
         self._closed = False
         threading.Thread(target=self._listen, name="crew", daemon=True).start()
 
-    def start(self, rank: int | None = None) -> Member:
-        """Start a process, bound to the cores of `rank` if it is known which it will be."""
+    def start(self, rank: int | None = None, place: int | None = None) -> Member:
+        """Start a process, bound to the cores of `rank` if it is known which it will be, and to the GPU `place`."""
         with self._guard:
             name = f"Worker_{self._count}"
             self._count += 1
         ours, theirs = self._context.Pipe()
-        arguments = (pickle.dumps(self._config), self._lock, theirs, name)
+        arguments = (pickle.dumps(self._config), self._lock, theirs, name, place)
         running = self._context.Process(target=process.main, args=arguments, name=name, daemon=True)
         with self._omp.configure_omp_envs(rank=rank or 0, local_rank=rank or 0):
             running.start()
         theirs.close()
-        member = Member(name, running, ours)
+        member = Member(name, running, ours, place)
         with self._guard:
             self._members[ours] = member
         self._change.send_bytes(b"\0")

@@ -24,10 +24,14 @@ from services.vllm.calls import Calls
 from services.vllm.crew import Crew, Member
 from services.vllm.hosted import Hosted
 from services.vllm.link import EngineFailed, HostedScheduler, Loss, link_of
-from services.vllm.messages import Answer, Build, Built, Call, Host, Message, Place, Placed
+from services.vllm.messages import Answer, Build, Built, Call, End, Host, Message, Place, Placed
 from services.vllm.model import is_alike, model_info
-from services.worker.communicator import open_rendezvous
-from services.worker.communicator.shm import ShmRendezvous
+from services.vllm.places import Places
+from services.vllm.process import CAPTURE
+from services.vllm.recapture import Graphs
+from services.worker.communicator import RendezvousHandle, open_rendezvous
+from services.worker.communicator.base import Kind
+from services.worker.device_health import DeviceWatch, failure
 from shared.errors import ConfigError
 from shared.messages import Message as ControlMessage
 from shared.types import ModelInfo
@@ -81,11 +85,19 @@ class GhostExecutor(MultiprocExecutor):
         self._calls = Calls(_lost)
         self._setup: list[tuple[str, tuple[Any, ...]]] = []
         self._ranks: list[Member] = []
-        self._meeting: ShmRendezvous | None = None
+        self._meeting: RendezvousHandle | None = None
         self._step_epoch = 0
         stop_grace_s = float(os.environ.get("GHOST_STOP_GRACE_S", "0.5"))
         self._crew = Crew(self.vllm_config, self._heard, self._gone, stop_grace_s)
         spares = int(os.environ.get("GHOST_SPARES", "1"))
+        self._kind: Kind = "shm"
+        self._places: Places | None = None
+        if platform == "cuda":
+            count = int(current_platform.device_count())
+            watch = DeviceWatch(range(count))
+            self._places = Places(count, lambda place: failure(watch.health(place)))
+            self._kind, spares = "nccl", 0  # a GPU has no room for the weights of every rank
+        self._graphs = Graphs(self._capture_again, self._is_idle)
         self._decider = (
             Hosted(self, spares, f"vLLM {vllm.__version__}", float(os.environ.get("GHOST_PATIENCE_S", "120")))
             if os.environ.get("GHOST_COORDINATOR_URL")
@@ -177,6 +189,8 @@ class GhostExecutor(MultiprocExecutor):
                 self._decider.placed(message)
 
     def _gone(self, member: Member) -> None:
+        if self._places is not None and member.place is not None:
+            member.device_failed = self._places.give_back(member.place)
         if not getattr(self, "shutting_down", False):
             self._decider.gone(member)
 
@@ -187,9 +201,14 @@ class GhostExecutor(MultiprocExecutor):
         """Ranks of the engine."""
         return int(self.world_size)
 
-    def start(self, ranks: tuple[int, ...]) -> Member:
-        """Start a worker process for any of these ranks."""
-        member = self._crew.start(ranks[0] if len(ranks) == 1 else None)
+    def start(self, ranks: tuple[int, ...]) -> Member | None:
+        """Start a worker process for any of these ranks, on a GPU for one of them; None: no GPU is free for it."""
+        place = None
+        if self._places is not None:
+            if (taken := self._places.take(ranks)) is None:
+                return None
+            place, ranks = taken.place, (taken.rank,)
+        member = self._crew.start(ranks[0] if len(ranks) == 1 else None, place)
         member.tell(Build(ranks, tuple(self._setup)))
         return member
 
@@ -197,17 +216,17 @@ class GhostExecutor(MultiprocExecutor):
         """No further step; those in flight end without effect when the engine resumes."""
         self._link.quiesce(epoch)
         self._calls.end(epoch)
-        if self._meeting is not None:
-            self._meeting.abort()
+        for member in self._ranks:
+            member.tell(End(epoch))
 
     def place(self, epoch: int, ranks: list[Member], hosted_epoch: int = 0) -> None:
         """Tell each worker which rank it is, and where all meet."""
         self.quiesce(epoch)
         if self._meeting is not None:
             self._meeting.close()
-        meeting = open_rendezvous("shm", len(ranks))
-        assert isinstance(meeting, ShmRendezvous)
+        meeting = open_rendezvous(self._kind, len(ranks))
         self._meeting, self._ranks = meeting, ranks
+        self._graphs.lost(any(name == SETUP[-1] for name, _ in self._setup) and self._kind == "nccl")
         for rank, member in enumerate(ranks):
             member.tell(Place(epoch, rank, meeting.address, STEP_S, hosted_epoch))
 
@@ -217,6 +236,17 @@ class GhostExecutor(MultiprocExecutor):
             self._link.scheduler.roll_back(loss)
         self._link.resume(loss.epoch)
         self._calls.release()
+
+    def rest(self) -> None:
+        """Called now and then while steps are taken: what is done while no request runs."""
+        self._graphs.look(time.monotonic())
+
+    def _is_idle(self) -> bool:
+        load = scheduler.load() if (scheduler := self._link.scheduler) is not None else None
+        return load is not None and not load.running and not load.waiting
+
+    def _capture_again(self) -> Future[Any]:
+        return self._issue(self._link.epoch, CAPTURE, CAPTURE, (), {}, None)
 
     @property
     def scheduler(self) -> HostedScheduler | None:

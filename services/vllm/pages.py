@@ -1,13 +1,13 @@
 """A rank's KV blocks as pages of bytes, wherever vLLM's layout puts them. Imports no vllm: it is told the layout."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from services.worker.memory import Memory
+from services.worker.memory import Ids, Memory, Room, Rows
 from shared.errors import ConfigError
 
 
@@ -42,24 +42,37 @@ class BlockPages:
         ]
         self.page_bytes = page_bytes(placements)
 
-    def page(self, page_id: int, /) -> Memory:
-        """One block: uint8 [page_bytes], a copy where it is in parts. `wrote` brings a changed one back."""
-        parts = [part[:, page_id].reshape(-1) for part in self._parts]
-        return _memory(parts[0] if len(parts) == 1 else torch.cat(parts))
+        self._whole = len(self._parts) == 1 and self._parts[0].shape[0] == 1
 
-    def target(self, page_id: int, scratch: Memory, /) -> Memory:
-        """The block, where it is one range of bytes, else `scratch`."""
-        whole = len(self._parts) == 1 and self._parts[0].shape[0] == 1
-        return self.page(page_id) if whole else scratch
+    def rows(self, pages: Ids, room: Room, /) -> Rows:
+        """Blocks, each brought together where it is in parts. `wrote` brings changed ones back."""
+        if self._whole:
+            return Rows(_memory(self._parts[0][0]), pages)
+        content = torch.as_tensor(room(len(pages)))
+        for parts, rows in self._split(content):
+            for row, page in enumerate(pages.tolist()):
+                rows[row].copy_(parts[:, page])
+        return Rows.all(_memory(content))
 
-    def wrote(self, page_id: int, content: Memory, /) -> None:
-        """Scatter a page over the layers."""
-        source = content if isinstance(content, torch.Tensor) else torch.from_numpy(content)
+    def targets(self, pages: Ids, room: Room, /) -> Rows:
+        """The blocks, where each is one range of bytes, else `room`."""
+        return Rows(_memory(self._parts[0][0]), pages) if self._whole else Rows.all(room(len(pages)))
+
+    def wrote(self, pages: Ids, content: Rows, /) -> None:
+        """Scatter pages over the layers."""
+        if self._whole:  # they are the blocks themselves
+            return
+        for parts, rows in self._split(torch.as_tensor(content.memory)):
+            for row, page in zip(content.index.tolist(), pages.tolist(), strict=True):
+                parts[:, page].copy_(rows[row])
+
+    def _split(self, content: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Pages [n, page_bytes] as what they have of each part: uint8 [count, blocks, length], [n, count, length]."""
         at = 0
         for part in self._parts:
-            rows = part[:, page_id]
-            rows.copy_(source[at : at + rows.numel()].view(rows.shape))
-            at += rows.numel()
+            count, _, length = part.shape
+            yield part, content[:, at : at + count * length].view(-1, count, length)
+            at += count * length
 
     def empty(self, count: int, /) -> Memory:
         """New memory for pages where the cache is: uint8 [count, page_bytes]."""

@@ -6,8 +6,11 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+
+import torch
 
 from services.vllm.pages import BlockPages
 from services.worker.agent.app import Worker
@@ -15,10 +18,10 @@ from services.worker.agent.assembly import make_shadow
 from services.worker.agent.inventory import Inventory
 from services.worker.agent.rank_engine import Job, Load
 from services.worker.communicator import RendezvousHandle, create, open_rendezvous
-from services.worker.communicator.base import Communicator
-from services.worker.device import HostDevice
+from services.worker.communicator.base import Communicator, Kind
+from services.worker.device import make_device
 from services.worker.shadow.exchange import PageBytes
-from services.worker.shadow.shadow import SLOT_BYTES
+from services.worker.shadow.shadow import SLOT_BYTES, Shadow
 from services.worker.shadow.stores import StoreClients
 from shared.config import WorkerSettings
 from shared.errors import GhostError
@@ -51,6 +54,8 @@ class Steps:
     done: int = 0
     in_flight: bool = False
     channel: Communicator | None = None
+    shadow: Shadow | None = None
+    """What reads and writes pages beside the model, once this process is hosted."""
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     def place(self, rank: int, epoch: int, channel: Communicator) -> None:
@@ -58,6 +63,22 @@ class Steps:
         with self.changed:
             self.rank, self.placed, self.channel, self.done = rank, epoch, channel, 0
             self.changed.notify_all()
+
+    def begin(self) -> None:
+        """The main thread is about to use the device: behind what the shadow has written."""
+        if self.shadow is not None:
+            self.shadow.restored.wait()
+
+    def end(self) -> None:
+        """The main thread has asked the device for a step, or part of one: the shadow goes on behind it."""
+        if self.shadow is not None:
+            self.shadow.computed.leave()
+        self.done += self.in_flight
+        self.in_flight = False
+
+    def paused(self) -> AbstractContextManager[bool]:
+        """See Shadow.paused."""
+        return self.shadow.paused() if self.shadow is not None else nullcontext(True)
 
     def wait_placed(self, epoch: int, timeout_s: float, cancelled: threading.Event) -> bool:
         """Whether the model's ranks get connected in this epoch, or a later one, in time."""
@@ -77,6 +98,7 @@ class HostedRank:
         info: ModelInfo,
         pages: int,
         pool: Callable[[int], BlockPages],
+        device: torch.device,
         settings: WorkerSettings,
         config: GroupConfig,
         inventory: Inventory,
@@ -84,7 +106,7 @@ class HostedRank:
         loop: asyncio.AbstractEventLoop,
         report: Callable[[Message], None],
     ):
-        """`pool`: the pages of a rank that this process can be, in that rank's own buffer."""
+        """`pool`: the pages of a rank that this process can be, in that rank's own buffer on `device`."""
         self.info = info
         self.pages = pages
         self.address = "127.0.0.1"
@@ -92,8 +114,10 @@ class HostedRank:
         self.at_rest.set()
         self.unfit = ""
         self.overstay_s = 0.0
-        self.shadow = make_shadow(settings.transport, HostDevice(), config, inventory, stores, loop, report)
+        self.shadow = make_shadow(settings.transport, make_device(device), config, inventory, stores, loop, report)
+        self._kind = channel_kind(device)
         self._steps = steps
+        steps.shadow = self.shadow
         self._pool_of = pool
         self._pool: BlockPages | None = None
         self._config = config
@@ -141,7 +165,7 @@ class HostedRank:
                 self.interrupt(job.epoch)
                 self._assign = job
                 if job.rank == 0:
-                    self._meeting = open_rendezvous("shm", job.size, slot_bytes=SLOT_BYTES)
+                    self._meeting = open_rendezvous(self._kind, job.size, slot_bytes=SLOT_BYTES)
                     self._report(Rendezvous(job.epoch, "", self._meeting.address))
             case StandBy():
                 self.interrupt(job.epoch)
@@ -188,8 +212,9 @@ class HostedRank:
         try:
             if not self._steps.wait_placed(assign.epoch, timeout_s, cancelled):
                 raise GhostError("the engine did not connect the model's ranks")
+            self.shadow.device.bind()
             exchange = create(
-                "shm", join.exchange_address, assign.rank, assign.size, timeout=timeout_s, slot_bytes=SLOT_BYTES,
+                self._kind, join.exchange_address, assign.rank, assign.size, timeout=timeout_s, slot_bytes=SLOT_BYTES,
                 cancelled=cancelled,
             )  # fmt: skip
         except GhostError as error:
@@ -202,7 +227,12 @@ class HostedRank:
         self._report(Joined(assign.epoch, assign.rank, 0.0, time.monotonic() - began))
 
 
-def run_agent(name: str, make: Callable[..., HostedRank]) -> None:
+def channel_kind(device: torch.device) -> Kind:
+    """How ranks on such devices, all of one host, talk to each other."""
+    return "nccl" if device.type == "cuda" else "shm"
+
+
+def run_agent(name: str, make: Callable[..., HostedRank], device_name: str) -> None:
     """Serve the coordinator from a thread of this process. `make`: HostedRank, but for the settings and what a `Load`
     is given.
     """
@@ -210,7 +240,7 @@ def run_agent(name: str, make: Callable[..., HostedRank]) -> None:
 
     async def serve() -> None:
         load: Load = partial(make, settings)
-        worker = Worker(settings, name, "cpu", load)
+        worker = Worker(settings, name, device_name, load)
         try:
             await worker.serve()
         except GhostError as error:

@@ -25,7 +25,8 @@ def run(arguments: Sequence[str]) -> None:
     if refusal := versions.check(vllm.__version__):
         raise ConfigError(refusal)
     platform = str(current_platform.device_type)
-    if platform != "cpu":
+    if platform == "cuda":
+        print(f"ghostserve vllm: {flags.GPU_UNTRIED}", file=sys.stderr)
         arguments = [*arguments, *flags.GPU_FLAGS]
         for name, value in flags.GPU_ENVIRONMENT.items():
             os.environ.setdefault(name, value)

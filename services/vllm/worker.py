@@ -1,4 +1,4 @@
-"""vLLM's CPU worker as a rank whose peers come and go. Named to vLLM by --worker-cls."""
+"""vLLM's CPU worker as a rank whose peers come and go. Named to vLLM by --worker-cls; `gpu_worker` has the other."""
 
 import copy
 from typing import Any
@@ -13,19 +13,16 @@ from vllm.v1.worker.worker_base import CompilationTimes
 
 from services.vllm import batch, warm
 from services.vllm.groups import Groups
-from services.vllm.pages import BlockPages, pages_of
-from services.worker.communicator.base import Communicator
+from services.vllm.rejoins import Rejoins
 
 
-class GhostCpuWorker(CPUWorker):
-    """One rank. It can lose its peers in a step and be given others, without losing weights or KV."""
-
-    groups: Groups
+class GhostCpuWorker(Rejoins, CPUWorker):
+    """See `Rejoins`."""
 
     def init_device(self) -> None:
         """As CPUWorker's, but the groups are made here alone: nobody else needs to be there."""
         self.device = torch.device("cpu")
-        self.groups = Groups.of(self.vllm_config, self.rank)
+        self.groups = Groups.of(self.vllm_config, self.rank, self.device)
         self.groups.install()
         set_random_seed(self.model_config.seed)
         assert current_platform.is_cpu()
@@ -55,14 +52,3 @@ class GhostCpuWorker(CPUWorker):
         for cache in self.model_runner.kv_caches:
             warm.give_back(cache)
         return super().compile_or_warm_up_model()
-
-    def pages(self) -> BlockPages:
-        """This rank's KV cache as pages of bytes."""
-        runner = self.model_runner
-        return pages_of(runner.kv_caches[0], runner.kv_cache_config.kv_cache_tensors, runner.kv_cache_config.num_blocks)
-
-    def rejoin(self, epoch: int, channel: Communicator) -> None:
-        """Forget all requests and step with new peers."""
-        batch.wipe(self.model_runner)
-        self.groups.connect(channel)
-        set_random_seed(self.model_config.seed + epoch)  # all ranks draw alike, the newcomer too

@@ -87,6 +87,7 @@ from shared.messages.protection import (
     ShardsFound,
     ShardsLost,
     StoreDrains,
+    StripeKind,
     StripeRestore,
 )
 
@@ -156,6 +157,7 @@ __all__ = [
     "StepTime",
     "StoreDrains",
     "StoreHello",
+    "StripeKind",
     "StripeRestore",
     "Submit",
     "TOLD_TO_STOP",

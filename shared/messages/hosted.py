@@ -148,11 +148,14 @@ class RunsRecomputed(Message):
 
 @dataclass(frozen=True, slots=True)
 class StepFailed(Message):
-    """A step failed. `culprits`: the workers that are to blame, by name: they are lost. None: all may try again."""
+    """A step failed. `culprits`: the workers that are to blame, by name: they are lost. None: all may try again.
+    `device_failed`: the reason is that of their devices, which counts whenever it comes.
+    """
 
     epoch: int
     reason: str
     culprits: tuple[str, ...] = ()
+    device_failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

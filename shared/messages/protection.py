@@ -1,12 +1,12 @@
 """Pages and their parity: encoding, restoring, moving, and what stores hold."""
 
+import sys
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shared.messages.base import Message
-from shared.types import (
-    PageKey,
-    StoreInfo,
-)
+from shared.types import PageKey, StoreInfo, pack_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class ProtectPlan(Message):
 
 @dataclass(frozen=True, slots=True)
 class ParityShard(Message):
-    """Where one parity shard lies. Part of StripeRestore."""
+    """Where one parity shard lies, for the coordinator. Part of StripeRestore."""
 
     shard: int
     bulk_address: str
@@ -127,14 +127,63 @@ class StripeRestore(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class StripeKind(Message):
+    """What many stripes of a RestorePlan have alike: who lacks them, and the numbers and stores of their shards."""
+
+    lost: tuple[int, ...]
+    shards: tuple[int, ...]
+    addresses: tuple[str, ...]
+
+    @property
+    def sums(self) -> int:
+        """Checksums that go with each stripe: of its shards, then of the lost slices; none where nothing is stored."""
+        return len(self.shards) + len(self.lost) if self.shards else 0
+
+
+@dataclass(frozen=True, slots=True)
 class RestorePlan(Message):
-    """Rebuild these pages in this order: the same plan on every rank. Who decodes answers RestoreDone as it goes."""
+    """Rebuild these pages in this order: the same plan on every rank. Who decodes answers RestoreDone as it goes.
+
+    Columns, since there are thousands: `pages` as ids, `of_kind` as little-endian uint16, `sums` as uint64, for each
+    stripe as many as its kind says. See StripeRestore for what a stripe is.
+    """
 
     epoch: int
     plan: int
-    stripes: tuple[StripeRestore, ...]
+    pages: bytes
+    keys: tuple[PageKey, ...]
+    kinds: tuple[StripeKind, ...]
+    of_kind: bytes
+    sums: bytes
     tail: bool = False
     """The stripes are single tokens, see ProtectPlan."""
+
+    @classmethod
+    def of(cls, epoch: int, plan: int, stripes: Sequence[StripeRestore], tail: bool = False) -> "RestorePlan":
+        """The plan of these stripes."""
+        kinds: dict[tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]], int] = {}
+        of_kind, sums = array("H"), array("Q")
+        for each in stripes:
+            shards = tuple([shard.shard for shard in each.parity])
+            addresses = tuple([shard.bulk_address for shard in each.parity])
+            of_kind.append(kinds.setdefault((each.lost, shards, addresses), len(kinds)))
+            if shards:
+                sums.extend([shard.checksum for shard in each.parity])
+                sums.extend([each.data_checksums[rank] for rank in each.lost])
+        if sys.byteorder == "big":
+            of_kind.byteswap()
+            sums.byteswap()
+        pages, keys = pack_ids([each.page for each in stripes]), tuple([each.key for each in stripes])
+        return cls(
+            epoch,
+            plan,
+            pages,
+            keys,
+            tuple(StripeKind(*each) for each in kinds),
+            of_kind.tobytes(),
+            sums.tobytes(),
+            tail,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,9 @@ def _to_wire(frame: Frame) -> list[object]:
         case HelloReply():
             return [_WELCOME, frame.version, _error_out(frame.refusal)]
         case Reply():
-            return [_REPLY, frame.request_id, [_error_out(outcome) for outcome in frame.outcomes]]
+            good = frame.outcomes.count(None) == len(frame.outcomes)
+            outcomes = frame.outcomes if good else [_error_out(outcome) for outcome in frame.outcomes]
+            return [_REPLY, frame.request_id, outcomes]
         case Numbered(request=PutShards() as put):
             shards = [(s.page_key, s.number, s.k, s.m, s.length, s.checksum, s.data_checksums) for s in put.shards]
             return [_PUT, frame.request_id, put.group, put.epoch, put.serial, shards]
@@ -146,7 +148,8 @@ def _from_wire(wire: Any, limits: BulkLimits) -> Frame:
         case [int(kind), int(version), refusal] if kind == _WELCOME:
             return HelloReply(version, _error_in(refusal))
         case [int(kind), int(number), list(outcomes)] if kind == _REPLY:
-            return Reply(number, tuple(_error_in(outcome) for outcome in outcomes))
+            good = outcomes.count(None) == len(outcomes)
+            return Reply(number, tuple(outcomes) if good else tuple(_error_in(outcome) for outcome in outcomes))
         case [int(kind), int(number), str(group), int(epoch), int(serial), list(shards)] if kind == _PUT:
             _check(
                 0 < len(shards) <= limits.shards and 0 <= epoch < _U64 and 0 <= serial < _U64 and _is_name(group), "put"

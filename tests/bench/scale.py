@@ -2,7 +2,8 @@
 [--quick]`.
 
 The coordinator's core among simulated ranks, by its CPU time: no model, no network. The gateway is a real process
-(`scale_gateway`). Writes bench/results/scale.json; the exit code is 1 where a limit is missed. `make bench-scale`.
+(`scale_gateway`). Writes bench/results/scale.json, and the growth curves to scale.png; the exit code is 1 where a limit
+is missed. `make bench-scale`.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.bench import scale_gateway
+from tests.bench.curves import plot_scale
 from tests.bench.goals import Goal, table
 from tests.bench.machine import machine
 from tests.bench.scaled import PAGE_TOKENS, Scaled, prompt
@@ -202,6 +204,8 @@ def main() -> int:
     console.print(table(verdicts))
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "scale.json").write_text(json.dumps(found, indent=2) + "\n")
+    if not arguments.quick:
+        plot_scale(found["growth"], arguments.out / "scale.png")
     return 0 if all(goal.met for goal in verdicts) else 1
 
 

@@ -80,13 +80,13 @@ class Figure:
 
 
 async def _serve(scheme: str) -> None:
-    async with serve(f"{scheme}://127.0.0.1:0", Shelf()) as server:
-        print(server.address, flush=True)
+    async with serve(f"{scheme}://127.0.0.1:0", Shelf()) as bulk:
+        print(bulk.address, flush=True)
         await asyncio.to_thread(sys.stdin.read)
 
 
 @asynccontextmanager
-async def _server(scheme: str) -> AsyncIterator[tuple[BulkClient, int]]:
+async def server(scheme: str) -> AsyncIterator[tuple[BulkClient, int]]:
     """A client of a server process, and the server's process id."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tests.bench.transport", "--serve", scheme),
@@ -111,7 +111,8 @@ def _cpu_s(pid: int) -> float:
     return mine.ru_utime + mine.ru_stime + (int(theirs[11]) + int(theirs[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def _measure(client: BulkClient, pid: int, way: str, count: int, length: int) -> Figure:
+async def figure(client: BulkClient, pid: int, way: str, count: int, length: int) -> Figure:
+    """Put, or get, so many shards of this length over and over."""
     labels = tuple(ShardLabel(os.urandom(16), 3, 3, 1, length, 0, (0, 0, 0)) for _ in range(count))
     refs = tuple(ShardRef(label.page_key, 3, length) for label in labels)
     buffers = [[memoryview(bytearray(length)) for _ in range(count)] for _ in range(IN_FLIGHT)]
@@ -140,14 +141,14 @@ Rows = dict[tuple[str, str], dict[str, list[Figure]]]
 async def measure(rounds: int) -> Rows:
     """All figures by (shape, way) and scheme. The schemes take turns, and the order alternates."""
     rows: Rows = {(shape, way): {scheme: [] for scheme in SCHEMES} for shape in SHAPES for way in ("put", "get")}
-    async with _server("tcp") as tcp, _server("ucx") as ucx:
+    async with server("tcp") as tcp, server("ucx") as ucx:
         servers = {"tcp": tcp, "ucx": ucx}
         for turn in range(rounds + 1):
             for (shape, way), figures in rows.items():
                 for scheme in SCHEMES if turn % 2 else SCHEMES[::-1]:
-                    figure = await _measure(*servers[scheme], way, *SHAPES[shape])
+                    seen = await figure(*servers[scheme], way, *SHAPES[shape])
                     if turn:  # the first warms up
-                        figures[scheme].append(figure)
+                        figures[scheme].append(seen)
     return rows
 
 

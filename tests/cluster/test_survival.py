@@ -11,6 +11,10 @@ import pytest
 
 from services.cli.drill import Options, Stream, run_drill, stream_all
 from services.cli.local import LocalCluster
+from services.worker.agent.supervisor import tell_of_death
+from services.worker.identity import host_id
+from shared.config import WorkerSettings
+from shared.messages import WorkerHello
 from tests.cluster.conftest import quiet, whole
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(400)]
@@ -46,6 +50,20 @@ async def test_text_and_kv_are_the_same_when_a_rank_dies(
     if decode:
         assert report.restored_pages >= streams * (299 // 16)
         assert report.recomputed_tokens <= streams * (300 % 16 + 48)
+
+
+async def test_a_rank_that_died_of_its_device_is_recorded_with_what_failed(cluster: LocalCluster) -> None:
+    """Its supervisor says so when the recovery has begun, or is over."""
+    status = await whole(cluster)
+    victim = next(worker for worker in status["workers"] if worker["rank"] == 1)
+    os.kill(victim["pid"], signal.SIGKILL)
+    await whole(cluster, without=victim["name"])
+    settings = WorkerSettings(coordinator_url=cluster.coordinator_url, secret=cluster.settings.secret)
+    dead = WorkerHello(victim["name"], victim["host"], host_id(), victim["pid"], "cuda:1")
+    assert await tell_of_death(settings, dead, "the device failed: Xid 79") == 0
+    status = await whole(cluster, without=victim["name"])
+    reason = f"rank 1 ({victim['name']}): the device failed: Xid 79"
+    assert status["recoveries"][-1]["reason"] == reason
 
 
 async def test_more_ranks_lost_than_parity_covers_are_recomputed(cluster: LocalCluster) -> None:

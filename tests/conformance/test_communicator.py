@@ -237,7 +237,8 @@ def test_a_stopped_peer_does_not_outlast_the_deadline(ranks: RankProcesses, kind
 
 
 def test_a_peer_that_never_comes_is_not_waited_for_for_ever(ranks: RankProcesses, kind: Kind) -> None:
-    outcomes = ranks.start(kind, one_sum_part, timeout=1.0, absent=(1,)).outcomes()
+    # not less: on cores that others fill, to reach the store takes a second, and is bounded by the same timeout
+    outcomes = ranks.start(kind, one_sum_part, timeout=5.0, absent=(1,)).outcomes()
     assert {freed(outcomes[0]).error, freed(outcomes[2]).error} <= {"DeadlineExceeded", "CommunicatorAborted"}
     assert max(freed(outcomes[r]).seconds for r in (0, 2)) < 30
 

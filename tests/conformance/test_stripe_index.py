@@ -83,6 +83,14 @@ async def test_what_was_put_is_read_back_exactly(index: StripeIndex, group: str)
     assert found[other.page_key].shards == (other,)
 
 
+@pytest.mark.parametrize("entry", [b"\xc1", b"no entry", b""])
+async def test_a_malformed_entry_is_told_with_its_stripe(index: StripeIndex, group: str, entry: bytes) -> None:
+    key = os.urandom(16)
+    await index._redis.hset(b"ghost:{%s}:s:%s" % (group.encode(), key), b"3", entry)
+    with pytest.raises(ProtocolError, match=key.hex()):
+        await index.get_many(group, [os.urandom(16), key])
+
+
 async def test_groups_do_not_see_each_other(index: StripeIndex, group: str) -> None:
     mine = entry()
     await index.put_many(group, 1, [mine])

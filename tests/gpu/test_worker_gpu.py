@@ -123,7 +123,7 @@ async def test_a_rank_protects_loses_and_restores_its_pages(tail: bool) -> None:
         shadow.step_done(2)
 
     await loop.run_in_executor(compute, lose)
-    plan = RestorePlan(1, 1, tuple(stores.stripe(*pair, (0,)) for pair in zip(places, keys, strict=True)), tail)
+    plan = RestorePlan.of(1, 1, tuple(stores.stripe(*pair, (0,)) for pair in zip(places, keys, strict=True)), tail)
     shadow.prefetch(plan, 0, (pool.tokens if tail else pool).page_bytes)
     shadow.submit(plan)
     await until(lambda: any(isinstance(each, RestoreDone | RankFailed) for each in told))

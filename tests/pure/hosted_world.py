@@ -32,11 +32,11 @@ from shared.messages import (
     RestorePlan,
     Resume,
     RunsRecomputed,
-    StripeRestore,
     UnpinPages,
     WorkerReady,
 )
 from shared.types import PageKey, pack_ids, unpack_ids
+from tests.pure.plans import Planned
 from tests.pure.world import MODEL, SimWorker, Wire, World, next_token
 
 STEP_TOKENS = 6
@@ -397,11 +397,11 @@ class HostedWorld(World):
         else:
             super()._receive(worker, message)
 
-    def _rebuild(self, stripe: StripeRestore, plan: RestorePlan, by_rank: dict[int, SimWorker], rank: int) -> bool:
+    def _rebuild(self, stripe: Planned, plan: RestorePlan, by_rank: dict[int, SimWorker], rank: int) -> bool:
         """Where ranks hold the same, it is copied from any that has it."""
         if not self.alike:
             return super()._rebuild(stripe, plan, by_rank, rank)
-        assert not stripe.parity
+        assert not stripe.shards
         source = self.dice.choice(sorted(by_rank.keys() - set(stripe.lost)))
         self._put(by_rank[rank], stripe.page, self._slice(by_rank[source], stripe.page, tail=False), tail=False)
         self.restored += 1

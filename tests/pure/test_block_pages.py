@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from services.vllm.pages import BlockPages
-from services.worker.memory import to_host
+from services.worker.memory import Bytes, to_host
 from shared.errors import ConfigError
 
 LAYERS, BLOCKS, PART = 3, 5, 8
@@ -34,24 +34,33 @@ def part(tensor: Tensor, layer: int, block: int) -> slice:
     return slice(start, start + PART)
 
 
+def one(pages: BlockPages, number: int) -> Bytes:
+    """A copy of a page."""
+    (page,) = pages.rows(np.array([number]), pages.empty)
+    return to_host(page).copy()
+
+
 @pytest.mark.parametrize("tensor", [LAYER_OUTERMOST, BLOCK_OUTERMOST])
 def test_a_page_is_what_all_layers_hold_of_a_block(tensor: Tensor) -> None:
     held = buffer()
     pages = BlockPages(held, [tensor], BLOCKS)
     assert pages.page_bytes == LAYERS * PART
     expected = np.concatenate([held.numpy()[part(tensor, layer, 2)] for layer in range(LAYERS)])
-    assert (to_host(pages.page(2)) == expected).all()
+    assert (one(pages, 2) == expected).all()
 
 
 @pytest.mark.parametrize("tensor", [LAYER_OUTERMOST, BLOCK_OUTERMOST])
 def test_a_page_that_is_written_changes_its_block_and_no_other(tensor: Tensor) -> None:
     held, before = buffer(), buffer()
     pages = BlockPages(held, [tensor], BLOCKS)
-    content = to_host(pages.page(4)) + np.uint8(100)
-    pages.wrote(4, content)
-    assert (to_host(pages.page(4)) == content).all()
+    rows = pages.rows(np.array([4, 1]), pages.empty)
+    for row in map(to_host, rows):
+        row += np.uint8(100)
+    pages.wrote(np.array([4, 1]), rows)
+    assert [one(pages, 4).tolist(), one(pages, 1).tolist()] == [to_host(row).tolist() for row in rows]
     for layer in range(LAYERS):
         before[part(tensor, layer, 4)] += 100
+        before[part(tensor, layer, 1)] += 100
     assert torch.equal(held, before)
 
 
@@ -59,10 +68,11 @@ def test_a_page_that_is_written_changes_its_block_and_no_other(tensor: Tensor) -
 def test_a_page_is_written_anew_where_it_is_or_beside_it(tensor: Tensor) -> None:
     held = buffer()
     pages = BlockPages(held, [tensor], BLOCKS)
-    target = to_host(pages.target(2, pages.empty(1)[0]))
+    targets = pages.targets(np.array([2]), pages.empty)
+    (target,) = map(to_host, targets)
     target[:] = 7
-    pages.wrote(2, target)
-    assert (to_host(pages.page(2)) == 7).all()
+    pages.wrote(np.array([2]), targets)
+    assert (one(pages, 2) == 7).all()
     assert np.shares_memory(target, held.numpy()) == (tensor is BLOCK_OUTERMOST)
 
 
@@ -76,7 +86,7 @@ def test_layers_of_two_sizes_are_one_page() -> None:
     held = torch.arange(LAYERS * BLOCKS * PART + BLOCKS * 4, dtype=torch.uint8)
     pages = BlockPages(held, [LAYER_OUTERMOST, small], BLOCKS)
     assert pages.page_bytes == LAYERS * PART + 4
-    assert to_host(pages.page(1))[-4:].tolist() == list(range(small.offset + 4, small.offset + 8))
+    assert one(pages, 1)[-4:].tolist() == list(range(small.offset + 4, small.offset + 8))
 
 
 def test_groups_that_share_some_bytes_of_a_block_are_refused() -> None:

@@ -129,6 +129,20 @@ def test_threads_may_share_a_codec() -> None:
     assert not failures
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [0, 1, 4, 5, 2, 3], [5, 4, 3, 2, 1, 0], [2]])
+def test_stripes_by_address_are_coded_alike_whether_or_not_they_follow_each_other(order: list[int]) -> None:
+    length, k, m = 48, 3, 2
+    codec = make_codec(k, m)
+    dice = np.random.default_rng(3)
+    shards = [dice.integers(0, 256, (6, length), dtype=np.uint8) for _ in range(k + m)]
+    bases = np.array([each.ctypes.data for each in shards], dtype=np.uint64)
+    codec.encode_at(bases + np.array(order, dtype=np.uint64)[:, None] * np.uint64(length), length)
+    for stripe in order:
+        expected = np.zeros((m, length), dtype=np.uint8)
+        codec.encode([each[stripe] for each in shards[:k]], list(expected))
+        assert all((shards[k + number][stripe] == expected[number]).all() for number in range(m))
+
+
 @pytest.mark.parametrize(
     ("present", "targets"),
     [([0, 1], [2]), ([0, 1, 3], []), ([0, 1, 3], [2, 2]), ([0, 1, 2], [1]), ([0, 1, 9], [2]), ([0, 1, 3], [7])],

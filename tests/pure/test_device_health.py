@@ -108,8 +108,13 @@ def test_a_process_is_replaced_on_its_device_unless_that_has_failed(
     monkeypatch.setattr("os.waitpid", lambda pid, _: (pid, signal.SIGKILL))
     host._pids, host._started = {0: 10, 1: 11}, {0: 0.0, 1: 0.0}
     monkeypatch.setattr(host._watch, "health", lambda index: Health(xids=(79,) if index == 1 else (31,)))
+    told = list[tuple[Any, ...]]()
+    monkeypatch.setattr(host, "_tell", lambda *given: told.append(given))
     assert not host._reap()
     assert set(host._due) == {0}
+    ((place, pid, why),) = told
+    assert (place, pid) == (1, 11)
+    assert "Xid 79" in why
 
 
 def test_a_rank_whose_device_fails_while_it_serves_says_goodbye_with_what_failed(

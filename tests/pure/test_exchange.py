@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from services.worker.communicator.base import Communicator
-from services.worker.memory import Bytes, Memory, to_host
-from services.worker.shadow.exchange import Exchange
+from services.worker.memory import Bytes, Ids, Memory, Room, Rows, to_host
+from services.worker.shadow.exchange import Came, Exchange
 
 PAGE_BYTES = 64
 
@@ -19,7 +19,10 @@ class Peers(Communicator):
 
     def all_gather(self, tensor: torch.Tensor, out: torch.Tensor) -> None: ...
 
+    sent: Sequence[Sequence[Memory]] = ()
+
     def all_to_all(self, send: Sequence[Sequence[Memory]], receive: Sequence[Sequence[Memory]]) -> None:
+        self.sent = send
         for rank, buffers in enumerate(receive):
             for each in buffers:
                 to_host(each)[:] = 100 + rank
@@ -38,40 +41,65 @@ class Scattered:
         self.read: list[int] = []
         self.written: list[int] = []
 
-    def page(self, page_id: int, /) -> Bytes:
-        self.read.append(page_id)
-        return np.full(PAGE_BYTES, page_id, dtype=np.uint8)
+    def rows(self, pages: Ids, room: Room, /) -> Rows:
+        self.read += pages.tolist()
+        content = to_host(room(len(pages)))
+        content[:] = pages[:, None]
+        return Rows.all(content)
 
-    def target(self, page_id: int, scratch: Memory, /) -> Memory:
-        return scratch
+    def targets(self, pages: Ids, room: Room, /) -> Rows:
+        return Rows.all(room(len(pages)))
 
-    def wrote(self, page_id: int, content: Memory, /) -> None:
-        self.written.append(page_id)
+    def wrote(self, pages: Ids, content: Rows, /) -> None:
+        self.written += pages.tolist()
 
     def empty(self, count: int, /) -> Bytes:
         return np.empty((count, PAGE_BYTES), dtype=np.uint8)
 
 
+def gather(exchange: Exchange, pages: list[int], receivers: list[tuple[int, ...]]) -> Came:
+    to = np.array([[rank in each for rank in range(exchange.size)] for each in receivers])
+    return exchange.gather(np.array(pages), to)
+
+
 def test_a_rank_that_lost_its_pages_does_not_read_them() -> None:
     pool = Scattered()
-    slices = Exchange(Peers(1, 3, 1.0), pool).gather([4, 5], [(1,), (1,)])
+    came = gather(Exchange(Peers(1, 3, 1.0), pool), [4, 5], [(1,), (1,)])
     assert pool.read == []
-    assert {index: sorted(each) for index, each in slices.items()} == {0: [0, 2], 1: [0, 2]}
-    assert {rank: int(to_host(each)[0]) for rank, each in slices[0].items()} == {0: 100, 2: 102}
+    assert [indices.tolist() for indices in came.indices] == [[0, 1], [], [0, 1]]
+    assert {rank: [int(to_host(row)[0]) for row in came.of(rank, np.array([1, 0]))] for rank in (0, 2)} == {
+        0: [100, 100],
+        2: [102, 102],
+    }
 
 
 def test_a_rank_reads_what_it_sends_and_nothing_else() -> None:
     pool = Scattered()
-    assert Exchange(Peers(0, 3, 1.0), pool).gather([4, 5, 6], [(1,), (0,), (2,)]).keys() == {1}
+    came = gather(Exchange(Peers(0, 3, 1.0), pool), [4, 5, 6], [(1,), (0,), (2,)])
+    assert [indices.tolist() for indices in came.indices] == [[], [1], [1]]
     assert pool.read == [4, 6]
 
 
+def test_each_rank_is_sent_the_pages_that_it_lacks_in_their_order() -> None:
+    peers = Peers(0, 3, 1.0)
+    gather(Exchange(peers, Scattered()), [4, 5, 6, 7], [(1,), (2,), (1, 2), (0, 1)])
+    assert [[int(to_host(each)[at]) for each in buffers for at in range(0, len(each), PAGE_BYTES)]
+            for buffers in peers.sent] == [[], [4, 6], [5, 6]]  # fmt: skip
+
+
+def test_what_came_lies_in_one_piece_so_that_it_can_be_received_there() -> None:
+    came = gather(Exchange(Peers(1, 3, 1.0), Scattered()), [4, 5, 6], [(1,), (1, 2), (1,)])
+    first, last = to_host(came.slices[0]), to_host(came.slices[2])
+    assert [len(each) for each in came.slices] == [3, 0, 2]
+    assert last.ctypes.data == first.ctypes.data + first.nbytes
+
+
 def test_pages_to_be_written_anew_have_a_place_each_and_are_not_read() -> None:
-    pool = Scattered()
+    pool, pages = Scattered(), np.array([4, 5])
     exchange = Exchange(Peers(1, 3, 1.0), pool)
-    slices = exchange.gather([4, 5], [(1,), (1,)])
-    for number, target in enumerate(exchange.targets([4, 5])):
+    came = gather(exchange, [4, 5], [(1,), (1,)])
+    for number, target in enumerate(exchange.targets(pages)):
         to_host(target)[:] = number
-    assert [int(to_host(each)[0]) for each in exchange.targets([4, 5])] == [0, 1]
+    assert [int(to_host(each)[0]) for each in exchange.targets(pages)] == [0, 1]
     assert pool.read == []
-    assert int(to_host(slices[1][2])[-1]) == 102, "what the others sent was written over"
+    assert [int(to_host(row)[-1]) for row in came.of(2, np.array([0, 1]))] == [102, 102], "what came was written over"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from services.coordinator.events import Came
+from services.coordinator.events import Came, Said
 from services.coordinator.membership.epochs import BROKEN_GRACE_S
 from services.coordinator.protection.ledger import Parity
 from services.coordinator.scheduling.engine import EmbeddedEngine
@@ -20,6 +20,7 @@ from shared.messages import (
     StepRaised,
     StoreDrains,
     StoreHello,
+    WorkerHello,
 )
 from shared.types import OperatorAction, StoreInfo
 from tests.pure.world import TICK_S, World
@@ -135,6 +136,23 @@ def test_one_lost_rank_is_restored_from_parity_and_only_the_tail_recomputed() ->
     record = world.group.status().recoveries[-1]
     assert record.restored_pages == sealed > 0
     assert record.recomputed_tokens < world.page_tokens
+    assert record.lost_ranks == (1,)
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_what_a_supervisor_says_of_a_dead_workers_device_is_why_its_rank_was_lost(over: bool) -> None:
+    world = World(1, pages=64)
+    half_way(world)
+    lost = next(each for each in world.workers.values() if each.assign is not None and each.assign.rank == 1)
+    world.kill(lost)
+    if over:
+        finish(world)
+    wire = world._connects(WorkerHello(lost.name, "host", "host", 1, "cuda:1"))
+    world.handle(Said(wire.peer, Goodbye("the device failed: Xid 79")))
+    world._breaks(wire, "it has said so")
+    finish(world)
+    record = world.group.status().recoveries[-1]
+    assert record.reason == f"rank 1 ({lost.name}): the device failed: Xid 79"
     assert record.lost_ranks == (1,)
 
 

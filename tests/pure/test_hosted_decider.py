@@ -35,6 +35,7 @@ class Worker:
         self.name = name
         self.ranks = ranks
         self.pid = 1
+        self.device_failed = ""
 
 
 class Scheduler:
@@ -90,6 +91,9 @@ class Engine:
 
     def quiesce(self, epoch: int) -> None:
         self.epoch = epoch
+
+    def rest(self) -> None:
+        pass
 
     def fail(self, reason: str) -> None:
         self.failed = self.failed or reason
@@ -197,6 +201,15 @@ def test_the_coordinator_is_told_the_workers_by_rank_and_decides_when_steps_begi
     assert case.ready.workers == tuple(map(case.name, case.ranks))
     loss = case.form(7, case.ranks, gone=pack_ids([3]), withheld=pack_ids([5]))
     assert (loss.hosted_epoch, list(loss.gone), list(loss.withheld), loss.kept) == (7, [3], [5], True)
+
+
+def test_a_rank_whose_device_failed_is_told_with_what_failed() -> None:
+    case = Case()
+    case.form(7, case.ranks)
+    case.ranks[1].device_failed = "the device failed: Xid 79"
+    case.decider.gone(case.ranks[1])
+    told = StepFailed(7, "the device failed: Xid 79", (case.name(case.ranks[1]),), device_failed=True)
+    assert case.coordinator.next(StepFailed) == told
 
 
 def test_a_rank_that_dies_is_named_and_its_rank_is_given_to_who_the_coordinator_says() -> None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from services.worker.engine.kv_pool import KVPool
+from services.worker.memory import to_host
 
 
 def pool(dtype: torch.dtype = torch.float32) -> KVPool:
@@ -18,12 +19,13 @@ def test_a_page_is_its_bytes_without_a_copy(dtype: torch.dtype) -> None:
     kv = pool(dtype)
     assert kv.page_bytes == 3 * 2 * 4 * 2 * 8 * dtype.itemsize
     assert kv.kv.data_ptr() % 64 == 0
-    page = kv.page(5)
-    assert page.tobytes() == kv.kv[5].contiguous().view(torch.uint8).numpy().tobytes()
-    kv.page(2)[:] = page
+    first, second = map(to_host, kv.rows(np.array([5, 2]), kv.empty))
+    assert first.tobytes() == kv.kv[5].contiguous().view(torch.uint8).numpy().tobytes()
+    second[:] = first
     assert torch.equal(kv.kv[2], kv.kv[5])
-    with pytest.raises(IndexError):
-        kv.page(7)
+    for number in (7, -1):
+        with pytest.raises(IndexError):
+            kv.rows(np.array([0, number]), kv.empty)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -31,10 +33,12 @@ def test_a_token_is_put_together_and_back(dtype: torch.dtype) -> None:
     kv = pool(dtype)
     tokens = kv.tokens
     assert tokens.page_bytes * 4 == kv.page_bytes
-    content = tokens.page(5 * 4 + 2)
-    assert content.tobytes() == kv.kv[5, :, :, 2].contiguous().view(torch.uint8).numpy().tobytes()
+    rows = tokens.rows(np.array([5 * 4 + 2, 2]), tokens.empty)
+    for row, (page, offset) in zip(rows, [(5, 2), (0, 2)], strict=True):
+        expected = kv.kv[page, :, :, offset].contiguous().view(torch.uint8).numpy()
+        assert np.asarray(row).tobytes() == expected.tobytes()
     before = kv.kv.clone()
-    tokens.wrote(3 * 4 + 1, content)
+    tokens.wrote(np.array([3 * 4 + 1]), rows.take(np.array([0])))
     assert torch.equal(kv.kv[3, :, :, 1], before[5, :, :, 2])
     before[3, :, :, 1] = before[5, :, :, 2]
     assert torch.equal(kv.kv, before)

@@ -14,6 +14,7 @@ from shared.messages import Message, ParityShard, RestoreDone, RestorePlan
 from shared.types import PageKey, next_page_key, root_key
 from tests.pure.dictionary_host import EmbeddedPages
 from tests.pure.driven_host import PAGE_TOKENS
+from tests.pure.plans import stripes_of
 
 RANKS = 3
 KEY = next_page_key(root_key("m", ""), [1])
@@ -66,7 +67,7 @@ class OnePage:
 def test_a_run_waits_for_its_last_token_and_then_goes_on_with_all() -> None:
     group = OnePage()
     plan = group.plan()
-    assert len(plan.stripes) == PAGE_TOKENS + 2
+    assert len(plan.keys) == PAGE_TOKENS + 2
     group.done(plan, PAGE_TOKENS + 1)
     assert not group.restoration.settle(0.0)
     group.done(plan, PAGE_TOKENS + 2)
@@ -79,7 +80,7 @@ def test_a_run_waits_for_its_last_token_and_then_goes_on_with_all() -> None:
 def test_a_run_whose_last_tokens_are_not_back_keeps_those_before() -> None:
     group = OnePage()
     plan = group.plan()
-    group.done(plan, len(plan.stripes), failed=tuple(stripe.key for stripe in plan.stripes[2:]))
+    group.done(plan, len(plan.keys), failed=plan.keys[2:])
     assert group.restoration.settle(0.0)
     assert (group.run.computed, group.run.keys) == (2, [])
     assert len(group.run.pages) == 1
@@ -95,7 +96,7 @@ def test_a_page_whose_name_another_has_taken_is_not_taken_for_a_sealed_one() -> 
     newcomer = group.host.begin(1)
     assert newcomer is not None
     group.host.fill(newcomer, KEY)
-    group.done(plan, len(plan.stripes))
+    group.done(plan, len(plan.keys))
     assert group.restoration.settle(0.0)
     assert [group.host.key(page) for page in group.run.pages[: len(group.run.keys)]] == group.run.keys
     group.host.check()
@@ -108,7 +109,7 @@ def test_an_open_page_of_which_some_tokens_are_back_has_one_writer() -> None:
     assert other is not None
     other.held = True
     plan = group.plan()
-    group.done(plan, len(plan.stripes), failed=tuple(stripe.key for stripe in plan.stripes if stripe.page % 4 > 1))
+    group.done(plan, len(plan.keys), failed=tuple(stripe.key for stripe in stripes_of(plan) if stripe.page % 4 > 1))
     assert group.restoration.settle(0.0)
     assert (group.run.computed, group.run.keys) == (2, [])
     assert not set(group.run.pages) & set(other.pages)

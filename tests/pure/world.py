@@ -76,7 +76,6 @@ from shared.messages import (
     StepPlan,
     StepRaised,
     StoreHello,
-    StripeRestore,
     Submit,
     Tokens,
     Welcome,
@@ -96,6 +95,7 @@ from shared.types import (
     pack_ids,
     unpack_ids,
 )
+from tests.pure.plans import Planned, stripes_of
 
 VOCABULARY = 1000
 EOS = 7
@@ -292,7 +292,8 @@ class World:
                 parity = tuple(
                     ParityShard(self.size + n, here[0].bulk_address, 1) for n in range(self.parity if here else 0)
                 )
-                return StripesFound({key: StoredStripe(parity, (0,)) for key in keys if key in self.parity_of and here})
+                stripe = StoredStripe(parity, (0,) * self.size)
+                return StripesFound({key: stripe for key in keys if key in self.parity_of and here})
 
     def tick(self) -> None:
         """Time passes."""
@@ -752,10 +753,11 @@ class World:
 
     def _decode(self, plan: RestorePlan, by_rank: dict[int, SimWorker]) -> None:
         for rank, worker in by_rank.items():
-            if not any(rank in stripe.lost for stripe in plan.stripes):
+            stripes = stripes_of(plan)
+            if not any(rank in stripe.lost for stripe in stripes):
                 continue
-            for start in range(0, len(plan.stripes), WINDOW):
-                window = plan.stripes[start : start + WINDOW]
+            for start in range(0, len(stripes), WINDOW):
+                window = stripes[start : start + WINDOW]
                 mine = [each for each in window if rank in each.lost]
                 failed = [each.key for each in mine if not self._rebuild(each, plan, by_rank, rank)]
                 worker.out.append(
@@ -765,7 +767,7 @@ class World:
                     )
                 )  # fmt: skip
 
-    def _rebuild(self, stripe: StripeRestore, plan: RestorePlan, by_rank: dict[int, SimWorker], rank: int) -> bool:
+    def _rebuild(self, stripe: Planned, plan: RestorePlan, by_rank: dict[int, SimWorker], rank: int) -> bool:
         """One stripe on a rank that lost it; false if the store has it no more."""
         worker, encoded = by_rank[rank], self.parity_of.get(stripe.key)
         assert len(stripe.lost) <= self.parity

@@ -15,7 +15,7 @@ import torch
 from services.vllm.pages import BlockPages
 from services.vllm.worker import GhostCpuWorker
 from services.worker.agent import app as agent
-from services.worker.memory import Memory
+from services.worker.memory import Ids, Rows
 from services.worker.shadow import copies
 from tests.vllm.orders import CRASH, FOLDER, ON_ALL, ON_ONE, ONCE, SLOW_S
 
@@ -64,9 +64,9 @@ class FaultyWorker(GhostCpuWorker):
 class ForgetfulPages(BlockPages):
     """Where told so, what was decoded, or copied, is not written."""
 
-    def wrote(self, page_id: int, content: Memory, /) -> None:
+    def wrote(self, pages: Ids, content: Rows, /) -> None:
         if not _ordered("forget"):
-            super().wrote(page_id, content)
+            super().wrote(pages, content)
 
 
 def _ordered(order: str) -> bool:

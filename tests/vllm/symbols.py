@@ -31,6 +31,19 @@ vllm.v1.worker.cpu_worker:CPUWorker.compile_or_warm_up_model
 vllm.v1.worker.gpu_worker:Worker.load_model
 vllm.v1.worker.gpu_worker:Worker.execute_model
 vllm.v1.worker.gpu_worker:Worker.initialize_from_config
+vllm.v1.worker.gpu_worker:Worker.__init__
+vllm.v1.worker.gpu_worker:Worker._init_workspace_and_model_runner
+vllm.v1.worker.gpu_worker:Worker.determine_available_memory
+vllm.v1.worker.utils:request_memory
+vllm.utils.mem_utils:MemorySnapshot.__init__
+vllm.model_executor.determinism.batch_invariant:init_batch_invariance
+vllm.distributed.parallel_state:set_custom_all_reduce
+vllm.v1.worker.gpu.model_runner:GPUModelRunner.capture_model
+vllm.v1.worker.gpu.model_runner:GPUModelRunner.profile_run
+vllm.v1.worker.gpu.model_runner:GPUModelRunner._remove_request
+vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.needs_capture
+vllm.compilation.cuda_graph:CUDAGraphWrapper.clear_all_graphs
+vllm.compilation.breakable_cudagraph:BreakableCUDAGraphWrapper.clear_all_graphs
 vllm.v1.worker.gpu_model_runner:GPUModelRunner._update_states
 vllm.v1.worker.gpu_input_batch:InputBatch.remove_request
 vllm.v1.worker.gpu_input_batch:InputBatch.condense
@@ -57,6 +70,13 @@ vllm.utils.ompmultiprocessing:OMPProcessManager.configure_omp_envs
 BODIES = """
 vllm.v1.executor.multiproc_executor:WorkerProc.__init__
 vllm.v1.worker.cpu_worker:CPUWorker.init_device
+vllm.v1.worker.gpu_worker:Worker.init_device
+vllm.v1.worker.gpu_worker:Worker.compile_or_warm_up_model
+vllm.v1.worker.gpu_worker:init_worker_distributed_environment
+vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.capture
+vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.release_graphs
+vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager.dispatch
+vllm.distributed.parallel_state:GroupCoordinator.graph_capture
 vllm.v1.worker.sentinel.gpu_worker_sentinel:WorkerSentinel._clean_worker_state
 vllm.v1.core.sched.scheduler:Scheduler.reset_prefix_cache
 vllm.v1.core.sched.scheduler:Scheduler._preempt_request
@@ -89,6 +109,9 @@ ATTRIBUTES = {
     "vllm.v1.request:Request": "num_stale_output_tokens drop_stale_output num_in_flight_tokens status request_id",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": "requests input_batch kv_caches num_prompt_logprobs "
     "execute_model_state kv_connector_output",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner": "req_states cudagraph_manager execute_model_state kv_caches "
+    "kv_cache_config",
+    "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager": "_graphs_captured graphs",
     "vllm.v1.worker.gpu_input_batch:InputBatch": "req_id_to_index req_ids generators req_prompt_embeds",
     "vllm.v1.executor.multiproc_executor:MultiprocExecutor": "is_failed failure_callback output_rank world_size",
 }

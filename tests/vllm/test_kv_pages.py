@@ -48,7 +48,8 @@ def test_a_page_holds_what_each_layer_holds_of_a_block(worker: Any) -> None:
     for number, cache in enumerate(caches):
         cache.copy_(cache.new_ones(cache.shape) * number)
         cache[5] += 0.5
-    page = to_host(pages.page(5)).view(np.float32).reshape(len(caches), -1)
+    (row,) = pages.rows(np.array([5]), pages.empty)
+    page = to_host(row).view(np.float32).reshape(len(caches), -1)
     assert [set(layer) for layer in page.tolist()] == [{number + 0.5} for number in range(len(caches))]
     assert page.nbytes == sum(cache[5].numel() for cache in caches) * 4
 
@@ -75,7 +76,7 @@ def test_a_page_written_elsewhere_is_that_block(worker: Any) -> None:
     caches = worker.model_runner.kv_caches
     for cache in caches:
         cache.normal_()
-    pages.wrote(7, pages.page(3))
+    pages.wrote(np.array([7]), pages.rows(np.array([3]), pages.empty))
     for cache in caches:
         assert bool((cache[7] == cache[3]).all())
         assert not bool((cache[8] == cache[3]).all())

@@ -436,7 +436,8 @@ class Kernels(CpuRunner):
                     access.append(self._world.at(address, size, writes=column >= program.sources))
             self._world.count("launches")
             self._world.do(stream, "codec", access)
-            super().run(program, [launch], stream)
+            with self._world.lock:  # its threads' places are variables of the library, which all devices share
+                super().run(program, [launch], stream)
 
     def clear(self, address: int, length: int, stream: int) -> None:
         self._world.do(stream, "clear", [self._world.at(address, length, writes=True)])

@@ -11,6 +11,7 @@ from services.vllm.pages import BlockPages
 from services.vllm.rank import HostedRank, Steps
 from services.worker.agent.inventory import Inventory
 from services.worker.device import Fence, HostDevice
+from services.worker.memory import Ids, Room, Rows
 from services.worker.shadow.copies import PageServer, copy_pages
 from services.worker.shadow.stores import StoreClients
 from shared.config import WorkerSettings
@@ -62,7 +63,8 @@ class Moved:
         return copied
 
     def equal(self, page: int) -> bool:
-        return np.array_equal(np.asarray(self.spare.page(page)), np.asarray(self.serving.page(page)))
+        (copied,), (kept,) = (each.rows(np.array([page]), each.empty) for each in (self.spare, self.serving))
+        return np.array_equal(copied, kept)
 
 
 @pytest.mark.parametrize("placed", [IN_PARTS, IN_ONE])
@@ -84,16 +86,16 @@ async def test_a_worker_that_became_another_rank_serves_that_ranks_pages() -> No
 async def test_a_page_that_is_written_while_it_is_read_is_what_it_was_at_one_time() -> None:
     moved = Moved(IN_PARTS)
     reads = 0
-    page = moved.serving.page
+    rows = moved.serving.rows
 
-    def written_meanwhile(number: int) -> object:
+    def written_meanwhile(pages: Ids, room: Room) -> Rows:
         nonlocal reads
         reads += 1
-        content = page(number)
-        moved.serving.wrote(number, np.full(LAYERS * LENGTH, reads, dtype=np.uint8))
+        content = rows(pages, room)
+        moved.serving.wrote(pages, Rows.all(np.full((1, LAYERS * LENGTH), reads, dtype=np.uint8)))
         return content
 
-    moved.serving.page = written_meanwhile  # type: ignore[method-assign, assignment]
+    moved.serving.rows = written_meanwhile  # type: ignore[method-assign, assignment]
     assert not (await moved.copy(4)).reason
     assert reads == 1
 
@@ -115,8 +117,8 @@ async def test_a_spare_of_vllm_prepares_the_pages_of_the_rank_it_is_told_and_of_
     told: list[Message] = []
     stores = StoreClients("", put_deadline_s=5.0, fetch_deadline_s=5.0)
     spare = HostedRank(
-        Steps(), MODEL, BLOCKS, pool_of, WorkerSettings(), GROUP, Inventory(), stores, asyncio.get_running_loop(),
-        told.append,
+        Steps(), MODEL, BLOCKS, pool_of, torch.device("cpu"), WorkerSettings(), GROUP, Inventory(), stores,
+        asyncio.get_running_loop(), told.append,
     )  # fmt: skip
     try:
         spare.submit(Prepare(7, 2))

@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any
 
@@ -86,6 +87,34 @@ def test_an_abort_that_does_not_come_back_holds_up_nobody(ranks: Ranks, monkeypa
     with pytest.raises(CommunicatorAborted):
         one.all_reduce(torch.zeros(1))
     stuck.set()
+
+
+def test_while_a_graph_is_captured_the_watching_thread_asks_the_device_nothing(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA ends a capture with an error where any thread of the process asks for an event meanwhile."""
+    monkeypatch.setattr(torch_dist, "_WATCH", 0.001)
+    capturing, asked, looked = threading.Event(), list[bool](), threading.Event()
+
+    def is_completed(self: object) -> bool:
+        asked.append(capturing.is_set())
+        looked.set()
+        return False
+
+    monkeypatch.setattr("tests.worker.fake_cuda._Queued.is_completed", is_completed)
+    ranks.all(lambda comm: comm.all_reduce(torch.zeros(1)))
+    assert looked.wait(10)
+    with ExitStack() as all_still:
+        for each in ranks.communicators:
+            all_still.enter_context(each.still())
+        capturing.set()
+        before = ranks.communicators[0]._latest
+        ranks.all(lambda comm: comm.all_reduce(torch.zeros(1)))
+        assert ranks.communicators[0]._latest is not before
+        threading.Event().wait(0.05)  # as long as many looks
+        capturing.clear()
+    assert ranks.communicators[0]._latest is before  # what was captured has not run
+    assert True not in asked
 
 
 def test_an_operation_that_does_not_end_is_aborted_after_the_timeout(

@@ -94,7 +94,7 @@ class Ranks:
 
     async def restore(self, stripes: list[StripeRestore], *, tail: bool) -> list[list[RestoreDone]]:
         """What each rank tells on the way."""
-        plan = RestorePlan(1, 1, tuple(stripes), tail)
+        plan = RestorePlan.of(1, 1, tuple(stripes), tail)
         loop = asyncio.get_running_loop()
         told: list[list[RestoreDone]] = [[] for _ in range(K)]
         for rank, restorer in enumerate(self.restorers):
@@ -149,8 +149,9 @@ async def test_a_token_whose_parity_is_gone_is_told_and_not_written(ranks: Ranks
     ranks.pools[1].kv.zero_()
     told = await ranks.restore(stripes, tail=True)
     assert [[each.failed for each in done] for done in told] == [[], [(b"a" * 16,)], []]
-    assert not np.any(ranks.pools[1].tokens.page(6))
-    assert np.any(ranks.pools[1].tokens.page(7))
+    lost, restored = ranks.pools[1].tokens.rows(np.array([6, 7]), ranks.pools[1].tokens.empty)
+    assert not np.any(lost)
+    assert np.any(restored)
 
 
 async def test_a_rank_that_decodes_tells_after_each_window_how_far_it_is(
@@ -198,6 +199,33 @@ async def test_bytes_that_decode_to_something_else_are_told_as_damaged_and_do_no
     _, (done,), _ = await ranks.restore(stripes, tail=False)
     assert (done.failed, done.damaged) == ((keys[0],), 1)
     assert torch.equal(ranks.pools[1].kv[0], before[0])
+
+
+async def test_a_shard_that_is_damaged_or_gone_is_made_up_for_by_another_of_its_stripe(ranks: Ranks) -> None:
+    """The first shard of one stripe is damaged, that of another is gone; of a third both are damaged."""
+    places, keys = [*range(4)], [bytes([place]) * 16 for place in range(4)]
+    await ranks.protect(places, keys, tail=False)
+    shards = ranks.stores.shards
+    stripes = [
+        StripeRestore(
+            place,
+            key,
+            (1,),
+            tuple(ParityShard(K + n, STORE.bulk_address, shards[key, K + n][0].checksum) for n in range(M)),
+            shards[key, K][0].data_checksums,
+        )
+        for place, key in zip(places, keys, strict=True)
+    ]
+    for key, number in ((keys[0], K), (keys[2], K), (keys[2], K + 1)):
+        label, content = shards[key, number]
+        shards[key, number] = label, bytes([content[0] ^ 1]) + content[1:]
+    del shards[keys[1], K]
+    before = ranks.pools[1].kv.clone()
+    ranks.pools[1].kv.zero_()
+    _, (done,), _ = await ranks.restore(stripes, tail=False)
+    assert (done.failed, done.damaged) == ((keys[2],), 3)
+    assert "parity shard differs" in done.reason
+    assert all(torch.equal(ranks.pools[1].kv[page], before[page]) for page in (0, 1, 3))
 
 
 async def protected_or_not(ranks: Ranks, keys: list[bytes]) -> dict[bytes, str]:

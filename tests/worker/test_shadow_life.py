@@ -2,8 +2,10 @@
 
 import asyncio
 import queue
+import threading
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -154,7 +156,7 @@ async def test_an_epoch_that_ends_frees_who_waits_for_a_peer_or_a_step_and_nothi
 async def test_a_store_that_never_answers_holds_up_no_epoch_after_the_one_that_asked_it(group: Group) -> None:
     """A rank is lost again while the parity of the first loss is on its way."""
     await group.begin(1)
-    restore = RestorePlan(1, 1, (STRIPE,))
+    restore = RestorePlan.of(1, 1, (STRIPE,))
     for number, rank in enumerate(group.ranks):
         rank.shadow.prefetch(restore, number, rank.pool.page_bytes)
         rank.shadow.submit(restore)
@@ -177,7 +179,7 @@ async def test_parity_that_comes_while_its_epoch_ends_is_forgotten_or_taken_neve
             outcomes.put(type(error).__name__)
 
     for number in range(200):
-        group.ranks[1].restorer.prefetch(RestorePlan(1, number, (STRIPE,)), 1, 64)
+        group.ranks[1].restorer.prefetch(RestorePlan.of(1, number, (STRIPE,)), 1, 64)
         taking = asyncio.get_running_loop().run_in_executor(None, take, number)
         for _ in range(number % 7):
             await asyncio.sleep(0)
@@ -204,3 +206,34 @@ async def test_an_error_of_the_shadow_is_told_as_no_loss_of_the_rank_and_its_thr
     assert "a bug" in told[0].reason
     await group.begin(2)
     await group.protects(2)
+
+
+async def test_while_it_is_paused_no_plan_is_begun_and_none_is_interrupted(group: Group) -> None:
+    """A CUDA graph is captured meanwhile. To wait for a plan could mean to wait for a rank that waits for this one."""
+    await group.begin(1)
+    one, begun, goes_on = group.ranks[0], threading.Event(), threading.Event()
+    protect = one.protector.protect
+
+    def slow(*given: Any) -> None:
+        begun.set()
+        goes_on.wait(WAIT_S)
+        protect(*given)
+
+    one.protector.protect = slow  # type: ignore[method-assign]
+    protecting = asyncio.create_task(group.protects(1))
+    assert await asyncio.to_thread(begun.wait, WAIT_S)
+    with one.shadow.paused() as still:
+        assert not still
+    goes_on.set()
+    await protecting
+    begun.clear()
+    async with asyncio.timeout(WAIT_S):
+        while True:
+            with one.shadow.paused() as still:
+                if still:
+                    for rank in group.ranks:
+                        rank.shadow.submit(plan(1))
+                    assert not await asyncio.to_thread(begun.wait, 0.1)
+                    break
+            await asyncio.sleep(0.001)
+    assert await asyncio.to_thread(begun.wait, WAIT_S)

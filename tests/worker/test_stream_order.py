@@ -12,9 +12,11 @@ import pytest_asyncio
 import torch
 
 from kernels.cuda import CudaCodec
+from services.vllm.rank import Steps
 from services.worker.agent.inventory import Inventory
 from services.worker.device import Fence
 from services.worker.engine.kv_pool import KVPool
+from services.worker.memory import Rows
 from services.worker.shadow.coder import CudaCoder
 from services.worker.shadow.protect import Protector
 from services.worker.shadow.restore import Restorer
@@ -72,6 +74,24 @@ class Rank:
         return torch.index_select(self.pool.slots, 0, _slots(pages))
 
 
+class VllmRank(Rank):
+    """One whose model is vLLM's, on the main thread of its process."""
+
+    def __init__(self, *given: Any):
+        super().__init__(*given)
+        self.steps = Steps(shadow=self.shadow)
+
+    def step(self, number: int, pages: list[int], content: torch.Tensor) -> None:
+        self.steps.begin()
+        self.pool.slots.index_copy_(0, _slots(pages), content)
+        self.steps.end()
+        self.shadow._step = number  # which nobody tells: its pages are sealed when the step has come back
+
+    def seen(self, pages: list[int]) -> torch.Tensor:
+        self.steps.begin()
+        return torch.index_select(self.pool.slots, 0, _slots(pages))
+
+
 def _slots(pages: list[int]) -> torch.Tensor:
     return torch.tensor([page * 4 * PAGE_TOKENS + at for page in pages for at in range(4 * PAGE_TOKENS)])
 
@@ -79,11 +99,11 @@ def _slots(pages: list[int]) -> torch.Tensor:
 class Ranks:
     """K ranks in one world."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type[Rank] = Rank) -> None:
         self.world, self.stores, self.told = World(), Stores(), list[Message]()
         self.passed_on: list[Clock] = []
         wire = Wire(self.world, K)
-        self.ranks = [Rank(number, self.world, wire, self.stores, self.tell) for number in range(K)]
+        self.ranks = [kind(number, self.world, wire, self.stores, self.tell) for number in range(K)]
 
     async def until(self, done: Callable[[], bool]) -> None:
         async with asyncio.timeout(20):
@@ -120,7 +140,7 @@ class Ranks:
 
     async def restore(self, pages: list[int], keys: list[bytes], *, tail: bool = False) -> None:
         stripes = tuple(self.stores.stripe(page, key, (LOST,)) for page, key in zip(pages, keys, strict=True))
-        plan = RestorePlan(1, 1, stripes, tail)
+        plan = RestorePlan.of(1, 1, stripes, tail)
         rank = self.ranks[LOST]
         rank.shadow.prefetch(plan, LOST, (rank.pool.tokens if tail else rank.pool).page_bytes)
         for each in self.ranks:
@@ -172,6 +192,24 @@ async def test_everything_is_in_order_and_lost_pages_come_back(ranks: Ranks, tai
     assert ranks.world.counts["copies that are not pinned"] == 0
 
 
+async def test_the_same_is_so_where_the_model_is_vllms() -> None:
+    group = Ranks(VllmRank)
+    try:
+        assert await group.live() == []
+    finally:
+        await asyncio.to_thread(group.close)
+
+
+@pytest.mark.parametrize("part", ["begin", "end"])
+async def test_each_mark_of_vllms_steps_is_needed(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Steps, part, lambda self: None)
+    group = Ranks(VllmRank)
+    try:
+        assert any("hazard" in each for each in await group.live(tail=part == "begin"))
+    finally:
+        await asyncio.to_thread(group.close)
+
+
 class _Nothing(Fence):
     """A fence that orders nothing."""
 
@@ -214,8 +252,13 @@ def kernels_on_another_stream(ranks: Ranks, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(FakeCuda, "address", 0)
 
 
+def _in_host(rows: Rows) -> Rows:
+    assert not isinstance(rows.memory, torch.Tensor)
+    return Rows(torch.from_numpy(rows.memory), rows.index)
+
+
 def shards_left_in_host_memory(ranks: Ranks, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(CudaCoder, "_copy_in", lambda self, shards: [torch.from_numpy(each) for each in shards])
+    patch.setattr(CudaCoder, "_copy_in", lambda self, shards: iter(map(_in_host, shards)))
 
 
 @pytest.mark.parametrize(

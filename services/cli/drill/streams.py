@@ -50,6 +50,7 @@ async def stream_all(
     watch: Callable[[int, Stream], None] = lambda index, stream: None,
     background: Callable[[], Awaitable[None]] | None = None,
     tolerant: bool = False,
+    deadline_s: float = STREAM_DEADLINE_S,
 ) -> list[Stream]:
     """Stream one completion for each prompt, all at once. The cache salt keeps runs from sharing pages.
 
@@ -57,7 +58,7 @@ async def stream_all(
     """
     model, tokens = (await cluster.status())["served_name"], max_tokens or options.max_tokens
     digest = digest and not cluster.hosted
-    async with cluster.client(STREAM_DEADLINE_S) as session, asyncio.TaskGroup() as tasks:
+    async with cluster.client(deadline_s) as session, asyncio.TaskGroup() as tasks:
         if background is not None:
             tasks.create_task(_awaited(background()))
         running = [

@@ -271,7 +271,7 @@ class Restoration:
             self._plans += 1
             decoding = {rank: 0 for stripe in stripes for rank in stripe.lost}
             self._batches[self._plans] = Batch(tuple(stripes), tail, decoding)
-            self._outbox.to_ranks(RestorePlan(self._membership.epoch, self._plans, tuple(stripes), tail))
+            self._outbox.to_ranks(RestorePlan.of(self._membership.epoch, self._plans, stripes, tail))
 
     def _current(self, stripe: StripeRestore, *, tail: bool) -> bool:
         """Whether that is still to be done: its request may have ended meanwhile, and the page have been given away."""

@@ -56,6 +56,17 @@ class Timeline:
             self.current = Recovery(now, reason)
         return self.current
 
+    def explained(self, worker: str, why: str) -> None:
+        """Why a worker was lost is better known now than when its recovery began."""
+
+        def reason(told: str) -> str:
+            rank, mark, _ = told.partition(f"({worker}): ")
+            return rank + mark + why if mark else told
+
+        if self.current is not None:
+            self.current.reason = reason(self.current.reason)
+        self.records = [replace(record, reason=reason(record.reason)) for record in self.records]
+
     def joined(self, now: float) -> None:
         """The ranks are connected."""
         if self.current is not None:

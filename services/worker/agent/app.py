@@ -1,6 +1,7 @@
 """A worker process: control channel on the event loop, model on the compute thread, protection in the shadow."""
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -17,6 +18,7 @@ from services.worker.agent.assembly import make_runner
 from services.worker.agent.inventory import Inventory
 from services.worker.agent.rank_engine import Load, RankEngine
 from services.worker.device import watch
+from services.worker.identity import host_id
 from services.worker.shadow.copies import PageServer, copy_pages
 from services.worker.shadow.stores import StoreClients
 from shared.channel import REDIAL_S, Channel, dial
@@ -135,7 +137,7 @@ class Worker:
     def _hello(self, own_address: str) -> WorkerHello:
         self._own_address = own_address
         self._address = self._settings.advertise_host or own_address
-        return WorkerHello(self._name, socket.gethostname(), _host_id(), os.getpid(), self._device)
+        return WorkerHello(self._name, socket.gethostname(), host_id(), os.getpid(), self._device)
 
     async def _settle(self) -> None:
         """Wait until nothing of the epoch before is computed any more. Raises GhostError if that does not end, or if
@@ -181,6 +183,7 @@ class Worker:
         self._runner = await asyncio.to_thread(
             self._load_engine, config, self._inventory, self._stores, self._loop, self._report
         )
+        gc.freeze()  # a full collection of all that is loaded takes 0.3 s, and would come in the middle of a restore
         self._runner.shadow.device.bind()
         watch(self._runner.shadow.device, self._device_failed, self._ended)
         log.info("ready in %.2f s: %d pages", time.monotonic() - began, self._runner.pages)
@@ -279,9 +282,3 @@ async def _show_life(folder: str, name: str) -> None:
         except OSError as error:
             raise ConfigError(f"alive_dir {folder}: {error.strerror}") from error
         await asyncio.sleep(ALIVE_S)
-
-
-def _host_id() -> str:
-    """Equal for processes that can open each other's files under /proc: one kernel, one PID namespace."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}/{os.readlink('/proc/self/ns/pid')}"

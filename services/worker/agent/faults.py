@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy as np
+
 import services.worker.communicator.meeting
 from shared import faults
 from shared.errors import CommunicatorAborted, DeadlineExceeded
@@ -112,8 +114,8 @@ class _Breakage:
     def corrupt_pages(self) -> None:
         """The lowest bit of each page flips."""
         pool = self._worker._runner.pool
-        for number in range(pool.pages):
-            pool.page(number)[0] ^= 1
+        for page in pool.rows(np.arange(pool.pages), pool.empty):
+            page[0] ^= 1
 
     def corrupt_wire(self) -> None:
         """The lowest bit of each shard flips on its way, after its checksum was taken."""

@@ -5,16 +5,24 @@ and shares its memory for code. The parent runs no event loop and no tensor oper
 """
 
 import asyncio
+import contextlib
+import gc
 import logging
 import os
 import signal
+import socket
 import time
 
 from services.worker.device_health import DeviceWatch, failure
 from services.worker.engine.host_slices import host_memory
+from services.worker.identity import host_id
 from shared import logs
+from shared.channel import dial
 from shared.config import WorkerSettings, default_name
+from shared.errors import GhostError
+from shared.messages import Goodbye, WorkerHello
 from shared.service import EXIT_CONFIG, die_with_parent, run_service
+from shared.tls import client_context
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +44,8 @@ def supervise(settings: WorkerSettings) -> int:
     logs.configure("supervisor", settings.log_level, as_json=settings.log_json)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages, which a dying process gives back sooner
     import services.worker.agent.app  # noqa: F401  what the forks share
+
+    gc.freeze()  # no fork looks through it again: that takes 0.3 s, and writes to memory that is shared
 
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     if settings.device.startswith("cuda"):
@@ -59,6 +69,8 @@ class _Host:
         self._watch = DeviceWatch(set(self._devices.values()))
         self._prefix = settings.name or f"{default_name('worker')}-{os.urandom(2).hex()}"  # others may be on this host
         self._pids: dict[int, int] = {}
+        self._names: dict[int, str] = {}
+        self._telling: set[int] = set()  # processes that tell the coordinator of a device that has failed
         self._started: dict[int, float] = {}
         self._backoff: dict[int, float] = {}
         self._due: dict[int, float] = {}
@@ -73,7 +85,7 @@ class _Host:
         pid = os.fork()
         if pid == 0:
             os._exit(_child(self._settings, name, _device(self._settings.device, place), self._host_memory))
-        self._pids[place] = pid
+        self._pids[place], self._names[place] = pid, name
         self._started[place] = time.monotonic()
         self._due.pop(place, None)
         self._wrong.discard(place)
@@ -93,7 +105,7 @@ class _Host:
             if self._reap():
                 self._stop()
                 return EXIT_CONFIG
-            if not self._pids and not self._due:
+            if not self._pids and not self._due and not self._telling:
                 log.error("no device is left")
                 return 1
             if grace_s:
@@ -109,6 +121,7 @@ class _Host:
 
     def _reap(self) -> bool:
         """Take note of the workers that stopped, go on, or died. True if all say that their settings are wrong."""
+        self._telling = {pid for pid in self._telling if not os.waitpid(pid, os.WNOHANG)[0]}
         for place, pid in list(self._pids.items()):
             done, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
             if not done:
@@ -132,12 +145,25 @@ class _Host:
             how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             if why := failure(self._watch.health(self._devices[place])) if place in self._devices else "":
                 log.error("worker %d (pid %d) died with %s: %s. It is not started again", place, pid, how, why)
+                self._tell(place, pid, why)
                 continue
             self._due[place] = time.monotonic() + pause
             log.warning(
                 "worker %d (pid %d) died with %s after %.1f s; restarted in %.1f s", place, pid, how, lived, pause
             )
         return len(self._wrong) == self._settings.count
+
+    def _tell(self, place: int, died: int, why: str) -> None:
+        """Have the coordinator told why a worker died, in its name: by a fork, since this process has no event loop."""
+        pid = os.fork()
+        if pid == 0:
+            die_with_parent()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            hello = WorkerHello(
+                self._names[place], socket.gethostname(), host_id(), died, f"cuda:{self._devices[place]}"
+            )
+            os._exit(asyncio.run(tell_of_death(self._settings, hello, why)))
+        self._telling.add(pid)
 
     def _stop(self) -> int:
         for pid in self._pids.values():
@@ -153,6 +179,21 @@ class _Host:
                     break
                 signal.sigtimedwait({signal.SIGCHLD}, 0.1)
         return 1 if late else 0
+
+
+async def tell_of_death(settings: WorkerSettings, worker: WorkerHello, why: str) -> int:
+    """Say goodbye to the coordinator for a worker that can't any more. Returns an exit code."""
+    tls, url, limit_s = client_context(settings.tls_ca_file), settings.coordinator_url, settings.dial_deadline_s
+    try:
+        async with dial(url, settings.secret, lambda _: worker, limit_s, tls) as (channel, _):
+            channel.send(Goodbye(why))
+            with contextlib.suppress(GhostError):
+                while not isinstance(await channel.receive(limit_s), Goodbye):  # its answer
+                    pass
+    except GhostError as error:
+        log.error("the coordinator is not told that %s: %s", why, error)
+        return 1
+    return 0
 
 
 def _device(device: str, place: int) -> str:

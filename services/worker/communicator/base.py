@@ -6,6 +6,7 @@ thread at a time; `abort` may come from any thread. After an error it is of no u
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,6 +58,10 @@ class Communicator(ABC):
     def check(self) -> None:  # noqa: B027  most operations have come to their end when they return
         """Raise as an operation would if one that was asked for did not come to its end. To be called before anything
         leaves this rank that was computed from what others sent: over NCCL, operations only queue."""
+
+    def still(self) -> AbstractContextManager[object]:
+        """While this is entered no thread of the communicator's own touches the device: a CUDA graph is captured."""
+        return nullcontext()
 
     @abstractmethod
     def abort(self) -> None:

@@ -12,8 +12,9 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -150,8 +151,11 @@ class _GroupCommunicator(Communicator):
     def _exchange(self, sent: torch.Tensor, lengths_out: list[int], lengths_in: list[int]) -> torch.Tensor:
         """Send uint8 `sent`, cut by lengths_out; return what came, in rank order."""
         came = torch.empty(sum(lengths_in), dtype=torch.uint8, device=self._device)
-        self._run(lambda: self._group.alltoall_base(came, sent, lengths_in, lengths_out, c10d.AllToAllOptions()))
+        self._receive(came, sent, lengths_in, lengths_out)
         return came
+
+    def _receive(self, into: torch.Tensor, sent: torch.Tensor, lengths_in: list[int], lengths_out: list[int]) -> None:
+        self._run(lambda: self._group.alltoall_base(into, sent, lengths_in, lengths_out, c10d.AllToAllOptions()))
 
     @property
     def _device(self) -> torch.device:
@@ -251,6 +255,7 @@ class NcclCommunicator(_GroupCommunicator):
         self._late = False
         self._ending: threading.Thread | None = None
         self._abort_once = threading.Lock()
+        self._looking = threading.Lock()
         self._latest: c10d.Work | None = None
         group = self._connect(store, timeout)
         threading.Thread(target=self._watch, name="nccl-watch", daemon=True).start()
@@ -291,15 +296,19 @@ class NcclCommunicator(_GroupCommunicator):
         self._check_exchange(send, receive)
         lengths_out = [sum(map(len, buffers)) for buffers in send]
         lengths_in = [sum(map(len, buffers)) for buffers in receive]
-        sent = self._flat(buffer for buffers in send for buffer in buffers)
-        came = self._exchange(sent, lengths_out, lengths_in)
+        sent = self._flat([buffer for buffers in send for buffer in buffers])
         into = [self._here(buffer) for buffers in receive for buffer in buffers]
+        if (whole := _side_by_side(into)) is not None:
+            self._receive(whole, sent, lengths_in, lengths_out)
+            return
+        came = self._exchange(sent, lengths_out, lengths_in)
         for buffer, part in zip(into, torch.split(came, [len(buffer) for buffer in into]), strict=True):
             buffer.copy_(part)
 
-    def _flat(self, buffers: Iterable[Memory]) -> torch.Tensor:
+    def _flat(self, buffers: Sequence[Memory]) -> torch.Tensor:
         """The buffers end to end, on this rank's device."""
-        return torch.cat([torch.empty(0, dtype=torch.uint8, device=self._device), *map(self._here, buffers)])
+        here = [self._here(buffer) for buffer in buffers]
+        return here[0] if len(here) == 1 else torch.cat([torch.empty(0, dtype=torch.uint8, device=self._device), *here])
 
     def _here(self, buffer: Memory) -> torch.Tensor:
         """A buffer as a tensor. Raises ProtocolError if it is in host memory: NCCL does not go there."""
@@ -334,11 +343,27 @@ class NcclCommunicator(_GroupCommunicator):
                 if self._latest is not seen:
                     seen = watched = self._latest
                     since = time.monotonic()
-            elif _is_done(watched):
+            elif self._is_done(watched):
                 watched = None
             elif time.monotonic() - since > self.timeout:
                 self._late = True
                 self.abort()
+
+    def _is_done(self, work: c10d.Work) -> bool:
+        with self._looking:
+            try:
+                return work.is_completed()
+            except RuntimeError:  # it failed: what follows will tell
+                return True
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        with self._looking:
+            before = self._latest
+            try:
+                yield
+            finally:
+                self._latest = before  # those that were captured have not run
 
     def abort(self) -> None:
         """NCCL's own abort may wait for the device: it has a thread of its own, and nobody here waits for it."""
@@ -357,11 +382,16 @@ class NcclCommunicator(_GroupCommunicator):
                 log.error("NCCL's abort does not come back within %.0f s: the device may be stuck", _ABORT)
 
 
-def _is_done(work: c10d.Work) -> bool:
-    try:
-        return work.is_completed()
-    except RuntimeError:  # it failed: what follows will tell
-        return True
+def _side_by_side(buffers: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Buffers that follow each other in one piece of memory, as one; None: they don't."""
+    if not buffers:
+        return None
+    first, end = buffers[0], buffers[0].data_ptr()
+    for buffer in buffers:
+        if buffer.data_ptr() != end or buffer.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return None
+        end += buffer.nbytes
+    return first.as_strided((end - first.data_ptr(),), (1,))
 
 
 def _own_address(host: str) -> str:

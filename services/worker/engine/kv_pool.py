@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import xxhash
 
-from services.worker.memory import Bytes, Memory
+from services.worker.memory import Bytes, Ids, Memory, Room, Rows, on_device
 
 _HUGE_PAGE = 2 << 20
 
@@ -61,12 +61,18 @@ class KVPool:
         self._bytes = flat.view(torch.uint8).view(pages, self.page_bytes)
         self._host: Bytes | None = self._bytes.numpy() if self.device.type == "cpu" else None
 
-    def page(self, page_id: int) -> Memory:
-        """One page as writable bytes, uint8 [page_bytes] on the pool's device, without a copy."""
-        if not 0 <= page_id < self.pages:
-            raise IndexError(f"page {page_id} of {self.pages}")
-        page: Memory = self._bytes[page_id] if self._host is None else self._host[page_id]
-        return page
+    def rows(self, pages: Ids, room: Room) -> Rows:
+        """Pages as writable bytes, without a copy."""
+        if len(pages) and not (pages.min() >= 0 and pages.max() < self.pages):
+            raise IndexError(f"pages {pages.min()} to {pages.max()} of {self.pages}")
+        return Rows(self.bytes, pages)
+
+    def targets(self, pages: Ids, room: Room) -> Rows:
+        """The pages themselves."""
+        return self.rows(pages, room)
+
+    def wrote(self, pages: Ids, content: Rows) -> None:
+        """Nothing to do: what `rows` returns is the pool itself."""
 
     def empty(self, count: int) -> Memory:
         """New memory for `count` pages on the pool's device: uint8 [count, page_bytes]."""
@@ -74,12 +80,10 @@ class KVPool:
             return torch.empty(count, self.page_bytes, dtype=torch.uint8, device=self.device)
         return np.empty((count, self.page_bytes), dtype=np.uint8)
 
-    def target(self, page_id: int, scratch: Memory) -> Memory:
-        """The page itself."""
-        return self.page(page_id)
-
-    def wrote(self, page_id: int, content: Memory) -> None:
-        """Nothing to do: what `page` returns is the pool itself."""
+    @property
+    def bytes(self) -> Memory:
+        """All pages, uint8 [pages, page_bytes]."""
+        return self._bytes if self._host is None else self._host
 
     @property
     def tokens(self) -> "TokenSlots":
@@ -104,33 +108,44 @@ class TokenSlots:
 
     def __init__(self, pool: KVPool) -> None:
         self._pool = pool
+        self._parts = pool.layers * 2
         self.page_bytes = pool.page_bytes // pool.page_tokens
 
-    def page(self, slot: int) -> Memory:
-        """A token's KV in all layers, put together: uint8 [page_bytes], a copy."""
-        return self._rows(slot).reshape(-1)
-
-    def target(self, slot: int, scratch: Memory) -> Memory:
-        """`scratch`: a token's KV is in many places."""
-        return scratch
-
-    def wrote(self, slot: int, content: Memory) -> None:
-        """Put a token's KV back to where its layers have it."""
-        rows = self._rows(slot)
-        if isinstance(rows, torch.Tensor):
-            rows.copy_(torch.as_tensor(content).reshape(rows.shape))
+    def rows(self, slots: Ids, room: Room) -> Rows:
+        """Tokens' KV in all layers, each put together: copies."""
+        cache, index = self._cache(slots)
+        if isinstance(cache, torch.Tensor):
+            content: Memory = torch.index_select(cache, 0, on_device(index, cache.device))
         else:
-            rows[:] = content.reshape(rows.shape)
+            content = np.take(cache, index, axis=0)
+        return Rows.all(content.reshape(len(slots), self.page_bytes))
+
+    def targets(self, slots: Ids, room: Room) -> Rows:
+        """`room`: a token's KV is in many places."""
+        return Rows.all(room(len(slots)))
+
+    def wrote(self, slots: Ids, content: Rows) -> None:
+        """Put tokens' KV back to where their layers have it."""
+        if not len(slots):
+            return
+        cache, index = self._cache(slots)
+        (flat,) = content.flat() if content.consecutive else Rows.all(content.memory[content.index]).flat()
+        parts = flat.reshape(len(index), -1)
+        if isinstance(cache, torch.Tensor):
+            cache.index_copy_(0, on_device(index, cache.device), torch.as_tensor(parts))
+        else:
+            cache[index] = parts
 
     def empty(self, count: int) -> Memory:
         """New memory for `count` tokens on the pool's device: uint8 [count, page_bytes]."""
         return self._pool.empty(-(-count // self._pool.page_tokens)).reshape(-1, self.page_bytes)[:count]
 
-    def _rows(self, slot: int) -> Memory:
-        """uint8 [layers * 2, bytes of a token's keys or values in one layer], a view of the pool."""
+    def _cache(self, slots: Ids) -> tuple[Memory, Ids]:
+        """The pool as one row a token and layer's keys or values; which of them make up these tokens, in order."""
         pool = self._pool
-        page, offset = divmod(slot, pool.page_tokens)
-        return pool.page(page).reshape(pool.layers * 2, pool.page_tokens, -1)[:, offset]
+        pages, offsets = np.divmod(slots, pool.page_tokens)
+        index = (pages[:, None] * self._parts + np.arange(self._parts)) * pool.page_tokens + offsets[:, None]
+        return pool.bytes.reshape(pool.pages * self._parts * pool.page_tokens, -1), index.reshape(-1)
 
 
 def _zeros(size: int, device: torch.device) -> torch.Tensor:

@@ -5,7 +5,7 @@ model's, and only parity crosses to host memory, through pinned buffers.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from kernels.codec import Codec, DecodePlan, checksum, make_codec
 from kernels.cuda import CudaCodec
 from services.worker.device import Device
-from services.worker.memory import Bytes, Memory, to_host
+from services.worker.memory import Bytes, Memory, Rows, Sums, to_host
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +43,11 @@ class Coder(ABC):
     def _prepare(self, plans: Sequence[DecodePlan]) -> None: ...
 
     @abstractmethod
-    def encode(self, stripes: Sequence[Sequence[Memory]]) -> Encoded:
-        """The parity of a batch of stripes, at least one, each of k pages on this coder's device."""
+    def encode(self, data: Sequence[Rows]) -> Encoded:
+        """The parity of a batch of stripes, at least one: k ranks' pages of them, on this coder's device."""
 
     @abstractmethod
-    def decode(self, plan: DecodePlan, sources: Sequence[Sequence[Memory]], targets: Sequence[Memory]) -> Sequence[int]:
+    def decode(self, plan: DecodePlan, sources: Sequence[Rows], targets: Rows) -> Sums:
         """Write the plan's one target of each stripe of a batch, given its sources in the plan's order.
 
         Sources lie in host memory or on the device. Returns each target's checksum, as `encode` makes it of data
@@ -61,22 +61,15 @@ class HostCoder(Coder):
     def _prepare(self, plans: Sequence[DecodePlan]) -> None:
         self.codec.prepare(plans)
 
-    def encode(self, stripes: Sequence[Sequence[Memory]]) -> Encoded:
-        parity = np.empty((len(stripes), self.m, len(stripes[0][0])), dtype=np.uint8)
-        sums = []
-        for data, rows in zip(stripes, parity, strict=True):
-            shards = [to_host(shard) for shard in data]
-            self.codec.encode(shards, list(rows))
-            sums.append(tuple(checksum(shard) for shard in shards))
-        return Encoded(parity, sums)
+    def encode(self, data: Sequence[Rows]) -> Encoded:
+        parity = np.empty((len(data[0]), self.m, data[0].length), dtype=np.uint8)
+        self.codec.encode_at(_addresses([*data, *_shards(parity)]), data[0].length)
+        sums = zip(*(map(checksum, map(to_host, pages)) for pages in data), strict=True)
+        return Encoded(parity, list(sums))
 
-    def decode(self, plan: DecodePlan, sources: Sequence[Sequence[Memory]], targets: Sequence[Memory]) -> Sequence[int]:
-        sums = []
-        for stripe, target in zip(sources, targets, strict=True):
-            page = to_host(target)
-            self.codec.reconstruct(plan, [to_host(source) for source in stripe], [page])
-            sums.append(checksum(page))
-        return sums
+    def decode(self, plan: DecodePlan, sources: Sequence[Rows], targets: Rows) -> Sums:
+        self.codec.reconstruct_at(plan, _addresses([*sources, targets]), targets.length)
+        return np.fromiter(map(checksum, map(to_host, targets)), dtype=np.uint64, count=len(targets))
 
 
 class CudaCoder(Coder):
@@ -96,48 +89,38 @@ class CudaCoder(Coder):
     def _prepare(self, plans: Sequence[DecodePlan]) -> None:
         self.codec.prepare(plans, sums=True)
 
-    def encode(self, stripes: Sequence[Sequence[Memory]]) -> Encoded:
-        length = len(stripes[0][0])
-        parity = self._empty(len(stripes), self.m, length)
-        sums = self._empty(len(stripes), self.k + self.m, dtype=torch.int64)
-        addresses = _addresses([[*data, *rows] for data, rows in zip(stripes, parity, strict=True)])
+    def encode(self, data: Sequence[Rows]) -> Encoded:
+        count, length = len(data[0]), data[0].length
+        parity = self._empty(count, self.m, length)
+        sums = self._empty(count, self.k + self.m, dtype=torch.int64)
+        addresses = _addresses([*data, *_shards(parity)])
         self.codec.encode_at(addresses, length, stream=self._device.address, sums=sums.data_ptr())
         host, told = self._copy_out(parity), self._copy_out(sums)
         self._device.finish()
-        return Encoded(host.numpy(), [tuple(map(int, row)) for row in _unsigned(told)[:, : self.k]])
+        return Encoded(host.numpy(), [tuple(row) for row in _unsigned(told)[:, : self.k].tolist()])
 
-    def decode(self, plan: DecodePlan, sources: Sequence[Sequence[Memory]], targets: Sequence[Memory]) -> Sequence[int]:
-        from_host = [each for stripe in sources for each in stripe if not isinstance(each, torch.Tensor)]
-        copied = self._copy_in(from_host)
-        here = iter(copied)
+    def decode(self, plan: DecodePlan, sources: Sequence[Rows], targets: Rows) -> Sums:
+        here = self._copy_in([each for each in sources if not isinstance(each.memory, torch.Tensor)])
         sums = self._empty(len(targets), self.k + 1, dtype=torch.int64)
-        addresses = _addresses(
-            [
-                [*(each if isinstance(each, torch.Tensor) else next(here) for each in stripe), target]
-                for stripe, target in zip(sources, targets, strict=True)
-            ]
-        )
-        self.codec.reconstruct_at(plan, addresses, len(targets[0]), stream=self._device.address, sums=sums.data_ptr())
+        there = [each if isinstance(each.memory, torch.Tensor) else next(here) for each in sources]
+        addresses = _addresses([*there, targets])
+        self.codec.reconstruct_at(plan, addresses, targets.length, stream=self._device.address, sums=sums.data_ptr())
         told = self._copy_out(sums)
         self._device.finish()
-        return [int(each) for each in _unsigned(told)[:, self.k]]
+        return _unsigned(told)[:, self.k]
 
-    def _copy_in(self, shards: Sequence[Bytes]) -> torch.Tensor:
-        """Shards from host memory, [shards, length] on the device; those that lie side by side in one copy.
+    def _copy_in(self, shards: Sequence[Rows]) -> Iterator[Rows]:
+        """Shards from host memory, those of one piece of memory in one copy.
 
         On a stream of its own, beside the exchange that brings the others.
         """
         with self._device.on(self._copies):
-            there = self._empty(len(shards), len(shards[0]) if shards else 0)
-            start = 0
-            for at in range(1, len(shards) + 1):
-                if at == len(shards) or shards[at].ctypes.data != shards[at - 1].ctypes.data + len(shards[0]):
-                    run = _side_by_side(shards[start], at - start)
-                    there[start:at].copy_(torch.from_numpy(run), non_blocking=True)
-                    start = at
+            there = [torch.empty(each.memory.shape, dtype=torch.uint8, device=self._device.where) for each in shards]
+            for target, each in zip(there, shards, strict=True):
+                target.copy_(torch.from_numpy(each.memory), non_blocking=True)
             copied = self._device.mark()
         self._device.wait(copied)
-        return there
+        return (Rows(memory, each.index) for memory, each in zip(there, shards, strict=True))
 
     def _copy_out(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same in host memory once the stream has got there."""
@@ -147,21 +130,19 @@ class CudaCoder(Coder):
         return torch.empty(shape, dtype=dtype, device=self._device.where)
 
 
-def _side_by_side(first: Bytes, count: int) -> Bytes:
-    """Shards in host memory that follow each other without gaps: uint8 [count, length]."""
-    return np.lib.stride_tricks.as_strided(first, (count, len(first)), (len(first), 1))
-
-
-def _unsigned(sums: torch.Tensor) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint64]]":
+def _unsigned(sums: torch.Tensor) -> Sums:
     return sums.numpy().view(np.uint64)
 
 
-def _addresses(stripes: Sequence[Sequence[Memory]]) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint64]]":
-    """uint64 [stripes, shards]: where tensors lie."""
-    return np.array(
-        [[shard.data_ptr() for shard in stripe if isinstance(shard, torch.Tensor)] for stripe in stripes],
-        dtype=np.uint64,
-    )
+def _shards(parity: Memory) -> list[Rows]:
+    """Of parity [stripes, m, length], each of the m."""
+    count, m, length = parity.shape
+    return [Rows(parity.reshape(count * m, length), np.arange(count) * m + number) for number in range(m)]
+
+
+def _addresses(shards: Sequence[Rows]) -> Sums:
+    """uint64 [stripes, shards]: where they lie."""
+    return np.stack([each.addresses for each in shards], axis=1)
 
 
 def make_coder(k: int, m: int, device: Device) -> Coder:

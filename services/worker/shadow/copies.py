@@ -51,7 +51,8 @@ class PageServer:
         page = int.from_bytes(ref.page_key, "big")
         if page < self._pages and ref in (wanted := _refs(page, pool.page_bytes)):
             if page not in read:
-                read[page] = to_host(pool.page(page))
+                (content,) = pool.rows(np.array([page]), pool.empty)
+                read[page] = to_host(content)
             if ref == wanted[_CONTENT]:
                 return read[page].data
             return memoryview(checksum(read[page]).to_bytes(_CHECKSUM_BYTES, "big"))
@@ -99,9 +100,10 @@ def _write(pages: Sequence[int], content: Bytes, sums: Bytes, pool: PageBytes) -
     for page, row, recorded in zip(pages, content, sums, strict=True):
         if checksum(row) != int.from_bytes(recorded.tobytes(), "big"):
             return f"page {page} arrived damaged"
-    for page, row in zip(pages, content, strict=True):
-        place = pool.target(page, row)
-        if place is not row:
+    index = np.array(pages)
+    targets = pool.targets(index, lambda _: content)
+    if targets.memory is not content:
+        for place, row in zip(targets, content, strict=True):
             write(place, row)
-        pool.wrote(page, place)
+    pool.wrote(index, targets)
     return ""

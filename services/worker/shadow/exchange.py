@@ -4,12 +4,16 @@ Knows pages of bytes and a communicator, nothing of models, so that another engi
 """
 
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
 
 from services.worker.communicator.base import Communicator
-from services.worker.memory import Memory
+from services.worker.memory import Ids, Memory, Room, Rows
 from shared.errors import CommunicatorAborted
 from shared.types import round_pages
 from shared.types.keys import ROUND_BYTES
@@ -20,21 +24,35 @@ class PageBytes(Protocol):
 
     page_bytes: int
 
-    def page(self, page_id: int, /) -> Memory:
-        """One page: writable, uint8 [page_bytes]; `wrote` says that it was changed."""
+    def rows(self, pages: Ids, room: Room, /) -> Rows:
+        """These pages, to be read: where they lie, or brought together in `room`."""
         ...
 
-    def target(self, page_id: int, scratch: Memory, /) -> Memory:
-        """Where to write all of a page anew, before `wrote`: the page itself, or `scratch` where it is in parts."""
+    def targets(self, pages: Ids, room: Room, /) -> Rows:
+        """Where to write all of these pages anew, before `wrote`: the pages, or `room` where they are in parts."""
         ...
 
-    def wrote(self, page_id: int, content: Memory, /) -> None:
-        """`content`, which `page` or `target` returned, was changed: it counts from now on."""
+    def wrote(self, pages: Ids, content: Rows, /) -> None:
+        """`content`, which `rows` or `targets` returned, was changed: it counts from now on."""
         ...
 
     def empty(self, count: int, /) -> Memory:
         """New memory for `count` pages where the cache is: uint8 [count, page_bytes]."""
         ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Came:
+    """What `gather` brought here: from each rank, the slices of some of `count` pages. indices: ascending places."""
+
+    count: int
+    indices: Sequence[Ids]
+    slices: Sequence[Memory]
+
+    def of(self, rank: int, at: Ids) -> Rows:
+        """A rank's slices of the pages at these places, all of which it has sent."""
+        indices = self.indices[rank]
+        return Rows(self.slices[rank], at if len(indices) == self.count else np.searchsorted(indices, at))
 
 
 class Exchange:
@@ -47,38 +65,43 @@ class Exchange:
         self.size = communicator.size
         self.round_pages = round_pages(pool.page_bytes, round_bytes)
         """Pages a call may name."""
-        self._staging: dict[int, Memory] = {}
+        self._staging: dict[str, Memory] = {}
         self._writing = threading.Lock()
         self._ended = False
 
-    def gather(self, pages: Sequence[int], receivers: Sequence[Collection[int]]) -> dict[int, dict[int, Memory]]:
-        """Bring slices of pages to the ranks in `receivers`, one collection a page; what receivers have is not sent.
+    def gather(self, pages: Ids, to: "np.ndarray[Any, np.dtype[np.bool_]]") -> Came:
+        """Bring slices of pages to the ranks that `to` [pages, ranks] says; what those have of a page is not sent.
 
-        Returns, for each index whose page this rank receives, the slices by rank: of those that are no receivers. They
-        are valid until the next call. At most `round_pages` pages.
+        Returns the slices of the pages that this rank receives, which are valid until the next call. At most
+        `round_pages` pages.
         """
+        mine = to[:, self.rank]
         send: list[list[Memory]] = [[] for _ in range(self.size)]
-        wanted: list[list[int]] = [[] for _ in range(self.size)]
-        for index, (page, to) in enumerate(zip(pages, receivers, strict=True)):
-            if self.rank in to:
-                for source in range(self.size):
-                    if source not in to:
-                        wanted[source].append(index)
-            else:
-                for target in to:
-                    send[target].append(self.pool.page(page))
-        inbox = [self._stage(source, len(indices)) for source, indices in enumerate(wanted)]
-        self.communicator.all_to_all(send, [[each.reshape(-1)] if len(each) else [] for each in inbox])
-        slices: dict[int, dict[int, Memory]] = {index: {} for index, to in enumerate(receivers) if self.rank in to}
-        for source, indices in enumerate(wanted):
-            for row, index in enumerate(indices):
-                slices[index][source] = inbox[source][row]
-        return slices
+        for target in np.flatnonzero((to & ~mine[:, None]).any(axis=0)).tolist():
+            at = np.flatnonzero(to[:, target] & ~mine)
+            send[target] = self.pool.rows(pages[at], partial(self._stage, f"to {target}")).flat()
+        missing = mine[:, None] & ~to
+        counts, everything = missing.sum(axis=0).tolist(), np.flatnonzero(mine)
+        wanted = [
+            everything if count == len(everything) else np.flatnonzero(missing[:, source])
+            for source, count in enumerate(counts)
+        ]
+        inbox, end, slices = self._stage("inbox", sum(counts)), 0, list[Memory]()
+        for count in counts:
+            slices.append(inbox[end : end + count])
+            end += count
+        self.communicator.all_to_all(
+            send, [[each.reshape(-1)] if count else [] for each, count in zip(slices, counts, strict=True)]
+        )
+        return Came(len(pages), wanted, slices)
 
-    def targets(self, pages: Sequence[int]) -> list[Memory]:
+    def own(self, pages: Ids) -> Rows:
+        """This rank's slices of pages, to be read until the next call."""
+        return self.pool.rows(pages, partial(self._stage, "own"))
+
+    def targets(self, pages: Ids) -> Rows:
         """Where to write these pages anew, before the pool is told that they are; until the next call."""
-        scratch = self._stage(self.rank, len(pages))
-        return [self.pool.target(page, row) for page, row in zip(pages, scratch, strict=True)]
+        return self.pool.targets(pages, partial(self._stage, "own"))
 
     def end(self) -> None:
         """The epoch is over, called from any thread: a wait for peers ends at once, and no page is written any more."""
@@ -99,9 +122,9 @@ class Exchange:
                 raise CommunicatorAborted("the epoch is over")
             yield
 
-    def _stage(self, source: int, count: int) -> Memory:
-        """Reused memory for `count` pages from one rank: uint8 [count, page_bytes]."""
-        held = self._staging.get(source)
+    def _stage(self, use: str, count: int) -> Memory:
+        """Reused memory for `count` pages: uint8 [count, page_bytes]."""
+        held = self._staging.get(use)
         if held is None or len(held) < count:
-            held = self._staging[source] = self.pool.empty(count)
+            held = self._staging[use] = self.pool.empty(count)
         return held[:count]

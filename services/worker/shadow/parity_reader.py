@@ -1,56 +1,120 @@
-"""What a rank reads from the stores for its part in restore plans: window by window, ahead of their turn, bounded."""
+"""What a rank reads from the stores for its part in restore plans: window by window, ahead of their turn, bounded.
+
+Nobody looks at the bytes of rows when they come: what is decoded of them has a checksum. Where that is wrong, `replace`
+finds out which row is damaged.
+"""
 
 import asyncio
 import threading
-from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import CancelledError, Future
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from kernels.codec import checksum
 from services.worker.device import Device
-from services.worker.memory import Bytes
+from services.worker.memory import Bytes, Ids, Sums
 from services.worker.shadow.stores import StoreClients
 from shared.errors import CommunicatorAborted
-from shared.messages import ParityShard
-from shared.transport.base import GetShards, ShardRef
+from shared.transport.base import DEFAULT_LIMITS, GetShards, Outcome, ShardRef
+from shared.types import PageKey
 
 AHEAD_BYTES = 64 << 20
 """Of windows that are read, or on their way, before their turn has come."""
 _AHEAD_ROUNDS = 3
+_REFS = DEFAULT_LIMITS.shards
+LOOK_S = 0.05
 DAMAGED = "differs from its recorded checksum"
+_NOTHING = np.empty((0, 0, 0), dtype=np.uint8)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Stored:
-    """What is read of one stripe's stored shards."""
+    """What is read of stripes that have the same shards in the same stores.
 
-    untried: deque[ParityShard]
-    wanted: int  # rows
-    rows: dict[int, Bytes] = field(default_factory=dict)  # shard number -> its bytes [page_bytes]
-    trouble: str = "no shard is left to try"  # with the row that was read last
-    damaged: int = 0  # rows
+    `sums`: recorded, [stripes, shards]. So many `wanted` of each: the first ones, and others where those are damaged.
+    """
 
-    @property
-    def missing(self) -> int:
-        """Rows that are wanted and not there."""
-        return self.wanted - len(self.rows)
+    keys: Sequence[PageKey]
+    shards: Sequence[int]
+    addresses: Sequence[str]
+    sums: Sums
+    wanted: int
+    rows: Bytes = field(default_factory=lambda: _NOTHING)
+    """[wanted, stripes, length]"""
+    held: Ids = field(init=False)
+    """Which of `shards` each row is: [wanted, stripes]; -1 where none could be had."""
+    trouble: dict[int, str] = field(default_factory=dict)
+    """With the row of a stripe that was read last."""
+    damaged: int = 0
+    """Rows."""
+    _tried: Ids = field(init=False)
 
-    def next(self) -> list[ParityShard]:
-        """The rows to read now: none if there are enough, or can't be."""
-        if len(self.untried) < self.missing:
-            return []
-        return [self.untried.popleft() for _ in range(self.missing)]
+    def __post_init__(self) -> None:
+        self.held = np.full((self.wanted, len(self.keys)), -1, dtype=np.int64)
+        self._tried = np.full(len(self.keys), self.wanted, dtype=np.int64)
+
+    def first(self) -> "list[Read]":
+        """The rows to read at first."""
+        everyone = np.arange(len(self.keys))
+        return [Read(self, row, row, everyone) for row in range(self.wanted) if row < len(self.shards)]
+
+    def other(self, row: int, stripes: Iterable[int]) -> "list[Read]":
+        """The shards to read instead of what these stripes could not have in a row: none if there are no others."""
+        again: dict[int, list[int]] = {}
+        for stripe in stripes:
+            self.held[row, stripe] = -1
+            if (shard := int(self._tried[stripe])) < len(self.shards):
+                self._tried[stripe] += 1
+                again.setdefault(shard, []).append(stripe)
+        return [Read(self, row, shard, np.array(some)) for shard, some in again.items()]
+
+    def without_damaged(self, stripes: Iterable[int]) -> "list[Read]":
+        """Look at all rows of these stripes; what to read instead of those that are damaged."""
+        instead: list[Read] = []
+        for row in range(self.wanted):
+            bad = [stripe for stripe in stripes if self._damaged(row, stripe)]
+            self.damaged += len(bad)
+            for stripe in bad:
+                self.trouble[stripe] = f"{self.addresses[self.held[row, stripe]]}: a parity shard {DAMAGED}"
+            instead += self.other(row, bad)
+        return instead
+
+    def _damaged(self, row: int, stripe: int) -> bool:
+        held = int(self.held[row, stripe])
+        return held >= 0 and checksum(self.rows[row, stripe]) != int(self.sums[stripe, held])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Read:
-    """One row on its way from a store."""
+    """One row of some stripes, each from the same store: `shard` is its place among the shards."""
 
-    stripe: Stored
-    shard: ParityShard
-    ref: ShardRef
-    into: Bytes
+    of: Stored
+    row: int
+    shard: int
+    stripes: Ids
+
+    def requests(self) -> Iterator[tuple[list[ShardRef], list[memoryview]]]:
+        """What to ask the store for, and where it goes: as much at a time as one request may name."""
+        number, length = self.of.shards[self.shard], self.of.rows.shape[2]
+        keys, room = self.of.keys, memoryview(self.of.rows[self.row].reshape(-1))
+        for start in range(0, len(self.stripes), _REFS):
+            some = self.stripes[start : start + _REFS].tolist()
+            yield (
+                [ShardRef(keys[at], number, length) for at in some],
+                [room[at * length : (at + 1) * length] for at in some],
+            )
+
+    def ended(self, address: str, outcomes: Sequence[Outcome]) -> "list[Read]":
+        """What became of each. Returns what to read instead of those that could not be had."""
+        self.of.held[self.row, self.stripes] = self.shard
+        if outcomes.count(None) == len(outcomes):
+            return []
+        told = zip(self.stripes.tolist(), outcomes, strict=True)
+        bad = {stripe: f"{address}: {type(why).__name__}: {why}" for stripe, why in told if why is not None}
+        self.of.trouble |= bad
+        return self.of.other(self.row, bad)
 
 
 WindowId = tuple[int, int, int]
@@ -58,17 +122,14 @@ WindowId = tuple[int, int, int]
 
 
 @dataclass(slots=True)
-class Window:
-    """The stripes of which something is read for one window, by page key. `reading` once it has begun."""
+class Asked:
+    """What is read for one window, by kind of stripe. `reading` once it has begun."""
 
-    stripes: dict[bytes, Stored]
+    stripes: dict[int, Stored]
     length: int
+    nbytes: int
+    """The memory that its rows take."""
     reading: Future[None] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """The memory that its rows take."""
-        return self.length * sum(stripe.wanted for stripe in self.stripes.values())
 
 
 class ParityReader:
@@ -80,17 +141,18 @@ class ParityReader:
         self._ahead_bytes = max(AHEAD_BYTES, _AHEAD_ROUNDS * device.round_bytes)
         self._stores = stores
         self._loop = loop
-        self._windows: dict[WindowId, Window] = {}
+        self._windows: dict[WindowId, Asked] = {}
         self._lock = threading.Lock()
 
-    def ask(self, window: WindowId, stripes: dict[bytes, Stored], length: int) -> None:
+    def ask(self, window: WindowId, stripes: dict[int, Stored], length: int) -> None:
         """Shards of `length` bytes of these stripes will be wanted."""
+        nbytes = length * sum(stored.held.size for stored in stripes.values())
         with self._lock:
-            self._windows[window] = Window(stripes, length)
+            self._windows[window] = Asked(stripes, length, nbytes)
         self._read_on()
 
-    def take(self, window: WindowId) -> dict[bytes, Stored]:
-        """What was read for a window, none if nothing was asked; waits for it. Raises CommunicatorAborted."""
+    def take(self, window: WindowId) -> dict[int, Stored]:
+        """What was read for a window, as it was asked; nothing if nothing was. Raises CommunicatorAborted."""
         with self._lock:
             asked = self._windows.get(window)
             reading = asked.reading if asked is not None else None
@@ -106,6 +168,21 @@ class ParityReader:
             self._windows.pop(window, None)
         self._read_on()
         return asked.stripes
+
+    def replace(self, stored: Stored, stripes: Sequence[int], ended: Callable[[], bool]) -> bool:
+        """Stripes came out wrong: instead of those of their rows that are damaged others are read, and waited for.
+
+        Returns whether any is. Raises CommunicatorAborted once the epoch has `ended`.
+        """
+        before = stored.damaged
+        if instead := stored.without_damaged(stripes):
+            reading = asyncio.run_coroutine_threadsafe(self._read(instead), self._loop)
+            while not wait([reading], LOOK_S).done:
+                if ended():
+                    reading.cancel()
+                    raise CommunicatorAborted("the epoch ended while parity was on its way")
+            reading.result()
+        return stored.damaged > before
 
     def forget(self) -> None:
         """The epoch is over: give up what was begun; who waits for it is told so."""
@@ -124,31 +201,26 @@ class ParityReader:
                     return
                 taken += window.nbytes
                 if window.reading is None:
-                    work = self._get(window.stripes, window.length)
+                    work = self._get([*window.stripes.values()], window.length)
                     window.reading = asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    async def _get(self, stripes: dict[bytes, Stored], length: int) -> None:
-        """Read as many rows of each stripe as are wanted; another one for each that is damaged or can't be had."""
-        while True:
-            wanted = [(key, stored, shard) for key, stored in stripes.items() for shard in stored.next()]
-            rows = self._device.host(len(wanted), length).numpy()  # in one piece: huge pages, and one copy to a GPU
-            batches: dict[str, list[Read]] = {}
-            for (key, stored, shard), row in zip(wanted, rows, strict=True):
-                read = Read(stored, shard, ShardRef(key, shard.shard, length), row)
-                batches.setdefault(shard.bulk_address, []).append(read)
-            if not batches:
-                return
-            await asyncio.gather(*(self._get_batch(address, batch) for address, batch in batches.items()))
+    async def _get(self, stripes: list[Stored], length: int) -> None:
+        """Read as many rows of each stripe as are wanted."""
+        total = sum(stored.held.size for stored in stripes)
+        room, at = self._device.host(total, length).numpy(), 0  # in one piece: huge pages, and one copy to a GPU
+        for stored in stripes:
+            stored.rows = room[at : at + stored.held.size].reshape(*stored.held.shape, length)
+            at += stored.held.size
+        await self._read([read for stored in stripes for read in stored.first()])
 
-    async def _get_batch(self, address: str, batch: Sequence[Read]) -> None:
-        """Read rows from one store, in one request, and enter each with its stripe: the bytes, or what was wrong."""
-        request = GetShards(self._group, tuple(read.ref for read in batch))
-        outcomes = await self._stores.get(address, request, [read.into.data for read in batch])
-        for read, outcome in zip(batch, outcomes, strict=True):
-            if outcome is not None:
-                read.stripe.trouble = f"{address}: {type(outcome).__name__}: {outcome}"
-            elif checksum(read.into) != read.shard.checksum:
-                read.stripe.trouble = f"{address}: a parity shard {DAMAGED}"
-                read.stripe.damaged += 1
-            else:
-                read.stripe.rows[read.shard.shard] = read.into
+    async def _read(self, reads: list[Read]) -> None:
+        """Read rows, another one for each that can't be had."""
+        while reads:
+            instead = await asyncio.gather(*map(self._ask, reads))
+            reads = [read for each in instead for read in each]
+
+    async def _ask(self, read: Read) -> list[Read]:
+        address, outcomes = read.of.addresses[read.shard], list[Outcome]()
+        for refs, places in read.requests():
+            outcomes += await self._stores.get(address, GetShards(self._group, tuple(refs)), places)
+        return read.ended(address, outcomes)

@@ -6,15 +6,18 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from kernels.codec import checksum
-from services.worker.memory import Bytes, Memory
+from services.worker.memory import Bytes, Ids
 from services.worker.shadow.coder import Coder
-from services.worker.shadow.exchange import Exchange
+from services.worker.shadow.exchange import Came, Exchange
 from services.worker.shadow.stores import StoreClients
+from services.worker.shadow.windows import page_ids
 from shared.errors import CommunicatorAborted, DeadlineExceeded, GhostError, StoreFull
 from shared.messages import ProtectDone, ProtectPlan
 from shared.transport.base import PutShards, ShardLabel
-from shared.types import encoding_rank, place_shards, unpack_ids
+from shared.types import PageKey, encoding_rank, place_shards
 
 log = logging.getLogger(__name__)
 
@@ -46,25 +49,25 @@ class Protector:
 
     def protect(self, plan: ProtectPlan, exchange: Exchange) -> None:
         """Protect the pages of a plan. Returns when all is encoded; acknowledgements are reported as they come."""
-        pages = unpack_ids(plan.pages)
+        pages = page_ids(plan.pages)
         for start in range(0, len(pages), exchange.round_pages):
             end = start + exchange.round_pages
             self._round(plan, exchange, pages[start:end], plan.keys[start:end])
 
-    def _round(self, plan: ProtectPlan, exchange: Exchange, pages: Sequence[int], keys: Sequence[bytes]) -> None:
+    def _round(self, plan: ProtectPlan, exchange: Exchange, pages: Ids, keys: Sequence[PageKey]) -> None:
         """One round of exchange, which all ranks take part in, and this rank's share of what follows.
 
         Whatever goes wrong with that leaves its stripes unprotected, and is told; it ends nothing else.
         """
         began = time.monotonic()
-        owners = [(encoding_rank(key, exchange.size),) for key in keys]
-        others = exchange.gather(pages, owners)
-        mine = [keys[index] for index in others]
+        owners = np.array([encoding_rank(key, exchange.size) for key in keys])
+        came = exchange.gather(pages, owners[:, None] == np.arange(exchange.size))
+        at = np.flatnonzero(owners == exchange.rank)
+        mine = [keys[index] for index in at.tolist()]
         if not mine:
             return
         try:
-            slices = [{**others[index], exchange.rank: exchange.pool.page(pages[index])} for index in others]
-            self._encode(plan, exchange, mine, slices, began)
+            self._encode(plan, exchange, mine, pages[at], at, came, began)
         except CommunicatorAborted:
             raise
         except Exception as error:
@@ -75,15 +78,18 @@ class Protector:
         self,
         plan: ProtectPlan,
         exchange: Exchange,
-        keys: Sequence[bytes],
-        slices: Sequence[dict[int, Memory]],
+        keys: Sequence[PageKey],
+        pages: Ids,
+        at: Ids,
+        came: Came,
         began: float,
     ) -> None:
         k, m, length = self._coder.k, self._coder.m, exchange.pool.page_bytes
-        size = len(slices) * m * length
+        size = len(keys) * m * length
         self._take_room(size, exchange)
         try:
-            encoded = self._coder.encode([[by_rank[rank] for rank in range(k)] for by_rank in slices])
+            own = exchange.own(pages)
+            encoded = self._coder.encode([own if rank == exchange.rank else came.of(rank, at) for rank in range(k)])
             exchange.communicator.check()  # what came may be nothing if it did not come to its end
             labels = [
                 tuple(

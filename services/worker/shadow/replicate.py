@@ -6,32 +6,33 @@ difference.
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from kernels.codec import checksum
-from services.worker.memory import Memory, to_host, write
-from services.worker.shadow.exchange import Exchange
-from services.worker.shadow.parity_reader import DAMAGED, Stored
+from services.worker.memory import Ids, Rows, Sums, to_host, write
+from services.worker.shadow.exchange import Came, Exchange
+from services.worker.shadow.parity_reader import Stored
 from services.worker.shadow.protect import Protector
-from services.worker.shadow.restore import Restorer, Trouble
-from shared.messages import ProtectPlan, StripeRestore
+from services.worker.shadow.restore import Restorer
+from services.worker.shadow.windows import Alike, Window
+from shared.messages import ProtectPlan
 from shared.transport.base import ShardLabel
+from shared.types import PageKey
 
 
 class Replicator(Protector):
     """Puts one rank's own pages to the stores."""
 
-    def _round(self, plan: ProtectPlan, exchange: Exchange, pages: Sequence[int], keys: Sequence[bytes]) -> None:
+    def _round(self, plan: ProtectPlan, exchange: Exchange, pages: Ids, keys: Sequence[PageKey]) -> None:
         began = time.monotonic()
         size, rank, length = exchange.size, exchange.rank, exchange.pool.page_bytes
         copies = np.empty((len(pages), 1, length), dtype=np.uint8)
         self._take_room(copies.nbytes, exchange)
         labels = []
-        for row, (page, key) in enumerate(zip(pages, keys, strict=True)):
-            copies[row, 0] = to_host(exchange.pool.page(page))
+        for row, (page, key) in enumerate(zip(exchange.own(pages), keys, strict=True)):
+            copies[row, 0] = to_host(page)
             sums = [0] * size
             sums[rank] = checksum(copies[row, 0])
             labels.append((ShardLabel(key, size + rank, size, size, length, sums[rank], tuple(sums)),))
@@ -42,22 +43,18 @@ class Replicator(Protector):
 class CopyRestorer(Restorer):
     """Reads a lost rank's copies back. The survivors have no part in it."""
 
-    def _gather(self, stripes: Sequence[StripeRestore], exchange: Exchange) -> dict[int, dict[int, Memory]]:
-        return {index: {} for index, stripe in enumerate(stripes) if exchange.rank in stripe.lost}
+    def _gather(self, window: Window, exchange: Exchange) -> Came:
+        return Came(0, (), ())
 
-    def _share(self, stripe: StripeRestore, rank: int) -> Stored:
-        size = len(stripe.data_checksums)
-        return Stored(deque(shard for shard in stripe.parity if shard.shard == size + rank), 1)
+    def _share(self, group: Alike, rank: int) -> Stored:
+        mine = slice(at := group.kind.lost.index(rank), at + 1)  # each lost rank's own copy is there, and no other
+        kind = group.kind
+        return Stored(group.keys, kind.shards[mine], kind.addresses[mine], group.shard_sums[:, mine], 1)
 
-    def _decode(
-        self, ready: Sequence[tuple[StripeRestore, Mapping[int, Memory], Stored]], exchange: Exchange
-    ) -> Trouble:
-        wrong: Trouble = {}
-        places = exchange.targets([stripe.page for stripe, _, _ in ready])
-        for (stripe, _, stored), page in zip(ready, places, strict=True):
-            row = next(iter(stored.rows.values()))
+    def _decode_alike(
+        self, group: Alike, at: Ids, read: Stored, came: Came, targets: Rows, exchange: Exchange
+    ) -> tuple[Sums, Sums]:
+        for page, row in zip(targets, Rows(read.rows[0], at), strict=True):
             write(page, row)
-            exchange.pool.wrote(stripe.page, page)
-            if checksum(to_host(page)) != checksum(row):
-                wrong[stripe.key] = f"page {stripe.page}, copied, {DAMAGED}"
-        return wrong
+        sums = np.fromiter((checksum(to_host(page)) for page in targets), dtype=np.uint64, count=len(at))
+        return sums, read.sums[at, 0]

@@ -3,8 +3,9 @@
 import logging
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from services.worker.agent.inventory import Inventory
 from services.worker.communicator.base import Communicator
@@ -12,6 +13,7 @@ from services.worker.device import Device, Fence
 from services.worker.shadow.exchange import Exchange, PageBytes
 from services.worker.shadow.protect import Protector
 from services.worker.shadow.restore import Restorer
+from services.worker.shadow.windows import lost_pages
 from shared.errors import CommunicatorAborted, DeadlineExceeded
 from shared.messages import Message, ProtectPlan, RankFailed, RestoreDone, RestorePlan
 
@@ -48,6 +50,8 @@ class Shadow:
         self._exchange: Exchange | None = None
         self._tail_exchange: Exchange | None = None
         self._stale: list[Communicator] = []
+        self._busy = threading.Lock()
+        """Held while a plan is carried out."""
         self._state = threading.Condition()
         self._jobs: queue.Queue[ProtectPlan | RestorePlan | None] = queue.Queue(MAX_JOBS)
         self._thread = threading.Thread(target=self._run, name="shadow", daemon=True)
@@ -95,6 +99,21 @@ class Shadow:
             self._step = step
             self._state.notify_all()
 
+    @contextmanager
+    def paused(self) -> Iterator[bool]:
+        """As long as this is entered no plan is begun, and nothing is asked of the device here. Gives False, and has no
+        effect, where a plan is being carried out: to wait for it could mean to wait for ranks that wait for this one.
+        """
+        if not self._busy.acquire(blocking=False):
+            yield False
+            return
+        try:
+            exchange = self._exchange
+            with exchange.communicator.still() if exchange is not None else nullcontext():
+                yield True
+        finally:
+            self._busy.release()
+
     def close(self) -> None:
         """End the thread."""
         self.interrupt(-1)
@@ -111,22 +130,26 @@ class Shadow:
     def _work(self) -> None:
         while (plan := self._jobs.get()) is not None:
             exchange = self._ready(plan)
-            if exchange is not None:
-                self.computed.wait()
-                try:
-                    if isinstance(plan, ProtectPlan):
-                        self._protector.protect(plan, exchange)
-                    else:
-                        with self._leaving_mark():
-                            self._restore(plan, exchange)
-                except (CommunicatorAborted, DeadlineExceeded) as error:
-                    self._failed(plan.epoch, exchange.rank, f"exchange: {error}", fatal=False)
-                except Exception as error:  # the ranks are out of step: they connect anew, and nothing else is lost
-                    log.exception("%s failed", type(plan).__name__)
-                    exchange.communicator.abort()
-                    self._failed(plan.epoch, exchange.rank, f"shadow: {type(error).__name__}: {error}", fatal=False)
-            self._drop_stale()
+            with self._busy:
+                if exchange is not None:
+                    self._carry_out(plan, exchange)
+                self._drop_stale()
         self._drop_stale()
+
+    def _carry_out(self, plan: ProtectPlan | RestorePlan, exchange: Exchange) -> None:
+        self.computed.wait()
+        try:
+            if isinstance(plan, ProtectPlan):
+                self._protector.protect(plan, exchange)
+            else:
+                with self._leaving_mark():
+                    self._restore(plan, exchange)
+        except (CommunicatorAborted, DeadlineExceeded) as error:
+            self._failed(plan.epoch, exchange.rank, f"exchange: {error}", fatal=False)
+        except Exception as error:  # the ranks are out of step: they connect anew, and nothing else is lost
+            log.exception("%s failed", type(plan).__name__)
+            exchange.communicator.abort()
+            self._failed(plan.epoch, exchange.rank, f"shadow: {type(error).__name__}: {error}", fatal=False)
 
     @contextmanager
     def _leaving_mark(self) -> Iterator[None]:
@@ -143,14 +166,15 @@ class Shadow:
         if plan.tail:  # no sealed pages
             self._restorer.restore(plan, exchange, tell)
             return
-        mine = {stripe.key: stripe.page for stripe in plan.stripes if exchange.rank in stripe.lost}
-        self._inventory.strike(plan.epoch, mine.values())
-        told = 0
+        mine = deque(lost_pages(plan, exchange.rank))
+        self._inventory.strike(plan.epoch, [page for _, page, _ in mine])
 
         def report(done: RestoreDone) -> None:
-            nonlocal told
-            window, told = plan.stripes[told : done.upto], done.upto
-            whole = ((each.page, each.key) for each in window if each.key in mine and each.key not in done.failed)
+            failed, whole = set(done.failed), []
+            while mine and mine[0][0] < done.upto:
+                _, page, key = mine.popleft()
+                if key not in failed:
+                    whole.append((page, key))
             self._inventory.note(plan.epoch, whole)
             tell(done)
 
