@@ -1,6 +1,6 @@
 // target[i] = sum over j of matrix[i][j] * source[j] over GF(2^8), polynomial 0x11D, for a batch of stripes in one launch.
 // Encoding and reconstructing are this with different matrices. Every source byte is loaded once, every target byte
-// stored once, 16 bytes at a time; no shared memory, no barriers, no tables.
+// stored once, 16 bytes at a time; no tables, and no shared memory or barriers but for sums.
 //
 // Defined by the caller (kernels/launch.py), so that loops unroll and coefficients fold into the instructions:
 //   SOURCES, TARGETS   rows and columns of the matrix
@@ -34,15 +34,32 @@ static __device__ __forceinline__ unsigned sign_bytes(unsigned a) {
     return signs;
 }
 
-// Add the values of a warp's threads, all of which call this, to *sum: in parts whose sums fit 32 bits.
-static __device__ __forceinline__ void add_to_sum(unsigned long long *sum, unsigned long long value) {
+// The sum of a warp's values, all of whose threads call this: in parts whose sums fit 32 bits.
+static __device__ __forceinline__ unsigned long long warp_sum(unsigned long long value) {
     constexpr unsigned PART = (1u << 27) - 1, ALL = 0xFFFFFFFFu;
     const unsigned low = __reduce_add_sync(ALL, static_cast<unsigned>(value) & PART);
     const unsigned middle = __reduce_add_sync(ALL, static_cast<unsigned>(value >> 27) & PART);
     const unsigned high = __reduce_add_sync(ALL, static_cast<unsigned>(value >> 54));
-    if (threadIdx.x % 32 == 0)
-        atomicAdd(sum, low + (static_cast<unsigned long long>(middle) << 27) +
-                           (static_cast<unsigned long long>(high) << 54));
+    return low + (static_cast<unsigned long long>(middle) << 27) + (static_cast<unsigned long long>(high) << 54);
+}
+
+// Add a block's values, all of whose threads call this, to N sums in memory. One addition a block and sum gets there:
+// blocks that run at once are mostly of one stripe, whose sums lie together, and memory adds to one place after another.
+template <int N>
+static __device__ __forceinline__ void add_to_sums(unsigned long long *sums, const unsigned long long (&values)[N]) {
+    __shared__ unsigned long long warps[BLOCK / 32][N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        const unsigned long long sum = warp_sum(values[i]);
+        if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32][i] = sum;
+    }
+    __syncthreads();
+    if (threadIdx.x < N) {
+        unsigned long long sum = 0;
+#pragma unroll
+        for (int warp = 0; warp < BLOCK / 32; ++warp) sum += warps[warp][threadIdx.x];
+        atomicAdd(sums + threadIdx.x, sum);
+    }
 }
 #endif
 
@@ -164,11 +181,7 @@ template <typename Vector> static __device__ __forceinline__ void code(const Bat
         load_sources<unsigned char>(byte, shards, offset);
         store_targets<unsigned char>(byte, shards, offset, sums);
     }
-    if (SUMS) {
-#pragma unroll
-        for (int i = 0; i < SHARDS; ++i)
-            add_to_sum(reinterpret_cast<unsigned long long *>(shards[SHARDS]) + i, sums.value[i]);
-    }
+    if (SUMS) add_to_sums(reinterpret_cast<unsigned long long *>(shards[SHARDS]), sums.value);
 }
 
 #define KERNEL(name, Vector) \

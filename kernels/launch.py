@@ -23,7 +23,7 @@ BLOCK = 256  # threads
 WIDTHS = (16, 4, 1)  # bytes of a vector; there is a kernel code_<width> for each
 
 _LOADS_IN_FLIGHT = 8  # of 16 bytes, by each thread; with 1,024 threads on a multiprocessor 128 KiB, 4 times the need
-_ARGUMENT_BYTES = 4096  # most that every driver of CUDA 12 takes as arguments
+ARGUMENT_BYTES = 32_764  # most that a launch takes since CUDA 12.1, on devices of capability 7.0 and later
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Program:
     @property
     def stripes(self) -> int:
         """Stripes that the argument of one launch has room for."""
-        return (_ARGUMENT_BYTES - 8) // (8 * self.columns)
+        return (ARGUMENT_BYTES - 8) // (8 * self.columns)
 
     @property
     def columns(self) -> int:

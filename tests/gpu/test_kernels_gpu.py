@@ -10,6 +10,7 @@ from kernels.checksum import sum_checksum
 from kernels.codec import make_codec
 from kernels.cuda import CudaCodec, DeviceMemory
 from kernels.errors import CodecError
+from tests.bench.gpu_time import took
 from tests.pure.test_codec import oracle
 
 
@@ -146,18 +147,29 @@ def test_encoding_takes_most_of_the_memorys_bandwidth(k: int, m: int) -> None:
     """Against a copy of as many bytes, which is what memory allows in practice."""
     import cupy
 
-    length, codec = 64 << 20, cuda(k, m)
-    data, parity = on_gpu(k, length), on_gpu(m, length, seed=1)
+    length = 64 << 20
+    codec = cuda(k, m)
+    data, parity = list(on_gpu(k, length)), list(on_gpu(m, length, seed=1))
     bytes_moved = (k + m) * length
     source, target = cupy.empty(bytes_moved // 2, dtype=cupy.uint8), cupy.empty(bytes_moved // 2, dtype=cupy.uint8)
-
-    def seconds(work: Any) -> float:
-        from cupyx.profiler import benchmark
-
-        return float(np.median(benchmark(work, n_repeat=20, n_warmup=3).gpu_times))
-
-    copying = seconds(lambda: cupy.copyto(target, source))
-    encoding = seconds(lambda: codec.encode(list(data), list(parity)))
+    copying = took(lambda: cupy.copyto(target, source)).gpu
+    encoding = took(lambda: codec.encode(data, parity)).gpu
     assert encoding < copying / 0.8, (
         f"{bytes_moved / encoding / 1e9:.0f} GB/s, a copy {bytes_moved / copying / 1e9:.0f}"
+    )
+
+
+@pytest.mark.parametrize(("k", "m"), [(1, 1), (8, 1), (8, 2)])
+def test_pages_scattered_over_the_pool_are_encoded_as_fast_as_long_ones(k: int, m: int) -> None:
+    """A page of 120 KiB from each of many places, as the shadow does it."""
+    import cupy
+
+    codec, length, stripes = cuda(k, m), 122_880, 600
+    pool = on_gpu(stripes * (k + m), length)
+    pages = np.random.default_rng(3).permutation(stripes * (k + m)).reshape(stripes, k + m)
+    addresses = np.uint64(pool.data.ptr) + pages.astype(np.uint64) * np.uint64(length)
+    half = pool.ravel()[: pool.size // 2], pool.ravel()[pool.size // 2 :]
+    copying, encoding = took(lambda: cupy.copyto(*half)).gpu, took(lambda: codec.encode_at(addresses, length)).gpu
+    assert encoding < copying / 0.8, (
+        f"{pool.nbytes / encoding / 1e9:.0f} GB/s, a copy {pool.nbytes / copying / 1e9:.0f}"
     )

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,8 @@ async def test_vllms_only_rank_dies_and_the_next_one_on_its_gpu_goes_on(tmp_path
 
     model = make_model_dir(tmp_path / "model")
     classes = flags.classes("cuda", asynchronous=True)
-    given = (*flags.GPU_FLAGS, *classes, "--gpu-memory-utilization", "0.3", "--no-enforce-eager", "--dtype", "bfloat16")
+    given = [*flags.GPU_FLAGS, *classes, "--gpu-memory-utilization", "0.3", "--no-enforce-eager", "--dtype", "bfloat16"]
+    given += shlex.split(os.environ.get("GHOST_TEST_VLLM_FLAGS", ""))
     environment = flags.GPU_ENVIRONMENT | {"GHOST_VLLM_ANY_VERSION": os.environ.get("GHOST_VLLM_ANY_VERSION", "0")}
     with protected(model, tmp_path, *given, size=1, spares=0, **environment) as one:
         ids = prompt(1, 300)

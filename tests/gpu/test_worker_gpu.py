@@ -18,6 +18,7 @@ from services.worker.engine.batch import Chunk
 from services.worker.engine.host_slices import host_memory
 from services.worker.engine.kv_pool import KVPool
 from services.worker.engine.model import RankModel
+from services.worker.memory import Rows
 from services.worker.shadow.coder import make_coder
 from services.worker.shadow.protect import Protector
 from services.worker.shadow.restore import Restorer
@@ -78,7 +79,7 @@ def test_parity_is_that_of_pages_whose_writing_is_still_queued_elsewhere() -> No
     written = device.mark()
     with device.on(device.stream()):
         device.wait(written)
-        encoded = coder.encode([list(stripe) for stripe in pages])
+        encoded = coder.encode([Rows.all(pages[:, shard].contiguous()) for shard in range(k)])
     on_cpu, expected = make_codec(k, m, "cpu"), np.empty((m, length), dtype=np.uint8)
     for stripe, parity in zip(content, encoded.parity, strict=True):
         on_cpu.encode(list(stripe), list(expected))

@@ -1,5 +1,5 @@
 // kernels/erasure.cu itself, compiled for the CPU: just enough of CUDA to run it thread by thread over its grid.
-// Test driver: kernel_on_cpu.py. The kernel has no barriers, so threads may run one after another.
+// Test driver: kernel_on_cpu.py. Threads run one after another: its only barrier is in add_to_sums, which is another one here.
 
 struct Index {
     unsigned x, y;
@@ -41,7 +41,9 @@ static unsigned sign_bytes(unsigned a) {
     return signs;
 }
 
-static void add_to_sum(unsigned long long *sum, unsigned long long value) { *sum += value; }
+template <int N> static void add_to_sums(unsigned long long *sums, const unsigned long long (&values)[N]) {
+    for (int i = 0; i < N; ++i) sums[i] += values[i];
+}
 
 #ifdef ANY_MATRIX  // one binary for all matrices of a shape: compiling each of thousands would take an hour
 static unsigned char matrix[TARGETS][SOURCES];

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kernels.cuda import DeviceMemory
-from kernels.launch import SOURCE, Launch, Program
+from kernels.launch import ARGUMENT_BYTES, SOURCE, Launch, Program
 
 HARNESS = Path(__file__).parent / "erasure_cpu.cpp"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -38,7 +38,7 @@ class CpuRunner:
             library.set_matrix(program.coefficients)
         counters = np.zeros(3, dtype=np.uint64)
         for launch in launches:
-            assert launch.batch.nbytes <= 4096
+            assert launch.batch.nbytes <= ARGUMENT_BYTES
             library.run_grid(launch.width, *launch.grid, launch.batch.ctypes.data, counters.ctypes.data)
             self.launches += 1
         self.loaded += int(counters[0])

@@ -12,7 +12,7 @@ import pytest
 from kernels.codec import make_codec
 from kernels.cuda import CudaCodec, DeviceMemory
 from kernels.errors import CodecError
-from kernels.launch import Program
+from kernels.launch import ARGUMENT_BYTES, Program
 
 
 class FakeCupy:
@@ -75,7 +75,7 @@ def test_a_launch_goes_to_the_callers_stream_with_addresses_as_its_argument(cupy
     device, _, name, grid, block, (batch,) = cupy.launched[0]
     assert (device, name, grid, block) == (1, "code_16", (7, 1), (256,))
     assert batch.size == 1  # CuPy passes arrays of one element by value
-    assert batch.nbytes <= 4096
+    assert batch.nbytes <= ARGUMENT_BYTES
     assert batch["shards"][0].tolist() == [a.address, b.address, out.address]
     assert batch["length"] == 100_000
 
@@ -121,4 +121,4 @@ def test_missing_devices_and_libraries_are_clear_errors(cupy: FakeCupy, monkeypa
 def test_equal_matrices_share_a_program() -> None:
     ones = np.ones((1, 3), dtype=np.uint8)
     assert Program.of(ones) == Program.of(ones.copy())
-    assert Program.of(ones).batch_type.itemsize <= 4096
+    assert Program.of(ones).batch_type.itemsize <= ARGUMENT_BYTES

@@ -100,7 +100,7 @@ def test_coefficients_compiled_in_as_on_a_gpu(k: int, m: int, lost: tuple[int, .
 
 @needs_compiler
 def test_one_launch_codes_scattered_pages_of_many_stripes() -> None:
-    k, m, length, stripes = 3, 2, 1000, 150
+    k, m, length, stripes = 3, 2, 100, 1200
     runner = CpuRunner()
     codec = CudaCodec(k, m, runner)
     order = np.random.default_rng(1).permutation(stripes * (k + m))
@@ -111,11 +111,11 @@ def test_one_launch_codes_scattered_pages_of_many_stripes() -> None:
     pages = order.reshape(stripes, k + m)
     addresses = np.array([[arena.shards[page].ctypes.data for page in stripe] for stripe in pages], dtype=np.uint64)
     codec.encode_at(addresses, length)
-    for stripe in pages:
+    for stripe in pages[::8]:
         shards = [arena.shards[page] for page in stripe]
         assert all(np.array_equal(a, b) for a, b in zip(shards[k:], oracle(k, m, shards[:k]), strict=True))
     assert runner.loaded == stripes * k * length
-    assert runner.launches == 1 + 2  # 102 stripes fit a launch: those of 16-byte vectors, and those of 4-byte
+    assert runner.launches == 1 + 2  # 818 stripes fit a launch: those of 16-byte vectors, and those of 4-byte
     lost = arena.shards[pages[7, 1]].copy()
     arena.poison(int(pages[7, 1]))
     plan = codec.plan([0, 2, 3], [1])
@@ -166,11 +166,11 @@ def test_a_checksum_changes_with_any_bit_and_any_order() -> None:
 
 def test_launches_cover_every_vector_once() -> None:
     program = Program.of(np.ones((1, 2), dtype=np.uint8))
-    addresses = np.arange(3 * 700, dtype=np.uint64).reshape(700, 3) * np.uint64(1 << 20)
+    addresses = np.arange(3 * 3000, dtype=np.uint64).reshape(3000, 3) * np.uint64(1 << 20)
     launches = list(plan_launches(program, addresses, (1 << 20) - 16))
-    assert [launch.grid[1] for launch in launches] == [170, 170, 170, 170, 20]
+    assert [launch.grid[1] for launch in launches] == [1364, 1364, 272]
     assert all(launch.grid[0] * 256 * program.vectors >= (1 << 16) - 1 for launch in launches)
-    assert [launch.kernel for launch in launches] == ["code_16"] * 5
+    assert [launch.kernel for launch in launches] == ["code_16"] * 3
     assert not list(plan_launches(program, addresses, 0))
 
 

@@ -116,7 +116,7 @@ def serving(
                "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--tensor-parallel-size", str(size),
                "--enforce-eager", "--max-model-len", "4096", "--block-size", "32", "--max-num-seqs", "16",
                "--max-num-batched-tokens", "256", *ours, *flags]  # fmt: skip
-    root = str(Path(__file__).parents[2])
+    root = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, stdout=out, stderr=out, env=os.environ | ENVIRONMENT | {"PYTHONPATH": root} | environment
