@@ -19,7 +19,7 @@ GPU_FLAGS = (
 )
 GPU_ENVIRONMENT = {"VLLM_KV_CACHE_LAYOUT": "BLNHC"}
 GPU_UNTRIED = (
-    "vLLM's ranks on GPUs are protected by code that this project has not run on a GPU: it is tested on CPUs and on a "
+    "vLLM's ranks on GPUs are protected by code that has not served on a GPU yet: it is tested on CPUs and on a "
     "fake device (docs/gpu.md)"
 )
 _GPU_CONFIG = {

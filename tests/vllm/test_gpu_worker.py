@@ -291,4 +291,4 @@ def test_the_command_names_the_gpu_class_on_cuda_and_says_that_it_has_not_run_on
     assert set(flags.GPU_FLAGS) <= set(argv)
     assert os.environ["VLLM_KV_CACHE_LAYOUT"] in flags.BLOCKS_OUTERMOST
     (said,) = capsys.readouterr().err.splitlines()
-    assert "not run on a GPU" in said
+    assert "not served on a GPU" in said
