@@ -1,4 +1,4 @@
-"""vLLM's GPU worker as a rank whose peers come and go. Named to vLLM by --worker-cls. It has not served yet."""
+"""vLLM's GPU worker as a rank whose peers come and go, named to vLLM by --worker-cls. It has served on no GPU yet."""
 
 import gc
 from collections.abc import Callable

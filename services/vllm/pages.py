@@ -41,7 +41,6 @@ class BlockPages:
             for each in ranges
         ]
         self.page_bytes = page_bytes(placements)
-
         self._whole = len(self._parts) == 1 and self._parts[0].shape[0] == 1
 
     def rows(self, pages: Ids, room: Room, /) -> Rows:
@@ -56,7 +55,7 @@ class BlockPages:
 
     def targets(self, pages: Ids, room: Room, /) -> Rows:
         """The blocks, where each is one range of bytes, else `room`."""
-        return Rows(_memory(self._parts[0][0]), pages) if self._whole else Rows.all(room(len(pages)))
+        return self.rows(pages, room) if self._whole else Rows.all(room(len(pages)))
 
     def wrote(self, pages: Ids, content: Rows, /) -> None:
         """Scatter pages over the layers."""
