@@ -128,6 +128,7 @@ class World:
         raise RuntimeError("CUDA error: an illegal memory access: a kernel was given memory of the host")
 
     def access(self, tensor: torch.Tensor, writes: bool) -> Access:
+        assert self.on_device(tensor) or self.pinned(tensor), "an address that is not kept may soon be another tensor's"
         return Access(tensor.untyped_storage().data_ptr(), _ranges(tensor), writes)
 
     # -- work --------------------------------------------------------------------------------------------------------
@@ -239,9 +240,9 @@ class _Noted(TorchDispatchMode):
         pool, dimension, index = args[0], args[1], args[2]
         rows = pool.movedim(dimension, 0) if dimension else pool
         chosen = joined([each for at in index.tolist() for each in _ranges(rows[at])])
-        others = [args[3]] if name == "index_copy_" else []
+        others = [each for each in (index, *args[3:4]) if self._world.on_device(each)]
         found = [Access(pool.untyped_storage().data_ptr(), chosen, name == "index_copy_")]
-        found += [self._world.access(each, False) for each in (index, *others)]
+        found += [self._world.access(each, False) for each in others]
         if name == "index_select":
             found += [self._world.access(each, True) for each in (*written, *made)]
         return found
