@@ -584,7 +584,7 @@ async def test_garbage_is_closed_and_others_are_served_on(server: BulkServer, cl
     assert await client.put(*batch([1000]), timeout=TIMEOUT) == (None,)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(body=st.binary(max_size=300))
 @example(body=b"\x93\x04\x01")
 @example(body=b"\x95\x04\x01\xa1g\x01\xdd\xff\xff\xff\xff")
@@ -611,7 +611,7 @@ _REQUESTS = st.one_of(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(request=_REQUESTS, number=st.integers(0, 1 << 40))
 def test_a_request_survives_the_wire(request: PutShards | GetShards, number: int) -> None:
     encoded = frames.encode(frames.Numbered(number, request))

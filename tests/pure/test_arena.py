@@ -23,7 +23,7 @@ def test_a_block_keeps_its_bytes_until_it_is_freed() -> None:
     arena.check()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 1 << 32))
 def test_blocks_never_overlap_and_all_room_comes_back(seed: int) -> None:
     chooser = random.Random(seed)

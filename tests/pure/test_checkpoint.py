@@ -160,7 +160,7 @@ def test_one_set_of_weights_is_read_though_two_lie_there(model: Path) -> None:
 
 
 @given(keep=st.floats(0, 1, exclude_max=True))
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_no_part_of_a_file_passes_for_the_whole(model: Path, keep: float) -> None:
     content = write(model / SINGLE, TENSORS).read_bytes()
     (model / SINGLE).write_bytes(content[: int(len(content) * keep)])
@@ -169,7 +169,7 @@ def test_no_part_of_a_file_passes_for_the_whole(model: Path, keep: float) -> Non
 
 
 @given(at=st.integers(0, 200), byte=st.integers(0, 255))
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_a_header_with_a_wrong_byte_is_read_or_refused_but_never_crashes(model: Path, at: int, byte: int) -> None:
     content = bytearray(write(model / SINGLE, TENSORS).read_bytes())
     content[at] = byte

@@ -55,7 +55,7 @@ def test_every_erasure_pattern_is_rebuilt_bit_for_bit(k: int, m: int) -> None:
             assert all(np.array_equal(rebuilt[i], shards[s]) for i, s in enumerate(lost)), lost
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_code_length_and_alignment(data: st.DataObject) -> None:
     k, m = data.draw(st.integers(1, 40), label="k"), data.draw(st.integers(1, 6), label="m")

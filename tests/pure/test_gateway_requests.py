@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic_core import to_json
 
@@ -318,7 +318,6 @@ def test_a_long_text_of_many_commas_is_taken(serving: ServedModel) -> None:
         lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=2), inner),
     )
 )
-@settings(deadline=None)
 def test_values_are_counted_no_lower_than_they_are(value: Any) -> None:
     def count(each: Any) -> int:
         inner = each if isinstance(each, list) else [*each, *each.values()] if isinstance(each, dict) else []

@@ -49,7 +49,7 @@ def pieces(tokenizer: Tokenizer, ids: list[int], prompt: list[int] | None = None
 
 
 @given(ids=st.lists(st.integers(len(SPECIAL), 399), max_size=60), cut=st.integers(0, 60), special=st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_text_told_by_bytes_is_the_one_told_by_decoding(
     tokenizer: Tokenizer, ids: list[int], cut: int, special: bool
 ) -> None:
@@ -104,7 +104,7 @@ def test_pieces_join_to_the_text_and_never_hold_half_a_character(tokenizer: Toke
 
 
 @given(ids=st.lists(st.integers(0, 399), max_size=200))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_tokens_join_to_what_decoding_them_at_once_gives(tokenizer: Tokenizer, ids: list[int]) -> None:
     assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
 
@@ -221,7 +221,6 @@ def test_a_stop_string_is_found_over_any_borders(size: int) -> None:
     stops=st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=4),
     parts=st.lists(st.text("abc", max_size=4), max_size=12),
 )
-@settings(deadline=None)
 def test_no_part_of_a_stop_string_is_ever_sent(stops: list[str], parts: list[str]) -> None:
     text = "".join(parts)
     sent, stopped = run_matcher(stops, parts)

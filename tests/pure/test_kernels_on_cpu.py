@@ -61,7 +61,7 @@ def test_every_erasure_pattern_is_rebuilt_bit_for_bit(k: int, m: int) -> None:
 
 
 @needs_compiler
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_length_and_alignment(data: st.DataObject) -> None:
     k, m = data.draw(st.sampled_from([(1, 1), (2, 2), (3, 1), (8, 2), (8, 4), (17, 3), (32, 4)]), label="k, m")
@@ -125,7 +125,7 @@ def test_one_launch_codes_scattered_pages_of_many_stripes() -> None:
 
 
 @needs_compiler
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_checksums_are_made_on_the_way(data: st.DataObject) -> None:
     k, m = data.draw(st.sampled_from([(1, 1), (3, 2), (8, 2), (16, 4)]), label="k, m")

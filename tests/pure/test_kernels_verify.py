@@ -18,7 +18,7 @@ def stripe(k: int, m: int, length: int = 5000) -> list[Buffer]:
     return shards
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_one_flipped_byte_is_found_and_repaired(data: st.DataObject) -> None:
     k, m = data.draw(st.integers(1, 16)), data.draw(st.integers(2, 4))

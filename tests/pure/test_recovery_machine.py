@@ -263,6 +263,4 @@ class OverThePrefixCache(Recovery):
 
 TestOverDictionaries = OverDictionaries.TestCase
 TestOverThePrefixCache = OverThePrefixCache.TestCase
-TestOverDictionaries.settings = TestOverThePrefixCache.settings = settings(
-    max_examples=150, stateful_step_count=50, deadline=None
-)
+TestOverDictionaries.settings = TestOverThePrefixCache.settings = settings(max_examples=150, stateful_step_count=50)

@@ -158,7 +158,7 @@ def vocabulary(dice: np.random.Generator, size: int) -> torch.Tensor:
     min_p=st.one_of(st.just(0.0), st.just(0.0), st.floats(0.0, 1.0)),
     temperature=st.sampled_from([0.05, 0.3, 0.7, 1.0, 1.7, 5.0]),
 )
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 def test_a_draw_is_that_of_the_whole_vocabulary_sorted(
     seed: int, size: int, top_k: int, top_p: float, min_p: float, temperature: float
 ) -> None:

@@ -150,7 +150,7 @@ def test_pages_of_stripes_are_listed_in_order(table: ShardTable) -> None:
     assert [shard.label.number for shard in table.stripe(keys[0])] == [3]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(seed=st.integers(0, 1 << 32))
 def test_any_order_of_events_keeps_table_and_arena_in_step(seed: int) -> None:
     """The index is a queue that answers in order, as IndexWriter's does; everything else happens in any order."""

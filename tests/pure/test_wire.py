@@ -20,7 +20,7 @@ st.register_type_strategy(float, st.floats(allow_nan=False))
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_message_survives_the_wire(name: str) -> None:
-    @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=15, suppress_health_check=list(HealthCheck))
     @given(st.from_type(getattr(messages, name)))
     def check(value: Message) -> None:
         assert wire.decode(wire.encode(value)) == value
