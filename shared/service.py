@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import gc
 import ipaddress
 import logging
 import os
@@ -18,6 +19,8 @@ log = logging.getLogger(__name__)
 SHUTDOWN_DEADLINE_S = 10.0
 EXIT_CONFIG = 78
 """As in sysexits.h: the settings, or the model, are wrong."""
+COLLECT_AFTER = 20_000
+"""Objects that a service makes before it looks for unreachable ones: some steps of a thousand streams' tokens."""
 _PR_SET_PDEATHSIG = 1
 
 Service = Callable[[asyncio.Event], Awaitable[None]]
@@ -32,6 +35,8 @@ def run_service(name: str, service: Service, settings: CommonSettings, *, grace_
     EXIT_CONFIG instead of 1 says that another start would end the same way. A second signal ends the process at once.
     """
     logs.configure(name, settings.log_level, as_json=settings.log_json)
+    gc.set_threshold(COLLECT_AFTER)
+    gc.freeze()  # what is loaded stays: nobody who waits for a step has time for a look through all of it
 
     def say(why: str) -> None:
         if settings.log_json:

@@ -17,12 +17,10 @@ the store deletes them when it is back.
 """
 
 import asyncio
-from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from importlib.resources import files
-from operator import attrgetter
-from typing import Any, Self, TypeVar
+from itertools import zip_longest
+from typing import Any, NamedTuple, Self, TypeVar
 from urllib.parse import urlsplit
 
 import msgpack
@@ -39,11 +37,9 @@ _BATCH = 512  # entries in one script call: bounds how long Redis serves nobody 
 _KNOWN_S = 24 * 3600
 """After so long a store writes its entries again, so that the marks of stores that are gone go too."""
 _T = TypeVar("_T")
-_number = attrgetter("number")
 
 
-@dataclass(frozen=True, slots=True)
-class ShardEntry:
+class ShardEntry(NamedTuple):  # which is made in a third of the time of a frozen dataclass
     """Where one parity shard is. The store that holds the bytes fills it."""
 
     page_key: PageKey
@@ -58,8 +54,7 @@ class ShardEntry:
     data_checksums: tuple[int, ...]  # xxh3_64 of data shards 0..k-1
 
 
-@dataclass(frozen=True, slots=True)
-class StripeEntry:
+class StripeEntry(NamedTuple):
     """All that the index says of one stripe."""
 
     page_key: PageKey
@@ -160,15 +155,23 @@ class StripeIndex:
     async def get_many(self, group: str, page_keys: Sequence[PageKey]) -> dict[PageKey, StripeEntry]:
         """Return what the index says of these stripes; a stripe it doesn't know is left out."""
         found: dict[PageKey, StripeEntry] = {}
-        for start in range(0, len(page_keys), _BATCH):
-            batch = page_keys[start : start + _BATCH]
-            keys = [_epoch_key(group), *(_stripe_key(group, page_key) for page_key in batch)]
-            _, packed = await self._call(self._script(keys=keys, args=["find", 0]))  # one value: redis-py reads it fast
-            for page_key, shards in zip(batch, msgpack.unpackb(packed, raw=True), strict=True):
-                if shards:
-                    entries = map(partial(_unpack, page_key), shards[::2], shards[1::2])
-                    found[page_key] = StripeEntry(page_key, tuple(sorted(entries, key=_number)))
+        batches = [page_keys[start : start + _BATCH] for start in range(0, len(page_keys), _BATCH)]
+        coming: asyncio.Task[bytes] | None = None
+        try:
+            for batch, following in zip_longest(batches, batches[1:]):
+                packed = await (coming or self._find(group, batch))
+                coming = asyncio.create_task(self._find(group, following)) if following else None
+                await asyncio.sleep(0)  # it is asked for, and Redis looks while what came is unpacked
+                found |= _unpack_stripes(batch, packed)
+        finally:
+            if coming is not None:
+                coming.cancel()
         return found
+
+    async def _find(self, group: str, page_keys: Sequence[PageKey]) -> bytes:
+        keys = [_epoch_key(group), *(_stripe_key(group, page_key) for page_key in page_keys)]
+        _, packed = await self._call(self._script(keys=keys, args=["find", 0]))  # one value: redis-py reads it fast
+        return bytes(packed)
 
     async def delete_many(self, group: str, epoch: int, page_keys: Sequence[PageKey]) -> int:
         """Delete whole stripes, wherever their shards are; return how many there were. Raises Fenced."""
@@ -283,11 +286,20 @@ def _pack(entry: ShardEntry) -> bytes:
     return bytes(msgpack.packb(body))
 
 
-def _unpack(page_key: PageKey, number: bytes, value: bytes) -> ShardEntry:
-    try:
-        store_id, incarnation, epoch, k, m, length, checksum, data_checksums = msgpack.unpackb(value)
-        return ShardEntry(
-            page_key, int(number), store_id, incarnation, epoch, k, m, length, checksum, tuple(data_checksums)
-        )
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise ProtocolError(f"the index holds a malformed entry for stripe {page_key.hex()}") from error
+def _unpack(page_key: PageKey, number: int, entry: bytes) -> ShardEntry:
+    store_id, incarnation, epoch, k, m, length, checksum, data_checksums = msgpack.unpackb(entry)
+    return ShardEntry(page_key, number, store_id, incarnation, epoch, k, m, length, checksum, tuple(data_checksums))
+
+
+def _unpack_stripes(page_keys: Sequence[PageKey], packed: bytes) -> Iterator[tuple[PageKey, StripeEntry]]:
+    """What a script has found of these stripes, of those that it knows."""
+    for page_key, shards in zip(page_keys, msgpack.unpackb(packed, raw=True), strict=True):
+        if shards:
+            try:
+                entries = [
+                    _unpack(page_key, int(number), entry)
+                    for number, entry in zip(shards[::2], shards[1::2], strict=True)
+                ]
+            except (ValueError, TypeError, msgpack.UnpackException) as error:
+                raise ProtocolError(f"the index holds a malformed entry for stripe {page_key.hex()}") from error
+            yield page_key, StripeEntry(page_key, tuple(sorted(entries)))

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,9 +19,6 @@ from shared.config import (
 )
 from shared.errors import GhostError
 from shared.service import exit_code
-
-COLLECT_AFTER = 20_000
-"""Objects that a gateway makes before it looks for unreachable ones: some steps of a thousand streams' tokens."""
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -161,7 +157,6 @@ def _gateway(arguments: argparse.Namespace) -> int:
     from shared.service import run_service
 
     settings = load_settings(GatewaySettings, arguments)
-    gc.set_threshold(COLLECT_AFTER)
     return run_service("gateway", lambda stop: run(settings, stop, _announce), settings, grace_s=settings.drain_s)
 
 

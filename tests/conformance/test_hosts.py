@@ -11,13 +11,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from services.coordinator.protection.costs import StoredStripe, choose, restorable
+from services.coordinator.protection.costs import StoredStripe, restorable
 from services.coordinator.protection.ledger import Parity
 from services.coordinator.protection.rates import Rates
 from shared.messages import ParityShard, StripeRestore
 from shared.types import PageKey, next_page_key, root_key
 from tests.pure.dictionary_host import DictionaryHost, EmbeddedPages
 from tests.pure.driven_host import PAGE_TOKENS, Driven, Table
+from tests.pure.ways import choose
 
 RANKS, SHARDS, PAGES = 3, 2, 7
 OPEN, OPEN_TOKENS = b"being written", 2
@@ -450,5 +451,5 @@ class OfTheEmbeddedEngine(HostContract):
 TestDictionaryHost = OfDictionaries.TestCase
 TestEmbeddedEngine = OfTheEmbeddedEngine.TestCase
 TestDictionaryHost.settings = TestEmbeddedEngine.settings = settings(
-    max_examples=300, stateful_step_count=50, deadline=None, report_multiple_bugs=False
+    max_examples=300, stateful_step_count=50, report_multiple_bugs=False
 )

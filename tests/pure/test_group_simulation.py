@@ -123,6 +123,7 @@ def test_streams_are_right_whatever_dies_when(seed: int, parity: int, monkeypatc
     world.poisoned_ranks = range(seed % 3 == 0, world.size if seed % 2 else 2)
     world.room = 5 if seed % 5 == 2 else world.room
     monkeypatch.setattr("services.coordinator.scheduling.prefix_cache.PAGES_RELEASED", 2048 if seed % 3 else 1)
+    monkeypatch.setattr("services.coordinator.protection.restoration.LOOKED_UP", 3 if seed % 2 else 4096)
     mayhem(world, silent_loss=seed % 4 == 3)
     finish(world)
 

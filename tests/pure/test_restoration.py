@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 from typing import Any, cast
 
-from services.coordinator.events import StripesFound
+from services.coordinator.events import FindStripes, StripesFound
 from services.coordinator.protection.costs import StoredStripe
 from services.coordinator.protection.host import Span
 from services.coordinator.protection.rates import Rates
@@ -28,6 +28,7 @@ class OnePage:
         self.ledger = self.host.ledger
         self.tails = Tails(self.host, self.ledger, PAGE_TOKENS)
         self.sent: list[Message] = []
+        self.asked: list[FindStripes] = []
         self.restoration = Restoration(
             cast(Any, SimpleNamespace(protection="parity", size=2)),
             page_bytes=1,
@@ -36,10 +37,10 @@ class OnePage:
             host=self.host,
             ledger=self.ledger,
             tails=self.tails,
-            stores=cast(Any, None),
+            stores=cast(Any, SimpleNamespace(infos=tuple)),
             timeline=Timeline(),
             rates=Rates(),
-            outbox=cast(Any, SimpleNamespace(to_ranks=self.sent.append, now=0.0)),
+            outbox=cast(Any, SimpleNamespace(to_ranks=self.sent.append, ask=self.asked.append, now=0.0)),
             always=True,
         )
         run = self.host.begin(2)
@@ -55,7 +56,9 @@ class OnePage:
 
     def plan(self) -> RestorePlan:
         stripe = StoredStripe((ParityShard(RANKS, "tcp://x:1", 0),), (0,) * RANKS)
-        self.restoration.planned(2, StripesFound(dict.fromkeys(self.tails.keys(), stripe)))
+        self.restoration.plan()
+        (question,) = self.asked
+        self.restoration.found(question, StripesFound(dict.fromkeys(self.tails.keys(), stripe)))
         (plan,) = self.sent
         assert isinstance(plan, RestorePlan)
         return plan

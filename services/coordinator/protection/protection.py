@@ -186,7 +186,7 @@ class Protection:
         """The index, or the stores, told where parity lies."""
         match question.purpose:
             case "restore":
-                self.restoration.planned(question.epoch, found)
+                self.restoration.found(question, found)
                 self.advance()
             case "cached":
                 self.background.found(question.epoch, found)

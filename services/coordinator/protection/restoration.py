@@ -1,18 +1,19 @@
 """How lost pages come back: what each run needs is decoded in order, and it goes on when that is there.
 
-The ranks do the work: a plan names pages in order, they go through it window by window and say after each how far they
-are. Idle pages follow later (`background`).
+Where their parity is, is looked up part by part, while the ranks are at what was found before. They do the work: a plan
+names pages in order, they go through it window by window and say after each how far they are. Idle pages follow later
+(`background`).
 """
 
 import logging
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from services.coordinator.events import FindStripes, StripesFound
 from services.coordinator.membership.members import Membership
 from services.coordinator.outbox import Outbox
-from services.coordinator.protection.costs import StoredStripe, choose, redundancy_of, restorable, wanted_keys
+from services.coordinator.protection.costs import Choice, StoredStripe, Ways, redundancy_of, restorable
 from services.coordinator.protection.host import Host, Run
 from services.coordinator.protection.ledger import Ledger
 from services.coordinator.protection.rates import Rates
@@ -26,6 +27,9 @@ log = logging.getLogger(__name__)
 
 PLAN_STRIPES = 2048
 """In one plan: a frame of far less than the channel's limit."""
+LOOKED_UP = 4096
+"""So many stripes are looked up at a time."""
+LOOKUPS_IN_FLIGHT = 2
 PLANS_IN_FLIGHT = 2
 """While the ranks are at the end of one, they have the next."""
 
@@ -74,7 +78,16 @@ class Restoration:
         self._outbox = outbox
         self._always = always
         self.redundancy = redundancy_of(config, alike=alike)
+        self._ways: Ways | None = None
+        """While it is not known of all runs how they come back."""
+        self._lookups: deque[tuple[PageKey, ...]] = deque()
+        """Keys that are to be looked up; of the first LOOKUPS_IN_FLIGHT that has been asked."""
+        self._found: dict[PageKey, StripesFound] = {}
+        """Answers that came before an earlier one, by their first key."""
         self._planned = False
+        self._chosen: set[int] = set()  # runs of which it is known what comes back for them
+        self._tail_parity: dict[PageKey, StoredStripe] = {}
+        self._pages_chosen: set[int] = set()  # sealed pages that are restored; kept where tails are protected
         self._queue: deque[StripeRestore] = deque()
         self._tail_queue: deque[StripeRestore] = deque()
         self._coming: dict[int, int] = {}
@@ -89,7 +102,12 @@ class Restoration:
 
     def interrupted(self) -> None:
         """The epoch is over, and with it the plans under way."""
-        self._planned = False
+        self._planned, self._ways = False, None
+        self._lookups.clear()
+        self._found.clear()
+        self._chosen.clear()
+        self._tail_parity.clear()
+        self._pages_chosen.clear()
         self._queue.clear()
         self._tail_queue.clear()
         self._coming.clear()
@@ -103,70 +121,101 @@ class Restoration:
 
     def plan(self) -> None:
         """Look up what the running requests lack, while the ranks still connect."""
-        epoch = self._membership.epoch
-        tails = self._tails.keys() if self._tails is not None else []
-        keys = (*wanted_keys(self._ledger, self._host.runs()), *tails)
-        if keys and self._config.protection != "none" and self.redundancy.stored:
-            self._outbox.ask(FindStripes("restore", epoch, keys, self._stores.infos()))
-        else:
-            self.planned(epoch, StripesFound({}))
-
-    def planned(self, epoch: int, found: StripesFound) -> None:
-        """The index has told: begin to restore, if the epoch that it was asked for lasts."""
-        if epoch != self._membership.epoch or self._membership.state == "forming":
-            return
-        if found.trouble:
-            log.warning("the stripe index can't be read: %s", found.trouble)
-        choices = choose(
+        self._ways = Ways(
             self._ledger,
             self._host.runs(),
-            found.stripes,
             self._rates,
             page_bytes=self._page_bytes,
             page_tokens=self._page_tokens,
             always=self._always,
             redundancy=self.redundancy,
-            now=self._outbox.now,
         )
-        self._timeline.chosen(choices)
-        for choice in choices:
-            log.info(
-                "a request comes back",
-                extra={
-                    "request": choice.run.request_id,
-                    "way": choice.way,
-                    "pages": len(choice.stripes),
-                    "expected_restore_s": round(choice.restore_s, 4),
-                    "expected_recompute_s": round(choice.recompute_s, 4),
-                },
-            )
-            self._queue.extend(choice.stripes)
-        self._expect(stripe.page for stripe in self._queue)
-        sealed = frozenset(self._coming)
-        for choice in choices:
-            self._tail_queue.extend(self._tail_stripes(choice.run, sealed, found.stripes))
-        self._expect(self._page(stripe, tail=True) for stripe in self._tail_queue)
-        for run in self._host.runs():
-            coming = [page for page in run.pages if page in self._coming]
-            self._left[run.number] = len(coming)
-            for page in coming:
-                self._wait_for.setdefault(page, []).append(run.number)
-        self._planned = True
+        keys = (*(self._tails.keys() if self._tails is not None else ()), *self._ways.keys())
+        self._lookups.extend(keys[start : start + LOOKED_UP] for start in range(0, len(keys), LOOKED_UP))
+        if not keys or self._config.protection == "none" or not self.redundancy.stored:
+            self._lookups.clear()
+            self._look_at(keys, StripesFound({}))
+            self._send()
+        for part in list(self._lookups)[:LOOKUPS_IN_FLIGHT]:
+            self._look_up(part)
+
+    def _look_up(self, keys: tuple[PageKey, ...]) -> None:
+        self._outbox.ask(FindStripes("restore", self._membership.epoch, keys, self._stores.infos()))
+
+    def found(self, question: FindStripes, found: StripesFound) -> None:
+        """The index has told: begin to restore, if the epoch that it was asked for lasts."""
+        if question.epoch != self._membership.epoch or self._ways is None:
+            return
+        self._found[question.keys[0]] = found
+        while self._lookups and (answer := self._found.pop(self._lookups[0][0], None)) is not None:
+            keys = self._lookups.popleft()
+            if len(self._lookups) >= LOOKUPS_IN_FLIGHT:
+                self._look_up(self._lookups[LOOKUPS_IN_FLIGHT - 1])
+            self._look_at(keys, answer)
         self._send()
 
-    def _tail_stripes(
-        self, run: Run, coming: Collection[int], stripes: Mapping[PageKey, StoredStripe]
-    ) -> Iterator[StripeRestore]:
-        """How to rebuild the tokens after the pages that are there or `coming`, as far as they have stripes."""
+    def _look_at(self, keys: tuple[PageKey, ...], found: StripesFound) -> None:
+        """Decide what comes back, as far as these keys let it be known."""
+        if found.trouble:
+            log.warning("the stripe index can't be read: %s", found.trouble)
+        if self._tails is not None:
+            self._tail_parity.update((key, stripe) for key, stripe in found.stripes.items() if self._tails.knows(key))
+        assert self._ways is not None
+        runs = {run.number for run in self._host.runs()}
+        for choice in self._ways.found(keys, found.stripes, runs=runs, now=self._outbox.now):
+            self._choose(choice)
+        if not self._lookups:
+            self._planned, self._ways = True, None
+            for run in self._host.runs():
+                if run.number not in self._chosen:
+                    self._wait(run)
+
+    def _choose(self, choice: Choice) -> None:
+        """So much of a run comes back. What it recomputes may come back for another: it does not go on before all is
+        known.
+        """
+        self._timeline.chosen(choice)
+        self._queue.extend(choice.stripes)
+        self._expect(stripe.page for stripe in choice.stripes)
+        if self._tails is not None:
+            self._pages_chosen.update(stripe.page for stripe in choice.stripes)
+        if not choice.last:
+            return
+        log.info(
+            "a request comes back",
+            extra={
+                "request": choice.run.request_id,
+                "way": choice.way,
+                "pages": choice.pages,
+                "expected_restore_s": round(choice.restore_s, 4),
+                "expected_recompute_s": round(choice.recompute_s, 4),
+            },
+        )
+        tail = list(self._tail_stripes(choice.run))
+        self._tail_queue.extend(tail)
+        self._expect(self._page(stripe, tail=True) for stripe in tail)
+        if choice.way != "recompute":
+            self._wait(choice.run)
+
+    def _wait(self, run: Run) -> None:
+        """It is known what comes back for a run: it goes on when that is there."""
+        self._chosen.add(run.number)
+        coming = [page for page in run.pages if page in self._coming]
+        self._left[run.number] = len(coming)
+        for page in coming:
+            self._wait_for.setdefault(page, []).append(run.number)
+
+    def _tail_stripes(self, run: Run) -> Iterator[StripeRestore]:
+        """How to rebuild the tokens after the pages that are there or come back, as far as they have stripes."""
         if self._tails is None:
             return
         there = 0
         for page, key in zip(run.pages, run.keys, strict=False):
-            if (self._ledger.missing(page) and page not in coming) or self._ledger.key(page) != key:
+            if (self._ledger.missing(page) and page not in self._pages_chosen) or self._ledger.key(page) != key:
                 break
             there += 1
         for token in self._tails.after(run, there * self._page_tokens):
-            stripe = restorable(token.slot, token.key, self._ledger.missing(token.page), stripes)
+            stripe = restorable(token.slot, token.key, self._ledger.missing(token.page), self._tail_parity)
             if stripe is None:
                 return
             yield stripe
@@ -219,14 +268,15 @@ class Restoration:
         return not self._queue and not self._tail_queue and not self._batches
 
     def settle(self, now: float) -> bool:
-        """Let runs go on of which nothing more will come back. True when none is left."""
-        if not self._planned:
-            return False
-        for run in [each for each in self._host.runs() if each.held and not self._left.get(each.number)]:
+        """Let runs go on for which nothing more will come back. True when none is left."""
+        chosen = self._chosen
+        for run in [each for each in self._host.runs() if each.held and each.number in chosen]:
+            if self._left.get(run.number):
+                continue
             valid = self._with_tail(run, self._ledger.valid_tokens(run, self._page_tokens))
             self._ledger.forget(run.pages[-(-valid // self._page_tokens) :])
             self._timeline.returned(run.number, self._host.returned(run.number, valid), now)
-        return not any(run.held for run in self._host.runs())
+        return self._planned and not any(run.held for run in self._host.runs())
 
     def _with_tail(self, run: Run, valid: int) -> int:
         """The tokens that are valid, with those whose KV came back one by one."""

@@ -1,6 +1,6 @@
 """Each recovery by phase, as records and as traces. Pure: the time is passed in."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from services.coordinator.protection.costs import Choice
@@ -72,19 +72,18 @@ class Timeline:
         if self.current is not None:
             self.current.joined = now
 
-    def chosen(self, choices: Iterable[Choice]) -> None:
-        """How each run comes back."""
+    def chosen(self, choice: Choice) -> None:
+        """How a run comes back, or so much of it."""
         if self.current is not None:
-            for each in choices:
-                self.current.streams[each.run.number] = StreamRecovery(
-                    request_id=each.run.request_id,
-                    way=each.way,
-                    restored_pages=len(each.stripes),
-                    recomputed_tokens=0,
-                    expected_restore_s=each.restore_s,
-                    expected_recompute_s=each.recompute_s,
-                    resumed_s=0.0,
-                )
+            self.current.streams[choice.run.number] = StreamRecovery(
+                request_id=choice.run.request_id,
+                way=choice.way,
+                restored_pages=choice.pages,
+                recomputed_tokens=0,
+                expected_restore_s=choice.restore_s,
+                expected_recompute_s=choice.recompute_s,
+                resumed_s=0.0,
+            )
 
     def decoded(self, progress: RestoreDone) -> None:
         """A rank has decoded some pages, and took this long for it."""
