@@ -24,6 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from shared.service import COLLECT_AFTER
 from tests.bench import scale_gateway
 from tests.bench.curves import plot_scale
 from tests.bench.goals import Goal, table
@@ -182,6 +183,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     arguments = parser.parse_args()
+    gc.set_threshold(COLLECT_AFTER)  # as in a service
     if arguments.only:
         print(json.dumps(only(arguments.only)))
         return 0

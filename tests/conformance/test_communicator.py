@@ -1,10 +1,11 @@
 """The contract of a communicator, over every backend that runs without a GPU, between real processes."""
 
+import ctypes
 import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch._C import _distributed_c10d as c10d
 
 from services.worker.communicator import Communicator, Kind, create, open_rendezvous
 from services.worker.communicator.base import cut
-from services.worker.communicator.shm import ShmRendezvous
+from services.worker.communicator.shm import ShmCommunicator, ShmRendezvous
 from shared.errors import CommunicatorAborted, CutOff
 from tests.conformance.rank_processes import Outcome, RankProcesses
 
@@ -169,6 +170,40 @@ def one_sum_part(communicator: Communicator) -> float:
 def test_leaving_after_the_last_operation_disturbs_nobody(ranks: RankProcesses) -> None:
     for _ in range(40):  # on shm, where a leaver's word is still being waited for
         assert results(ranks.play("shm", one_sum_part)) == [float(SIZE)] * SIZE
+
+
+class Meanwhile:
+    """A word of the shared memory; before it is read the `turn`-th time, something happens."""
+
+    def __init__(self, word: ctypes.c_uint32, turn: int, happens: Callable[[], object]) -> None:
+        self._word, self._turn, self._happens = word, turn, happens
+
+    @property
+    def value(self) -> int:
+        self._turn -= 1
+        if self._turn == 0:
+            self._happens()
+        return self._word.value
+
+
+def test_who_left_while_it_was_looked_for_had_taken_part() -> None:
+    """The peer comes and leaves just as the waiter, which has not seen it come, looks whether the epoch goes on."""
+    handle = ShmRendezvous(2, 1 << 16)
+    with ThreadPoolExecutor() as pool:
+        waiter, leaver = pool.map(lambda rank: ShmCommunicator(handle.address, rank, 2, timeout=20), range(2))
+    handle.close()
+
+    def come_and_leave() -> None:
+        assert one_sum_part(leaver) == 2.0
+        leaver.close()
+
+    word = waiter._abort_word
+    waiter._abort_word = Meanwhile(word, 2, come_and_leave)  # type: ignore[assignment]
+    assert one_sum_part(waiter) == 2.0
+    waiter._abort_word = word
+    with pytest.raises(CommunicatorAborted):
+        one_sum_part(waiter)
+    waiter.close()
 
 
 def wait_part(communicator: Communicator, missing: int, aborter: int | None, after: float, ready: Path) -> None:

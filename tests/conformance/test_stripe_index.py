@@ -8,7 +8,6 @@ import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,7 +73,7 @@ async def test_cordons_are_kept(index: StripeIndex, group: str) -> None:
 
 async def test_what_was_put_is_read_back_exactly(index: StripeIndex, group: str) -> None:
     first = entry(3)
-    second = replace(first, number=4, store_id="store-b", checksum=0)
+    second = first._replace(number=4, store_id="store-b", checksum=0)
     other = entry(3)
     await index.put_many(group, 1, [first, second, other])
     found = await index.get_many(group, [first.page_key, other.page_key, os.urandom(16)])
@@ -104,7 +103,7 @@ async def test_a_write_of_an_older_epoch_changes_nothing(index: StripeIndex, gro
     assert await index.advance_epoch(group) == 2
     await index.put_many(group, 2, [kept])
     with pytest.raises(Fenced, match="epoch 1"):
-        await index.put_many(group, 1, [replace(kept, epoch=1, checksum=99)])
+        await index.put_many(group, 1, [kept._replace(epoch=1, checksum=99)])
     with pytest.raises(Fenced):
         await index.delete_many(group, 1, [kept.page_key])
     assert (await index.get_many(group, [kept.page_key]))[kept.page_key].shards == (kept,)
@@ -151,7 +150,7 @@ async def test_many_writers_at_once_and_an_epoch_in_between(index: StripeIndex, 
 
 async def test_an_entry_of_a_stores_former_life_does_not_count(index: StripeIndex, group: str) -> None:
     old = entry(3, store="store-a", incarnation="before")
-    new = replace(old, number=4, store_id="store-b", incarnation="b1")
+    new = old._replace(number=4, store_id="store-b", incarnation="b1")
     await index.put_many(group, 1, [old, new])
     stripe = (await index.get_many(group, [old.page_key]))[old.page_key]
     assert stripe.alive({"store-a": "after", "store-b": "b1"}) == (new,)
@@ -162,7 +161,7 @@ async def test_an_entry_of_a_stores_former_life_does_not_count(index: StripeInde
 async def test_a_store_drops_only_what_still_names_it(index: StripeIndex, group: str) -> None:
     mine, moved = entry(store="a"), entry(store="a")
     await index.put_many(group, 1, [mine, moved])
-    await index.put_many(group, 1, [replace(moved, store_id="ab")])
+    await index.put_many(group, 1, [moved._replace(store_id="ab")])
     shards = [(e.page_key, e.number) for e in (mine, moved)]
     assert await index.drop_many(group, "a", "i0", shards) == 0
     assert await index.drop_many(group, "a", "i1", shards) == 1
@@ -171,7 +170,7 @@ async def test_a_store_drops_only_what_still_names_it(index: StripeIndex, group:
 
 async def test_delete_removes_whole_stripes_and_leaves_no_key(index: StripeIndex, group: str) -> None:
     entries = [entry() for _ in range(1500)]
-    await index.put_many(group, 1, [*entries, *(replace(e, number=4) for e in entries)])
+    await index.put_many(group, 1, [*entries, *(e._replace(number=4) for e in entries)])
     keys = [e.page_key for e in entries]
     assert len(await index.get_many(group, keys)) == 1500
     assert await index.delete_many(group, 1, keys) == 1500
@@ -204,7 +203,7 @@ async def test_redis_silent_is_deadline_exceeded() -> None:
 async def test_entries_of_a_stores_former_lives_are_deleted_and_no_others(index: StripeIndex, group: str) -> None:
     former = [entry(store="back", incarnation="i0") for _ in range(1200)]
     present = [entry(store="back", incarnation="i1") for _ in range(3)]
-    others = [entry(store="backup", incarnation="i0"), replace(former[0], number=4, store_id="other")]
+    others = [entry(store="backup", incarnation="i0"), former[0]._replace(number=4, store_id="other")]
     await index.put_many(group, 1, [*former, *present, *others])
     await index.put_many(group + "x", 1, former[:2])
     assert await index.forget_former_lives("back", "i1") == 1202

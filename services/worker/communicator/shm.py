@@ -237,31 +237,36 @@ class ShmCommunicator(Communicator):
     def _await(self, peer: int, sequence: int) -> None:
         word, address = self._words[peer], self._addresses[peer]
         deadline = time.monotonic() + self.timeout
+        trouble: CommunicatorAborted | DeadlineExceeded | None = None
         while True:
+            # what ends a wait is looked for before the word is read: who has left meanwhile had got here first
+            aborted = self._abort_word.value
             seen = word.value
             if (seen - sequence) & _SEQUENCE <= 1:  # one further at most: the next barrier can't be passed without us
                 return
-            if seen & _ABORTED or self._abort_word.value:
+            if trouble is not None:
+                self.abort()
+                raise trouble
+            if aborted or seen & _ABORTED:
                 raise CommunicatorAborted("the epoch was aborted")
             _syscall(_SYS_FUTEX, address, _FUTEX_WAIT, seen, _SLICE_ADDRESS, 0, 0)
             if word.value == seen:
-                self._look_for_trouble(peer, deadline)
+                trouble = self._trouble(peer, deadline)
 
-    def _look_for_trouble(self, peer: int, deadline: float) -> None:
+    def _trouble(self, peer: int, deadline: float) -> CommunicatorAborted | DeadlineExceeded | None:
+        """Why this rank need not wait any longer for `peer`, unless that has got here since."""
         if self._pidfds:
             poll = select.poll()
             ranks = {pidfd: rank for rank, pidfd in self._pidfds.items()}
             for pidfd in ranks:
                 poll.register(pidfd, select.POLLIN)
             for pidfd, _ in poll.poll(0):
-                self.abort()
-                raise CommunicatorAborted(f"rank {ranks[pidfd]} is gone")
+                return CommunicatorAborted(f"rank {ranks[pidfd]} is gone")
         elif self._cancelled is not None and self._cancelled.is_set():
-            self.abort()
-            raise CommunicatorAborted("the epoch ended before all ranks were connected")
+            return CommunicatorAborted("the epoch ended before all ranks were connected")
         if time.monotonic() > deadline:
-            self.abort()
-            raise DeadlineExceeded(f"rank {peer} did not take part within {self.timeout} s")
+            return DeadlineExceeded(f"rank {peer} did not take part within {self.timeout} s")
+        return None
 
 
 def _abort(abort_word: ctypes.c_uint32, words: Sequence[ctypes.c_uint32]) -> None:
