@@ -1,10 +1,10 @@
 """One long sequence on real processes: prefilled, decoded, a rank killed in mid-decode, and on with the same tokens.
 
-python -m tests.bench.long [--tokens N ...] [--window N] [--out DIR]
+python -m tests.bench.long [--tokens N ...] [--window N] [--page-tokens N] [--out DIR]
 
 A tiny random model, TP = 2, one spare, one parity store. A short stream decodes beside it all the time: its gaps say
 whether others keep their pace. The prompt is computed once in peace and once more out of the pool, when rank 1 is
-killed. Adds its rows to bench/results/long.json, in the place of those of the same length and window, and draws
+killed. Adds its rows to bench/results/long.json, in the place of those of the same length, window and pages, and draws
 long.png. `make bench-long`.
 """
 
@@ -56,6 +56,7 @@ class Row:
     tokens: int
     window: int
     """Tokens that attention looks back; 0: all."""
+    page_tokens: int
     load: float
     """Of the machine, before it."""
     prefill_s: float
@@ -120,12 +121,19 @@ class Beside:
         return {"median_s": statistics.median(found), "longest_s": max(found)}
 
 
-async def measure(folder: Path, tokens: int, *, window: int = 0, say: Callable[[str], None] = lambda _: None) -> Row:
+async def measure(
+    folder: Path,
+    tokens: int,
+    *,
+    window: int = 0,
+    page_tokens: int = PAGE_TOKENS,
+    say: Callable[[str], None] = lambda _: None,
+) -> Row:
     """One row, on a cluster of its own; `say` is told how far it is."""
     longest = tokens + BESIDE + 1000
     memory = 8 + 2 * longest * KV_BYTES // 2**20
     changed = settings(
-        tp=2, spares=1, page_tokens=PAGE_TOKENS, kv_memory_mb=memory, store_memory_mb=2 * memory, record=False,
+        tp=2, spares=1, page_tokens=page_tokens, kv_memory_mb=memory, store_memory_mb=2 * memory, record=False,
         threads=1, restore="always",
     )  # fmt: skip
     load = os.getloadavg()[0]
@@ -135,7 +143,7 @@ async def measure(folder: Path, tokens: int, *, window: int = 0, say: Callable[[
         beside = Beside()
         other = asyncio.create_task(beside.run(cluster))
         try:
-            row = await _Run(cluster, beside, tokens, window, load, say).row()
+            row = await _Run(cluster, beside, tokens, window, page_tokens, load, say).row()
             if other.done():
                 await other
             return row
@@ -152,6 +160,7 @@ class _Run:
     beside: Beside
     tokens: int
     window: int
+    page_tokens: int
     load: float
     say: Callable[[str], None]
 
@@ -179,10 +188,11 @@ class _Run:
         hit = await self._stream(prompt, strike)
         record, _ = await closed_record(self.cluster, struck[0])
         self.say(f"it went on after {max(hit.gaps):.2f} s")
-        links = await measure_links(PAGE_TOKENS * KV_BYTES, ranks=2)
+        links = await measure_links(self.page_tokens * KV_BYTES, ranks=2)
         return Row(
             tokens=self.tokens,
             window=self.window,
+            page_tokens=self.page_tokens,
             load=self.load,
             prefill_s=calm.first_token_s,
             cached_s=hit.first_token_s,
@@ -231,7 +241,7 @@ class _Run:
         """Say now and then how much is prefilled."""
         while True:
             await asyncio.sleep(10)
-            held = (await self.cluster.status())["pages_held"] * PAGE_TOKENS
+            held = (await self.cluster.status())["pages_held"] * self.page_tokens
             self.say(f"{held:,} of {self.tokens:,} tokens after {time.monotonic() - began:.0f} s")
 
 
@@ -243,9 +253,9 @@ def _resident(pid: int) -> int:
 def table(rows: list[dict[str, Any]]) -> Table:
     """The rows, for a person."""
     shown = Table(title="One long sequence, TP = 2, rank 1 killed in decode; seconds")
-    for column in ("tokens", "window", "prefill", "cached", "decode tok/s", "stall", "detect", "regroup", "weights",
-                   "restore", "recompute", "MB/s restored", "slowest link", "of its slowest part", "gap beside: alone",
-                   "in prefill", "at the loss", "coordinator MiB", "same text and KV"):  # fmt: skip
+    for column in ("tokens", "window", "page", "prefill", "cached", "decode tok/s", "stall", "detect", "regroup",
+                   "weights", "restore", "recompute", "MB/s restored", "slowest link", "of its slowest part",
+                   "gap beside: alone", "in prefill", "at the loss", "coordinator MiB", "same text, KV"):  # fmt: skip
         shown.add_column(column, justify="right")
     for row in rows:
         gaps = [
@@ -254,8 +264,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
         ]
         memory = row["memory"]["coordinator"]
         shown.add_row(
-            f"{row['tokens']:,}", f"{row['window'] or 'all'}", f"{row['prefill_s']:.1f}", f"{row['cached_s']:.1f}",
-            f"{row['decode_tokens_s']:.0f}", f"{row['stall_s']:.2f}",
+            f"{row['tokens']:,}", f"{row['window'] or 'all'}", f"{row['page_tokens']}", f"{row['prefill_s']:.1f}",
+            f"{row['cached_s']:.1f}", f"{row['decode_tokens_s']:.0f}", f"{row['stall_s']:.2f}",
             *(f"{value:.3f}" for value in row["phases"].values()), f"{row['restore_bytes_s'] / 1e6:.0f}",
             f"{min(row['links'].values()) / 1e6:.0f}",
             f"{row['phases']['restore_s'] / max(*row['parts'].values(), 1e-9):.2f}", *gaps,
@@ -265,10 +275,13 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def kept(path: Path, row: Row) -> list[dict[str, Any]]:
-    """Write a row beside those of other lengths and windows; returns all."""
+    """Write a row beside those of other lengths, windows and pages; returns all."""
+
+    def kind(each: dict[str, Any]) -> tuple[int, int, int]:
+        return each["page_tokens"], each["window"], each["tokens"]
+
     before = json.loads(path.read_text())["rows"] if path.exists() else []
-    others = [each for each in before if (each["tokens"], each["window"]) != (row.tokens, row.window)]
-    rows = sorted([*others, asdict(row)], key=lambda each: (each["window"], each["tokens"]))
+    rows = sorted([*(each for each in before if kind(each) != kind(asdict(row))), asdict(row)], key=kind)
     path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
     return rows
 
@@ -278,6 +291,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[50_000, 250_000, 1_000_000], help="of the prompts")
     parser.add_argument("--window", type=int, default=1024, help="tokens that attention looks back; 0: all")
+    parser.add_argument("--page-tokens", type=int, default=PAGE_TOKENS, help="tokens a page")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     arguments = parser.parse_args()
     console, began, identical = Console(width=220), time.monotonic(), True
@@ -286,14 +300,14 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             row = asyncio.run(
                 measure(
-                    Path(folder), tokens, window=arguments.window,
+                    Path(folder), tokens, window=arguments.window, page_tokens=arguments.page_tokens,
                     say=lambda text: print(f"{time.monotonic() - began:7.1f} s  {text}", flush=True),
                 )
             )  # fmt: skip
         identical &= row.identical
         rows = kept(arguments.out / "long.json", row)
         console.print(table(rows))
-        plot_long(rows, arguments.out / "long.png")
+        plot_long([each for each in rows if each["page_tokens"] == PAGE_TOKENS], arguments.out / "long.png")
     return 0 if identical else 1
 
 

@@ -197,25 +197,6 @@ async def test_serving_never_waits_for_redis(cluster: LocalCluster, fault: str) 
     assert (await quiet(cluster))["epoch"] == before["epoch"]
 
 
-async def test_after_redis_forgot_everything_a_lost_rank_is_restored_from_the_same_parity(
-    cluster: LocalCluster,
-) -> None:
-    """Redis is emptied while a stream runs; by the time that a rank dies the store has told it all again."""
-    await whole(cluster)
-    report = await drilled(
-        cluster,
-        "empty",
-        "redis",
-        for_s=0.1,
-        then=("rank:1",),
-        max_tokens=300,
-        when="token:20",
-        then_s=1.5,
-        cached=True,
-    )
-    assert report.restored_pages >= RESTORED
-
-
 @pytest.mark.parametrize("fault", ["kill", "stop"])
 async def test_a_rank_lost_while_redis_is_away_is_restored_from_what_the_stores_say(
     cluster: LocalCluster, fault: str

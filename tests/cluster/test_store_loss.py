@@ -12,6 +12,7 @@ import pytest
 
 from services.cli.drill import Options, Stream, stream_all
 from services.cli.local import LocalCluster
+from shared.stripe_index import StripeIndex
 from tests.cluster.conftest import SERVING_S, quiet, settings, whole
 from tests.cluster.test_survival import conserved
 
@@ -19,6 +20,8 @@ pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300
 
 PROMPTS = [[token] * 210 for token in (5, 6)]
 SEALED = len(PROMPTS) * (210 // 16)
+STRIPES = "ghost:{*}:s:*"
+"""The index's keys of stripes."""
 
 
 async def admin(cluster: LocalCluster, store: str, method: str, path: str, json: object = None) -> dict[str, Any]:
@@ -94,6 +97,22 @@ async def test_protection_becomes_whole_after_a_store_was_killed_under_load(clus
     await conserved(cluster)
 
 
+async def test_after_redis_forgot_everything_a_lost_rank_is_restored_from_the_same_parity(
+    cluster: LocalCluster,
+) -> None:
+    """By the time that a rank dies the store has told it all again."""
+    await whole(cluster)
+    calm = await stream_all(cluster, PROMPTS, Options(max_tokens=40), "forgotten")
+    await conserved(cluster)
+    async with StripeIndex(cluster.redis_url) as index, asyncio.timeout(30):
+        known = set(await index.command("KEYS", STRIPES))
+        assert len(known) >= SEALED
+        await index.command("FLUSHALL")
+        while set(await index.command("KEYS", STRIPES)) != known:
+            await asyncio.sleep(0.02)
+    assert await same_after_a_kill(cluster, calm, "forgotten") >= SEALED
+
+
 async def test_a_scrub_has_damaged_parity_encoded_anew(cluster: LocalCluster) -> None:
     calm = await stream_all(cluster, PROMPTS, Options(max_tokens=40), "scrub")
     await conserved(cluster)
@@ -123,14 +142,17 @@ async def test_a_damaged_row_is_made_up_for_by_another_and_pages_in_use_have_roo
         assert status["unprotected_reason"].startswith("store full"), status["unprotected_reason"]
         assert 0 < status["stripes_protected"] < status["pages_cached"]
 
-        async def until_protected() -> None:
-            """All pages in use have parity, and some cached ones no more."""
+        long = Options(max_tokens=3400)  # and the client leaves when all is seen: what failed is tried again every 2 s
+        streams = asyncio.create_task(stream_all(cluster, [[30] * 600], long, "in use"))
+        try:
             async with asyncio.timeout(60):
                 while True:
                     now = await cluster.status()
                     given = now["stripes_unprotected"] - status["stripes_unprotected"]
                     if now["running"] and now["can_lose"] == 2 and given > 0:
-                        return
+                        break  # all pages in use have parity, and some cached ones no more
+                    assert not streams.done(), now
                     await asyncio.sleep(0.02)
-
-        await stream_all(cluster, [[30] * 600], Options(max_tokens=300), "in use", background=until_protected)
+        finally:
+            streams.cancel()
+            await asyncio.wait([streams])

@@ -3,11 +3,15 @@
 import argparse
 import asyncio
 import os
+from contextlib import nullcontext
 from pathlib import Path
+from typing import cast
 
 import pytest
 
-from services.cli.drill import Options, add_arguments, parse_options
+from services.cli.drill import Options, Stream, add_arguments, parse_options
+from services.cli.drill.run import Strike
+from services.cli.local import LocalCluster
 from shared import faults
 from shared.errors import ConfigError, DeadlineExceeded, GhostError
 
@@ -91,3 +95,15 @@ async def test_a_process_that_does_not_listen_is_reported(tmp_path: Path, monkey
     finally:
         asyncio.get_running_loop().remove_signal_handler(faults.SIGNAL)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("lost_at", "late"), [(2.0, False), (2.1, True)])
+async def test_ranks_that_died_when_all_streams_had_ended_prove_nothing(lost_at: float, late: bool) -> None:
+    cluster = cast(LocalCluster, None)
+    strike = Strike(cluster, Options("empty", ("redis",), then=("rank:1",)), {}, 0.0, lost_at=lost_at)
+    streams = [Stream(times=[1.0]), Stream(times=[1.0, 2.0]), Stream()]
+    with pytest.raises(GhostError, match="ended before the fault came"):
+        await strike.over(streams)
+    strike.task = asyncio.create_task(asyncio.sleep(0))
+    with pytest.raises(GhostError, match="ended before rank:1 died") if late else nullcontext():
+        await strike.over(streams)

@@ -8,7 +8,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ async def run_drill(
             cluster, prompts, options, f"{salt}-calm" if options.cached else f"{salt}-hit", watch=strike.saw,
             background=strike.in_prefill, tolerant=options.breaks_streams,
         )  # fmt: skip
-        await strike.over()
+        await strike.over(hit)
         narrate("reading the timeline")
         await cluster.wait_serving(SERVING_DEADLINE_S)
         record, status = await _record(cluster, options, strike.began)
@@ -167,11 +167,14 @@ class Strike:
             await asyncio.sleep(self.first_token_s * PREFILL_FRACTION)
             self._begin()
 
-    async def over(self) -> None:
-        """Wait until the fault is over. Raises GhostError if it never came."""
+    async def over(self, streams: Sequence[Stream]) -> None:
+        """Wait until the fault is over. Raises GhostError if these streams ended before it came, or what came then."""
         if self.task is None:
             raise GhostError("the streams ended before the fault came")
         await self.task
+        ended = not self.options.breaks_streams and all(stream.times[-1:] < [self.lost_at] for stream in streams)
+        if self.options.then and ended:
+            raise GhostError(f"the streams ended before {', '.join(self.options.then)} died: ask for more tokens")
 
     def _begin(self) -> None:
         if self.task is None:

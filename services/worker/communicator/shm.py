@@ -34,8 +34,7 @@ _LINE = 64  # each word on a cache line of its own
 _SLICE = 0.02  # a wait looks for dead peers this often
 _ONE_PHASE_BYTES = 32 << 10  # above: each rank sums its part, then all copy the sums
 
-_syscall = ctypes.CDLL(None).syscall  # releases the GIL
-_syscall.argtypes = (
+_ARGUMENTS = (
     ctypes.c_long,
     ctypes.c_void_p,
     ctypes.c_int,
@@ -44,6 +43,10 @@ _syscall.argtypes = (
     ctypes.c_long,
     ctypes.c_long,
 )
+_syscall = ctypes.CDLL(None).syscall  # releases the GIL while it waits
+_syscall.argtypes = _ARGUMENTS
+_syscall_at_once = ctypes.PyDLL(None).syscall  # keeps the GIL: another thread that has got it holds it for 5 ms
+_syscall_at_once.argtypes = _ARGUMENTS
 
 
 class _Timespec(ctypes.Structure):
@@ -227,7 +230,7 @@ class ShmCommunicator(Communicator):
         sequence = self._sequence = (self._sequence + 1) & _SEQUENCE
         self._words[self.rank].value = sequence
         self.entered += 1
-        _syscall(_SYS_FUTEX, self._addresses[self.rank], _FUTEX_WAKE, _EVERYONE, None, 0, 0)
+        _syscall_at_once(_SYS_FUTEX, self._addresses[self.rank], _FUTEX_WAKE, _EVERYONE, None, 0, 0)
         began = time.monotonic()
         for peer in self._peers:
             if self._words[peer].value != sequence:
@@ -273,7 +276,7 @@ def _abort(abort_word: ctypes.c_uint32, words: Sequence[ctypes.c_uint32]) -> Non
     abort_word.value = 1
     for word in words:
         word.value |= _ABORTED  # a word that changed ends a futex wait, also one that is only about to begin
-        _syscall(_SYS_FUTEX, ctypes.addressof(word), _FUTEX_WAKE, _EVERYONE, None, 0, 0)
+        _syscall_at_once(_SYS_FUTEX, ctypes.addressof(word), _FUTEX_WAKE, _EVERYONE, None, 0, 0)
 
 
 def _share(sent: Sequence[int], to: int, room: int) -> tuple[int, int]:
