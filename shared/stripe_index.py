@@ -80,7 +80,8 @@ class StripeIndex:
         try:
             self._redis: Any = redis.asyncio.Redis.from_url(
                 url,
-                socket_timeout=timeout,
+                # bounded by _call: redis-py's own is asyncio.wait_for, which in Python 3.11 may swallow a cancellation
+                socket_timeout=None,
                 socket_connect_timeout=timeout,
                 max_connections=16,
                 retry=Retry(

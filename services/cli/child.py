@@ -102,7 +102,8 @@ class Child:
             self.process.terminate()
             self.process.send_signal(signal.SIGCONT)  # one that was stopped could not end
         try:
-            await asyncio.wait_for(self.process.wait(), STOP_DEADLINE_S)
+            async with asyncio.timeout(STOP_DEADLINE_S):
+                await self.process.wait()
         except TimeoutError:
             self.process.kill()
             await self.process.wait()

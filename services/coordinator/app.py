@@ -125,7 +125,8 @@ async def _last(journal: Journal, front: Front, stop: asyncio.Event) -> tuple[in
                 log.warning("%s; waiting for it", front.waits)
             told = True
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stop.wait(), REDIS_PAUSE_S)
+            async with asyncio.timeout(REDIS_PAUSE_S):
+                await stop.wait()
     return None
 
 

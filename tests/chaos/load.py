@@ -104,7 +104,8 @@ class Clients:
             stream = cancel is not None or dice.random() < 0.7
             await self._served(session, request, salt, stream=stream, cancel=cancel)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), dice.expovariate(5.0))
+                async with asyncio.timeout(dice.expovariate(5.0)):
+                    await stop.wait()
 
     async def _served(
         self, session: aiohttp.ClientSession, request: Request, salt: str, *, stream: bool, cancel: int | None

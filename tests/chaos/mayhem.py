@@ -1,6 +1,7 @@
 """What is broken, when, and for how long: drawn from the fault matrix by a seed."""
 
 import asyncio
+import contextlib
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -99,10 +100,9 @@ class Mayhem:
                 tasks.create_task(
                     self._inflict(kind, self._targets(kind), self._dice.uniform(0.2, kind.longest_s or 0.2))
                 )
-                try:
-                    await asyncio.wait_for(stop.wait(), self._dice.expovariate(1 / self._pause_s))
-                except TimeoutError:
-                    continue
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._dice.expovariate(1 / self._pause_s)):
+                        await stop.wait()
 
     def _targets(self, kind: Kind) -> tuple[str, ...]:
         settings, dice = self._cluster.settings, self._dice

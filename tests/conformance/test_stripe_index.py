@@ -200,6 +200,22 @@ async def test_redis_silent_is_deadline_exceeded() -> None:
                 await index.put_many("group", 1, [entry()])
 
 
+async def test_who_is_cancelled_in_a_call_ends_wherever_the_call_is(index: StripeIndex) -> None:
+    async def look_for_ever() -> None:
+        while True:
+            await index.knows("store-a", "i1")
+            await asyncio.sleep(0.5)
+
+    await index.knows("store-a", "i1")  # connected
+    for turns in range(40):
+        looking = asyncio.create_task(look_for_ever())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        looking.cancel()
+        _, goes_on = await asyncio.wait({looking}, timeout=0.3)
+        assert not goes_on, f"cancelled after {turns} turns of the loop, it goes on"
+
+
 async def test_entries_of_a_stores_former_lives_are_deleted_and_no_others(index: StripeIndex, group: str) -> None:
     former = [entry(store="back", incarnation="i0") for _ in range(1200)]
     present = [entry(store="back", incarnation="i1") for _ in range(3)]
