@@ -12,6 +12,7 @@ import pytest
 
 from services.cli.drill import Options, Report, Stream, run_drill, stream_all
 from services.cli.local import LocalCluster
+from services.worker.agent.supervisor import RESTART_PAUSE_S
 from tests.cluster.conftest import quiet, whole
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
@@ -80,6 +81,25 @@ async def test_a_worker_that_wakes_up_finds_itself_fenced_and_becomes_a_spare(cl
     after = await whole(cluster)
     woken = next(each for each in after["workers"] if each["pid"] == victim["pid"])
     assert (woken["name"], woken["rank"], woken["state"]) == (victim["name"], None, "spare")
+
+
+async def test_a_supervisor_that_is_stopped_while_a_restart_is_due_starts_the_worker_when_it_goes_on(
+    cluster: LocalCluster,
+) -> None:
+    before = await whole(cluster)
+    victim = next(each for each in before["workers"] if each["rank"] is None)
+    supervisor = cluster.processes["workers"]
+    assert supervisor.command.log is not None
+    os.kill(victim["pid"], signal.SIGKILL)
+    async with asyncio.timeout(10):
+        while f"(pid {victim['pid']}) died with signal SIGKILL" not in supervisor.command.log.read_text():
+            await asyncio.sleep(0.002)
+    os.kill(supervisor.pid, signal.SIGSTOP)
+    await asyncio.sleep(3 * RESTART_PAUSE_S)  # for as long it is stopped
+    os.kill(supervisor.pid, signal.SIGCONT)
+    after = await whole(cluster, without=victim["name"])
+    assert after["epoch"] == before["epoch"]
+    assert supervisor.alive
 
 
 async def test_a_worker_that_hangs_while_it_beats_is_lost(cluster: LocalCluster) -> None:

@@ -26,7 +26,7 @@ from shared.tls import client_context
 
 log = logging.getLogger(__name__)
 
-SIGNALS = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT}
+SIGNALS = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGALRM}
 STOP_DEADLINE_S = 10.0
 RESTART_PAUSE_S = 0.5
 """Before a dead worker is restarted: the recovery that its death began has the processors first."""
@@ -99,8 +99,7 @@ class _Host:
             grace_s = self._settings.stop_grace_s
             ends = [since + grace_s for since in self._stopped.values()] if grace_s else []
             pause = min((due - now for due in (*self._due.values(), *ends)), default=3600.0)
-            info = signal.sigtimedwait(SIGNALS, max(0.0, pause))
-            if info is not None and info.si_signo != signal.SIGCHLD:
+            if next_signal(pause) in (signal.SIGTERM, signal.SIGINT):
                 return self._stop()
             if self._reap():
                 self._stop()
@@ -194,6 +193,15 @@ async def tell_of_death(settings: WorkerSettings, worker: WorkerHello, why: str)
         log.error("the coordinator is not told that %s: %s", why, error)
         return 1
     return 0
+
+
+def next_signal(within_s: float) -> int:
+    """Wait for the next of SIGNALS, which are blocked: SIGALRM when this time has passed.
+
+    CPython's sigtimedwait won't do: of a process that was stopped past the time, it returns memory that nobody wrote.
+    """
+    signal.setitimer(signal.ITIMER_REAL, max(within_s, 1e-6))
+    return signal.sigwaitinfo(SIGNALS).si_signo
 
 
 def _device(device: str, place: int) -> str:
