@@ -117,6 +117,9 @@ class CoordinatorSettings(CommonSettings):
         1.0, description="time that a step may take, as far as shorter chunks of prompts make it shorter"
     )
     max_batch: int = Field(32, ge=1, le=1024, description="sequences a step")
+    steps_in_flight: int = Field(
+        0, ge=0, le=2, description="steps that ranks have at a time, so as not to wait between; 0: 2 on GPUs, 1 on CPUs"
+    )
     logits_mb: int = Field(64, ge=1, description="logits that a rank holds at a time, MiB")
     max_waiting: int = Field(256, ge=0, description="requests that may wait; more are refused with 429")
     communicator: Literal["auto", "shm", "gloo", "nccl"] = Field("auto", description="backend between ranks")

@@ -63,6 +63,9 @@ class ServeSettings(CommonSettings):
         1.0, description="time that a step may take, as far as shorter chunks of prompts make it shorter"
     )
     max_batch: int = Field(32, ge=1, le=1024, description="sequences a step")
+    steps_in_flight: int = Field(
+        0, ge=0, le=2, description="steps that ranks have at a time, so as not to wait between; 0: 2 on GPUs, 1 on CPUs"
+    )
     logits_mb: int = Field(64, ge=1, description="logits that a rank holds at a time, MiB")
     max_waiting: int = Field(256, ge=0, description="requests that may wait; more are refused with 429")
     communicator: Literal["auto", "shm", "gloo", "nccl"] = Field("auto", description="backend between ranks")
@@ -155,8 +158,8 @@ class LocalCluster:
              *(["--engine", "hosted"] if self.hosted else []),
              *(["--record-dir", str(self.recordings)] if settings.record else [])],
             ("dtype", "tp", "parity", "protection", "protect_tail", "restore", "page_tokens", "kv_memory_mb",
-             "max_model_len", "max_step_tokens", "max_step_s", "max_batch", "logits_mb", "max_waiting", "communicator",
-             "replace_stragglers"),
+             "max_model_len", "max_step_tokens", "max_step_s", "max_batch", "steps_in_flight", "logits_mb",
+             "max_waiting", "communicator", "replace_stragglers"),
         )  # fmt: skip
         dial = ["--coordinator-url", coordinator.address]
         threads = settings.threads or max(1, (os.cpu_count() or 1) // settings.tp)

@@ -10,6 +10,7 @@ from shared.messages.base import (
     Message,
 )
 from shared.messages.engine import (
+    DRAWN,
     Abort,
     Accepted,
     Batch,
@@ -17,6 +18,7 @@ from shared.messages.engine import (
     DigestPlan,
     Failed,
     NextTokens,
+    NotePages,
     Refused,
     Sample,
     SequenceStart,
@@ -133,6 +135,8 @@ __all__ = [
     "KeepStripes",
     "Message",
     "NextTokens",
+    "NotePages",
+    "DRAWN",
     "PagesCopied",
     "ParityShard",
     "Prepare",

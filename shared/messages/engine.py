@@ -10,6 +10,9 @@ from shared.types import (
     TokenLogprob,
 )
 
+DRAWN = -1
+"""In the place of a token that a step before draws: the ranks know it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sample(Message):
@@ -96,11 +99,9 @@ class Batch(Message):
     """Positions of the chunks' first tokens."""
     counts: bytes = b""
     tokens: bytes = b""
-    """All chunks' tokens, one after the other."""
+    """All chunks' tokens, one after the other. DRAWN, alone in its chunk: what was drawn last for its sequence."""
     draws: bytes = b""
     """A byte for each chunk: 1 if the token that follows it is to be drawn."""
-    seals: bytes = b""
-    """Keys, 16 bytes each, of the pages that the chunks fill, in their order."""
     pages: bytes = b""
     """New entries of page tables: chunk, place in the table, page."""
     following: bytes = b""
@@ -109,15 +110,30 @@ class Batch(Message):
     """Those of the sequences that took part in no step yet."""
     ended: bytes = b""
     """Sequences that take part in none any more, or begin anew."""
+    anew: bool = False
+    """The ranks forget all sequences first."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan(Message):
-    """One forward pass, the same on every rank. Each epoch begins with ranks that know no sequence."""
+    """One forward pass, the same on every rank. Each epoch begins with ranks that know no sequence.
+
+    It may come before the one in front of it is computed. After a step that raised an error, ranks leave those out that
+    were planned to follow it: all up to one that begins anew.
+    """
 
     epoch: int
     step: int
     batch: Batch
+
+
+@dataclass(frozen=True, slots=True)
+class NotePages(Message):
+    """These pages (int32) are whole after the steps that were planned before: their keys, 16 bytes each."""
+
+    epoch: int
+    pages: bytes
+    keys: bytes
 
 
 @dataclass(frozen=True, slots=True)

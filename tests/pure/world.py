@@ -58,6 +58,7 @@ from shared.messages import (
     KeepStripes,
     Message,
     NextTokens,
+    NotePages,
     PagesCopied,
     ParityShard,
     Prepare,
@@ -70,6 +71,7 @@ from shared.messages import (
     Rendezvous,
     RestoreDone,
     RestorePlan,
+    Sample,
     ShardsLost,
     StandBy,
     StepDone,
@@ -94,11 +96,14 @@ from shared.types import (
     encoding_rank,
     pack_ids,
     unpack_ids,
+    unpack_keys,
 )
 from tests.pure.plans import Planned, stripes_of
 
 VOCABULARY = 1000
 EOS = 7
+STOPS = tuple(range(8, 58))
+"""Tokens that end some of the requests: one in twenty that the model says."""
 POISON = 6
 """A token with which steps raise errors; no model says it."""
 MODEL = ModelInfo("/nowhere", "fingerprint", "Sim", "float32", VOCABULARY, 4096, 2, 6, 4, (EOS,), 10_000_000)
@@ -139,6 +144,8 @@ class SimWorker:
     assign: Assign | None = None
     joined: bool = False
     step: int = 0
+    raised: bool = False
+    """A step raised an error: it waits for one that begins anew."""
     sequences: Sequences = field(default_factory=Sequences)
     parts: tuple[SequenceStep, ...] = ()
     """Of the step that it is in."""
@@ -182,8 +189,11 @@ class World:
         protect_tail: bool = False,
         tracing: Tracing | None = None,
         engine: Literal["embedded", "hosted"] = "embedded",
+        steps_in_flight: int | None = None,
+        device: str = "cpu",
     ):
         self.dice = random.Random(seed)
+        self.device = device
         self.size, self.parity, self.pages, self.page_tokens = size, parity, pages, page_tokens
         self.settings = CoordinatorSettings(
             tp=size,
@@ -191,6 +201,7 @@ class World:
             page_tokens=page_tokens,
             max_step_tokens=self.dice.choice((3, 8, 32)),
             max_batch=self.dice.choice((2, 8)),
+            steps_in_flight=self.dice.choice((1, 2)) if steps_in_flight is None else steps_in_flight,
             heartbeat_s=3600,
             heartbeat_timeout_s=3600,
             restore="always",
@@ -343,7 +354,7 @@ class World:
         self._worker_dials(worker)
 
     def _worker_dials(self, worker: SimWorker) -> None:
-        worker.wire = self._connects(WorkerHello(worker.name, "host", "host", 1, "cpu"))
+        worker.wire = self._connects(WorkerHello(worker.name, "host", "host", 1, self.device))
         worker.out.append(self._ready_of(worker))
 
     def _ready_of(self, worker: SimWorker) -> WorkerReady:
@@ -429,6 +440,7 @@ class World:
             pack_ids(prompt),
             max_tokens or self.dice.randrange(1, 24),
             SamplingParams(temperature=0.0),
+            stop_token_ids=() if max_tokens else self.dice.choice(((), (), STOPS)),
             kv_digest=digest,
         )
         if self.client is None:
@@ -570,17 +582,23 @@ class World:
 
     def _client_receives(self, message: Tokens) -> None:
         assert message.request_id not in self.finished, "tokens after the end"
-        prompt = unpack_ids(self.requests[message.request_id].prompt)
-        received = self.received[message.request_id]
+        request, received = self.requests[message.request_id], self.received[message.request_id]
+        prompt = unpack_ids(request.prompt)
         for token in unpack_ids(message.tokens):
             expected = next_token(tuple(prompt + received))
             assert token == expected, f"{message.request_id}: token {len(received)} is {token}, not {expected}"
+            assert token not in request.stop_token_ids, f"{message.request_id} goes on after its end"
             received.append(token)
         if message.finish_reason is not None:
             self.finished[message.request_id] = message.finish_reason
-            assert len(received) == self.requests[message.request_id].max_tokens
-            if self.requests[message.request_id].kv_digest:
-                assert message.kv_digests == (str(tuple(prompt + received)[:-1]),) * self.size
+            stopped = message.finish_reason == "stop"
+            if stopped:
+                assert next_token(tuple(prompt + received)) in request.stop_token_ids
+            else:
+                assert len(received) == request.max_tokens
+            if request.kv_digest:
+                computed = prompt + received if stopped else (prompt + received)[:-1]
+                assert message.kv_digests == (str(tuple(computed)),) * self.size
 
     # -- a worker ----------------------------------------------------------------------------------------------------
 
@@ -590,7 +608,7 @@ class World:
                 if worker.assign is None or worker.assign.rank != message.rank:
                     worker.sealed = dict(worker.copied) if worker.loaded == message.rank else {}
                 worker.copied.clear()
-                worker.assign, worker.joined, worker.step = message, False, 0
+                worker.assign, worker.joined, worker.step, worker.raised = message, False, 0, False
                 worker.sequences.clear()
                 worker.copying = None
                 if worker.loaded is not None and worker.loaded == message.rank:
@@ -617,7 +635,7 @@ class World:
                 worker.out.append(Prepared(message.move))
             case CopyPages() if worker.assign is None:
                 worker.copying = message
-            case StepPlan() | DigestPlan() if self._of_epoch(worker, message.epoch):
+            case StepPlan() | NotePages() | DigestPlan() if self._of_epoch(worker, message.epoch):
                 worker.lanes["compute"].append(message)
             case ProtectPlan() | RestorePlan() if self._of_epoch(worker, message.epoch):
                 worker.lanes["shadow"].append(message)
@@ -658,20 +676,29 @@ class World:
         plan = worker.lanes[lane][0]
         return not isinstance(plan, ProtectPlan) or worker.step >= plan.after_step
 
-    def _enter(self, worker: SimWorker, lane: str, plan: StepPlan | DigestPlan | ProtectPlan | RestorePlan) -> None:
+    def _enter(
+        self, worker: SimWorker, lane: str, plan: StepPlan | NotePages | DigestPlan | ProtectPlan | RestorePlan
+    ) -> None:
         """Do this rank's part; what follows the barrier happens when the last rank of the epoch is in."""
+        if isinstance(plan, NotePages):
+            worker.sealed.update(zip(unpack_ids(plan.pages), unpack_keys(plan.keys), strict=True))
+            return
         if isinstance(plan, DigestPlan):
             assert worker.assign is not None
             tokens = self.read(worker, unpack_ids(plan.pages), plan.tokens)
             worker.out.append(DigestDone(plan.epoch, plan.digest, worker.assign.rank, str(tuple(tokens))))
             return
         if isinstance(plan, StepPlan):
-            worker.parts = worker.sequences.take(plan.batch, self.page_tokens)
+            worker.raised = worker.raised and not plan.batch.anew
+            if worker.raised:
+                return
+            worker.parts = worker.sequences.take(plan.batch)
             for chunk in (part.chunk for part in worker.parts):
                 self.write(worker, chunk.pages.tolist(), chunk.start, chunk.tokens.tolist())
             assert worker.assign is not None
             poisoned = any(POISON in part.chunk.tokens for part in worker.parts)
             if (poisoned and worker.assign.rank in self.poisoned_ranks) or worker.name in self.broken_workers:
+                worker.raised = True
                 worker.out.append(StepRaised(plan.epoch, plan.step, worker.assign.rank, "poison", 0))
                 return
         worker.stalled[lane] = plan
@@ -708,12 +735,11 @@ class World:
             drawn = {}
             for part in worker.parts:
                 pages, end = part.chunk.pages.tolist(), part.chunk.end
-                for number, key in enumerate(part.seals, part.chunk.start // self.page_tokens):
-                    worker.sealed[pages[number]] = key
                 seen = self.read(worker, pages, end)
                 assert GARBAGE not in seen, f"rank {rank} computes over KV that is not there"
                 if part.sampling is not None:
                     drawn[part.sequence] = next_token(tuple(seen))
+            worker.sequences.drew(Sample(number, token) for number, token in drawn.items())
             worker.out.append(StepDone(plan.epoch, plan.step, rank, pack_ids(drawn), pack_ids(drawn.values()), (), 0.0))
 
     def _encode(self, plan: ProtectPlan, by_rank: dict[int, SimWorker]) -> None:

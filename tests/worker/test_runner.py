@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from services.worker.agent.inventory import Inventory
+from services.worker.agent.rank_engine import Job
 from services.worker.communicator import Communicator
 from services.worker.device import Fence, HostDevice
 from services.worker.engine.host_slices import host_memory
@@ -17,11 +18,13 @@ from services.worker.engine.model import RankModel
 from services.worker.engine.runner import Runner
 from shared.errors import ModelError
 from shared.messages import (
+    DRAWN,
     Assign,
     Batch,
     Join,
     Joined,
     Message,
+    NotePages,
     Prepare,
     Prepared,
     RankFailed,
@@ -135,11 +138,17 @@ def test_after_an_error_of_the_device_the_process_says_that_it_has_to_end(
 POISON = 13
 
 
-def prefill(*tokens: int) -> Batch:
+def prefill(*tokens: int, anew: bool = True) -> Batch:
     """All of a prompt, as sequence 1 in page 0, and one token drawn."""
     begun = SequenceStart(1, len(tokens), pack_ids([0]), SamplingParams(temperature=0.0))
     one, ids = pack_ids([1]), pack_ids(tokens)
-    return Batch(one, pack_ids([0]), pack_ids([len(tokens)]), ids, draws=b"\1", begun=(begun,), ended=one)
+    return Batch(one, pack_ids([0]), pack_ids([len(tokens)]), ids, draws=b"\1", begun=(begun,), ended=one, anew=anew)
+
+
+def decode(start: int) -> Batch:
+    """One more token of sequence 1, which the step before draws."""
+    one = pack_ids([1])
+    return Batch(one, pack_ids([start]), one, pack_ids([DRAWN]), draws=b"\1")
 
 
 class Pair:
@@ -157,7 +166,7 @@ class Pair:
             for told in self.told
         ]  # fmt: skip
 
-    def submit(self, *jobs: Assign | Join | StepPlan) -> None:
+    def submit(self, *jobs: Job) -> None:
         """One job for each rank, or the same for both."""
         for runner, job in zip(self.runners, jobs * (2 if len(jobs) == 1 else 1), strict=True):
             runner.submit(job)
@@ -231,6 +240,43 @@ def test_after_a_step_that_raised_an_error_on_all_ranks_the_next_one_is_as_ever(
     assert isinstance(told[0], StepRaised)
     assert "no room for logits" in told[0].reason
     assert drawn(pair.step(1, 4, 3, 4, 5)) == expected
+
+
+def test_steps_that_were_planned_to_follow_one_that_raised_are_left_out(pair: Pair) -> None:
+    pair.begin(1)
+    pair.submit(StepPlan(1, 1, prefill(POISON, 1)))
+    pair.submit(StepPlan(1, 2, decode(2)))
+    pair.submit(StepPlan(1, 3, prefill(3, 4, anew=False)))
+    pair.submit(StepPlan(1, 4, prefill(3, 4)))
+    told = [[pair.next(rank) for _ in range(2)] for rank in range(2)]
+    assert [[type(each) for each in of] for of in told] == [[StepRaised, StepDone]] * 2
+    assert {each.step for of in told for each in of if isinstance(each, StepDone)} == {4}
+    assert all(runner.step_done == 4 for runner in pair.runners)
+
+
+def test_a_step_goes_on_with_the_token_that_the_one_before_it_draws(pair: Pair) -> None:
+    pair.begin(1)
+    first = drawn(pair.step(1, 1, 3, 4, 5))
+    expected = drawn(pair.step(1, 2, 3, 4, 5, first))
+    pair.submit(StepPlan(1, 3, prefill(3, 4, 5)))
+    pair.submit(StepPlan(1, 4, decode(3)))
+    assert [drawn([pair.next(rank) for rank in range(2)]) for _ in range(2)] == [first, expected]
+
+
+def test_pages_are_noted_in_the_order_of_the_steps(pair: Pair) -> None:
+    """As whole after the step that fills them, and not any more once another is to write them."""
+    pair.begin(1)
+    key = bytes(16)
+    pair.submit(StepPlan(1, 1, prefill(3, 4)))
+    pair.submit(NotePages(1, pack_ids([0, 1]), key * 2))
+    pair.submit(StepPlan(1, 2, prefill(5, 6)))
+    for _ in range(2):
+        drawn([pair.next(rank) for rank in range(2)])
+    for runner in pair.runners:
+        assert runner.at_rest.wait(WAIT_S)
+        claim = runner._inventory.claim()
+        assert claim is not None
+        assert (unpack_ids(claim.pages), claim.keys) == ([1], (key,))
 
 
 def test_an_epoch_that_ends_while_ranks_connect_or_compute_leaves_them_fit_for_the_next_one(pair: Pair) -> None:

@@ -217,9 +217,7 @@ class Epochs:
     def _communicator(self) -> str:
         if self._config.communicator != "auto":
             return self._config.communicator
-        members = self._membership.members.values()
-        devices = {member.device.split(":")[0] for member in members if member.rank is not None}
-        if devices == {"cuda"}:
+        if self._membership.on_gpus():
             return "nccl"
         return "shm" if self._membership.one_host() else "gloo"
 

@@ -360,6 +360,10 @@ class Membership:
         """Whether all ranks can share memory."""
         return len({member.host_id for member in self._ranked()}) == 1
 
+    def on_gpus(self) -> bool:
+        """Whether all ranks compute on GPUs."""
+        return all(member.device.startswith("cuda") for member in self._ranked())
+
     def _ranked(self) -> list[Member]:
         return [self.members[name] for name in self.ranks if name is not None]
 

@@ -4,18 +4,19 @@ from array import array
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from shared.messages import Batch, SequenceStart
-from shared.types import PageKey, pack_ids, pack_keys
+from shared.messages import DRAWN, Batch, SequenceStart
+from shared.types import pack_ids
 
 if TYPE_CHECKING:
     from services.coordinator.scheduling.scheduler import Request
 
 
 class BatchBuilder:
-    """Takes a step's chunks one by one. `ended`: sequences that the ranks are to forget."""
+    """Takes a step's chunks one by one. `ended`: sequences that the ranks are to forget; `anew`: all that they know."""
 
-    def __init__(self, ended: Iterable[int]):
+    def __init__(self, ended: Iterable[int], *, anew: bool = False):
         self._ended = pack_ids(ended)
+        self._anew = anew
         self._sequences: list[int] = []
         self._starts: list[int] = []
         self._counts: list[int] = []
@@ -24,21 +25,20 @@ class BatchBuilder:
         self._pages: list[int] = []
         self._following: list[int] = []
         self._begun: list[SequenceStart] = []
-        self.seals: list[PageKey] = []
-        """Keys of the pages that the chunks fill."""
 
-    def add(self, request: "Request", count: int) -> None:
-        """The next `count` tokens of a request, whose page table has room for them."""
-        tokens, start = request.tokens, request.computed
+    def add(self, request: "Request", count: int) -> bool:
+        """The next `count` tokens of a request, whose page table has room for them. Returns whether one is drawn."""
+        tokens, start = request.tokens, request.computed + request.ahead
         end, place = start + count, len(self._sequences)
         self._sequences.append(request.number)
         self._starts.append(start)
         self._counts.append(count)
         if count == 1:
-            self._tokens.append(tokens[start])
+            self._tokens.append(tokens[start] if start < len(tokens) else DRAWN)
         else:
             self._tokens.extend(tokens[start:end])
-        self._draws.append(end == len(tokens) and request.finish is None)
+        draws = end == len(tokens) + request.unknown and request.finish is None
+        self._draws.append(draws)
         told, have = request.told, len(request.pages)
         if told < 0:
             self._begun.append(_start(request))
@@ -48,6 +48,7 @@ class BatchBuilder:
         request.told = have
         if start < request.prompt_tokens and end < len(tokens) and request.params.prompt_logprobs is not None:
             self._following += (place, tokens[end])
+        return draws
 
     def batch(self) -> Batch:
         """What was added."""
@@ -57,11 +58,11 @@ class BatchBuilder:
             counts=pack_ids(self._counts),
             tokens=pack_ids(self._tokens),
             draws=bytes(self._draws),
-            seals=pack_keys(self.seals),
             pages=pack_ids(self._pages),
             following=pack_ids(self._following),
             begun=tuple(self._begun),
             ended=self._ended,
+            anew=self._anew,
         )
 
 

@@ -1,10 +1,12 @@
 """The embedded engine: requests, batches and page tables are here, the model is at the workers. A host of protection.
 
-`step` sends one step to all ranks, `step_done` takes its result.
+`step` sends steps to all ranks, `step_done` takes the result of the oldest in flight.
 """
 
 import logging
+from collections import deque
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,14 +23,22 @@ from services.coordinator.scheduling.scheduler import Request, Scheduler
 from services.coordinator.views.metrics import Metrics
 from services.coordinator.views.traces import Traces
 from shared.config import CoordinatorSettings
-from shared.messages import Batch, DigestDone, Heartbeat, StepDone, StepPlan, WorkerReady
+from shared.messages import Batch, DigestDone, Heartbeat, NotePages, StepDone, StepPlan, WorkerReady
 from shared.tracing import Tracing
-from shared.types import GroupConfig, PageKey, id_array
+from shared.types import GroupConfig, PageKey, id_array, pack_ids, pack_keys
 
 log = logging.getLogger(__name__)
 
 RESTORING_STEP_TOKENS = 64
 """Tokens a step while pages are restored: nobody whose pages are back waits long behind another's prefill."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A step in flight."""
+
+    number: int
+    work: Work
 
 
 class EmbeddedEngine(Host):
@@ -72,27 +82,46 @@ class EmbeddedEngine(Host):
         self._outbox = outbox
         self._metrics = metrics
         self._step_timeout_s = settings.step_timeout_s
-        self._step = 0
+        self._steps_wanted = settings.steps_in_flight
+        self._steps_in_flight = 1
+        """At most."""
+        self._steps = 0
+        self._in_flight: deque[Sent] = deque()
+        """As the scheduler's, in order."""
         self._step_started = 0.0
-        self._work = Work(0, 0, 0)
+        """When the oldest of them was sent, or the one before it came back."""
+        self._all_planned = False
+        """Whether nothing is left to plan before a step comes back."""
         log.info("model %s, %d pages of %d tokens, requests to %d", self.model.architecture, ready.pages,
                  config.page_tokens, limit)  # fmt: skip
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
     def step(self) -> None:
-        """Schedule one step and send it to all ranks, if the ranks are there and none is in flight."""
-        if not self._membership.stepping or self.scheduler.busy or self.protection.moves.closing:
+        """Schedule steps and send them to all ranks, as many as may be in flight, if the ranks are there."""
+        if not self._membership.stepping or self.protection.moves.closing:
             return
-        self.requests.ask_digests(self._membership.epoch)
-        batch = self._plan(RESTORING_STEP_TOKENS if self._membership.state == "restoring" else None)
-        if batch.sequences:
-            self._step += 1
+        while self._may_plan():
+            self.requests.ask_digests(self._membership.epoch)
+            batch = self._plan(RESTORING_STEP_TOKENS if self._membership.state == "restoring" else None)
+            if not batch.sequences:
+                self._all_planned = bool(self._in_flight)
+                return
             if self.traces.on:
-                self.traces.planned(self.scheduler.in_step)
-            self._step_started = self._outbox.now
-            self._work = _work(batch)
-            self._outbox.to_ranks(StepPlan(self._membership.epoch, self._step, batch))
+                self.traces.planned(self.scheduler.of_step(-1))
+            if not self._in_flight:
+                self._step_started = self._outbox.now
+            self._steps += 1
+            self._in_flight.append(Sent(self._steps, _work(batch)))
+            self._outbox.to_ranks(StepPlan(self._membership.epoch, self._steps, batch))
+
+    def _may_plan(self) -> bool:
+        """Whether one more step may be in flight. Who may be to blame for a step that failed runs alone in one."""
+        if not self._in_flight:
+            return True
+        if len(self._in_flight) >= self._steps_in_flight or self._all_planned:
+            return False
+        return not self._failed_steps.doubted()
 
     def _plan(self, limit: int | None) -> Batch:
         """The next step: of all that can run, or, after steps that failed, of one request that may be to blame."""
@@ -106,14 +135,23 @@ class EmbeddedEngine(Host):
         return self.scheduler.plan(limit)
 
     def _in_step(self) -> list[str]:
-        return [each.params.request_id for each in self.scheduler.in_step]
+        return [each.params.request_id for each in self.scheduler.of_step(0)]
+
+    def _oldest(self, step: int) -> bool:
+        """Whether this is the number of the step whose result comes next."""
+        return bool(self._in_flight) and self._in_flight[0].number == step
+
+    def _rollback(self) -> None:
+        """Nothing in flight counts."""
+        self._in_flight.clear()
+        self.scheduler.rollback()
 
     def step_failed(self, step: int, workers: Collection[str], reason: str) -> Blame:
         """See `Host`. Who raised an error in a step that another rank has finished, alike in all, is broken itself."""
-        if step != self._step or not self.scheduler.busy:
+        if not self._oldest(step):
             return Blame(tuple(workers))
         verdict = self._failed_steps.failed(self._in_step(), workers, ranks=self._ranks)
-        self.scheduler.rollback()
+        self._rollback()
         if verdict.request:
             log.error("it failed %d times, at last alone, and ends: %s", verdict.times, reason,
                       extra={"request": verdict.request})  # fmt: skip
@@ -123,16 +161,19 @@ class EmbeddedEngine(Host):
 
     def step_done(self, done: StepDone) -> None:
         """The first rank's answer counts: all ranks draw the same."""
-        if done.step != self._step:
-            return
         self._metrics.step_done(done)
-        if not self.scheduler.busy:
+        if not self._oldest(done.step):
             return
         self._failed_steps.came_back(self._in_step() if self._failed_steps.doubted() else ())
-        self.protection.rates.saw_step(self._work, done.seconds)
+        step, self._step_started, self._all_planned = self._in_flight.popleft(), self._outbox.now, False
+        self.protection.rates.saw_step(step.work, done.seconds)
         drawn = dict(zip(id_array(done.sequences), id_array(done.drawn), strict=True))
-        self.requests.deliver(self.scheduler.complete(drawn, done.samples))
-        self.protection.step_done(self._step, self.scheduler.spans())
+        completed = self.scheduler.complete(drawn, done.samples)
+        if sealed := self.scheduler.take_sealed():
+            pages, keys = zip(*sealed, strict=True)
+            self._outbox.to_ranks(NotePages(done.epoch, pack_ids(pages), pack_keys(keys)))
+        self.requests.deliver(completed)
+        self.protection.step_done(step.number, self.scheduler.spans())
         self.protection.progressed()
 
     # -- the host: pages ---------------------------------------------------------------------------------------------
@@ -207,18 +248,18 @@ class EmbeddedEngine(Host):
 
     def still(self) -> bool:
         """See `Host`."""
-        return not self.scheduler.busy
+        return not self._in_flight
 
     def busy_since(self) -> float | None:
         """See `Host`."""
-        return self._step_started if self._membership.stepping and self.scheduler.busy else None
+        return self._step_started if self._membership.stepping and self._in_flight else None
 
     def stuck(self) -> str:
         """See `Host`."""
         since = self.busy_since()
         if since is None or self._outbox.now - since <= self._step_timeout_s:
             return ""
-        return f"step {self._step} made no progress for {self._step_timeout_s:.0f} s"
+        return f"step {self._in_flight[0].number} made no progress for {self._step_timeout_s:.0f} s"
 
     def excuse(self, away_s: float) -> None:
         """See `Host`."""
@@ -226,11 +267,12 @@ class EmbeddedEngine(Host):
 
     def quiesce(self) -> None:
         """See `Host`."""
-        self.scheduler.rollback()
+        self._rollback()
         self.requests.interrupted()
 
     def place(self, formation: Formation) -> None:
-        """See `Host`."""
+        """See `Host`. On CPUs, ranks need the cores that a second step in flight would take from them."""
+        self._steps_in_flight = self._steps_wanted or (2 if self._membership.on_gpus() else 1)
         self.scheduler.lose()
         self.scheduler.readmit()
 

@@ -49,6 +49,10 @@ class Request:
     finish: FinishReason | None = None
     goal: int = 0
     """Tokens whose KV is wanted: all; once finished, those that had it."""
+    ahead: int = 0
+    """Tokens after the first `computed` that steps in flight compute."""
+    unknown: int = 0
+    """Tokens after the known ones that steps in flight draw, and whose KV will be wanted if nothing ends it before."""
     held: bool = False
     """After a loss, until what of its KV can be restored is: it takes part in no step."""
     resumed: bool = False
@@ -77,6 +81,10 @@ class Request:
         return max(0, self.had - self.computed)
 
 
+Step = dict[int, tuple[Request, int]]
+"""The requests in a step, by number, and so many tokens of each."""
+
+
 @dataclass(frozen=True, slots=True)
 class NewTokens:
     """What a step gave for one request: new tokens to stream, and whether it has ended."""
@@ -96,7 +104,12 @@ class Completed:
 
 
 class Scheduler:
-    """Requests waiting and running. `plan` says what to compute, `complete` takes the result; one step at a time."""
+    """Requests waiting and running. `plan` says what to compute, `complete` takes the result of the oldest step.
+
+    A step may be planned while others are in flight: ranks compute them in order, so that each goes on with what the
+    one before it leaves, and what that draws is known to the ranks first. A token too many may be computed of a request
+    that a drawn token ends; it counts for nothing, and who gets its page writes it in a later step.
+    """
 
     def __init__(
         self,
@@ -125,11 +138,16 @@ class Scheduler:
         self.preemptions = 0
         self.prompt_tokens = 0
         self.generated_tokens = 0
-        self._computed: dict[int, tuple[Request, int]] = {}
-        """What the last step that was completed computed: requests, and so many tokens of each."""
-        self._in_flight: dict[int, tuple[Request, int]] = {}
+        self._computed: Step = {}
+        """The last one that was completed."""
+        self._in_flight: deque[Step] = deque()
+        self._planned: Step = {}
+        """The one that is being planned."""
         self._ended: list[int] = []
         """Requests that this epoch's ranks know, and that have given back their pages."""
+        self._anew = False
+        """Whether the ranks are to forget all that they were told."""
+        self._sealed: list[tuple[int, PageKey]] = []
         self._next_number = 0
 
     # -- requests ----------------------------------------------------------------------------------------------------
@@ -176,14 +194,13 @@ class Scheduler:
     # -- a step ------------------------------------------------------------------------------------------------------
 
     @property
-    def busy(self) -> bool:
-        """Whether a step is in flight."""
-        return bool(self._in_flight)
+    def in_flight(self) -> int:
+        """How many steps are."""
+        return len(self._in_flight)
 
-    @property
-    def in_step(self) -> Iterable[Request]:
-        """The requests in the step in flight."""
-        return [request for request, _ in self._in_flight.values()]
+    def of_step(self, place: int) -> list[Request]:
+        """The requests of a step in flight, of which the oldest is at place 0."""
+        return [request for request, _ in self._in_flight[place].values()]
 
     def plan(self, limit: int | None = None) -> Batch:
         """The next step. Empty: nothing to do. `limit`: tokens at most, where steps are to be shorter than usual.
@@ -193,12 +210,11 @@ class Scheduler:
         newcomers come. A chunk that is cut, so that the step does not take too long, is the last one. Nobody waits
         for more than (requests / tokens a step) steps, rounded up, and one.
         """
-        if self._in_flight:
-            raise AssertionError("a step is in flight")
         self.cache.tidy(all_of_it=not self.running)
         budget, preemptions = min(self.max_step_tokens, limit or self.max_step_tokens), self.preemptions
-        ready = [each for each in self.running.values() if each.goal > each.computed and not each.held]
-        prefill = [each for each in ready if each.goal > each.computed + 1]
+        ready = [each for each in self.running.values() if each.goal + each.unknown > each.computed + each.ahead]
+        ready = [each for each in ready if not each.held]
+        prefill = [each for each in ready if each.goal + each.unknown > each.computed + each.ahead + 1]
         turns = _turns(len(ready), budget, wanted=bool(prefill) or self._newcomer)
         for request in ready[:turns] if turns < len(ready) else ready:
             if request.number in self.running:
@@ -214,33 +230,26 @@ class Scheduler:
             taken, room = self._prefill(request, room)
             budget -= taken
         for request in ready[turns:]:  # if those that prefill left something
-            if budget and request.number in self.running and request.number not in self._in_flight:
+            if budget and request.number in self.running and request.number not in self._planned:
                 budget -= self._schedule(request, 1)
         return self._batch()
 
     def plan_alone(self, request: Request, limit: int | None = None) -> Batch:
         """A step of one running request, where pages can be had for it; see `plan`."""
-        if self._in_flight:
-            raise AssertionError("a step is in flight")
         self._prefill(request, min(self.max_step_tokens, limit or self.max_step_tokens))
         return self._batch()
 
     def complete(self, drawn: Mapping[int, int], samples: Iterable[Sample] = ()) -> Completed:
-        """Take the result of the step in flight: KV is valid, pages seal, tokens are appended.
+        """Take the result of the oldest step in flight: KV is valid, pages seal, tokens are appended.
 
         `drawn`: the next token of each request of which there is nothing else to tell.
         """
-        running, size, told = self.running, self.page_tokens, {sample.sequence: sample for sample in samples}
-        in_flight, self._in_flight = self._in_flight, {}
-        self._computed = in_flight
+        size, told = self.page_tokens, {sample.sequence: sample for sample in samples}
+        step = self._computed = self._in_flight.popleft()
         went_on: list[Request] = []
         others: list[NewTokens] = []
-        rotate = len(in_flight) < len(running)
-        for number, (request, count) in in_flight.items():
-            if number not in running:
-                continue
-            if rotate:
-                running[number] = running.pop(number)
+        for number, (request, count) in step.items():
+            request.ahead -= count
             computed = request.computed = request.computed + count
             if computed // size > len(request.keys):
                 self._seal(request, computed // size)
@@ -251,6 +260,11 @@ class Scheduler:
                 request.prompt_logprobs.extend(sample.prompt_logprobs[max(0, have - (computed - count)) :])
                 self._append(request, sample.token, sample.logprob, went_on, others)
         return Completed(went_on, others)
+
+    def take_sealed(self) -> list[tuple[int, PageKey]]:
+        """Pages that have become full since the last time, and their keys."""
+        sealed, self._sealed = self._sealed, []
+        return sealed
 
     def spans(self) -> Iterator[Span]:
         """What the last step wrote to the last page of each request that goes on, unless it filled all of it."""
@@ -264,15 +278,15 @@ class Scheduler:
                 yield Span(request.pages[first // size], first % size, (end - 1) % size + 1)
 
     def rollback(self) -> None:
-        """Forget the step in flight: it failed, or its epoch has ended, so nothing of it counts.
+        """Forget the steps in flight: the oldest failed, or their epoch has ended, so nothing of them counts.
 
-        Whether the ranks have seen it or not, they are told all sequences anew.
+        Whether the ranks have seen them or not, they are told all sequences anew.
         """
-        self._in_flight = {}
+        self._in_flight.clear()
+        self._ended.clear()
+        self._anew = True
         for request in self.running.values():
-            if request.told >= 0:
-                self._ended.append(request.number)
-                request.told = -1
+            request.ahead, request.unknown, request.told = 0, 0, -1
 
     # -- recovery ----------------------------------------------------------------------------------------------------
 
@@ -341,20 +355,22 @@ class Scheduler:
 
         There is none where the chunk was cut.
         """
-        _, before = self._in_flight.get(request.number, (request, 0))
-        wanted = min(room, request.remaining - before)
-        fits = self._bound.fits(request.computed, before + wanted) - before if self._bound else wanted
+        _, before = self._planned.get(request.number, (request, 0))
+        start = request.computed + request.ahead
+        wanted = min(room, request.goal + request.unknown - start - before)
+        fits = self._bound.fits(start, before + wanted) - before if self._bound else wanted
         taken = self._schedule(request, max(0, min(wanted, fits)))
         return taken, room - taken if fits >= wanted else 0
 
     def _schedule(self, request: Request, most: int) -> int:
         """Put `most` tokens more of a running request into the step, if it has so many. Returns how many it put."""
-        _, before = self._in_flight.get(request.number, (request, 0))
-        count = min(request.goal - request.computed, before + most)
-        end = request.computed + count
+        _, before = self._planned.get(request.number, (request, 0))
+        start = request.computed + request.ahead
+        count = min(request.goal + request.unknown - start, before + most)
+        end = start + count
         if end > len(request.pages) * self.page_tokens and not self._take_pages(request, end):
             return 0
-        self._in_flight[request.number] = request, count
+        self._planned[request.number] = request, count
         return count - before
 
     def _take_pages(self, request: Request, end: int) -> bool:
@@ -378,7 +394,7 @@ class Scheduler:
             (
                 each
                 for each in self.running.values()
-                if each.number not in self._in_flight and (each.finish is None or each is asking)
+                if each.number not in self._planned and (each.finish is None or each is asking)
             ),
             key=lambda each: each.number,
             default=None,
@@ -394,20 +410,33 @@ class Scheduler:
     def _give_back(self, request: Request) -> None:
         if request.told >= 0:
             self._ended.append(request.number)
+        self._drop(request)
         self.cache.release(request.pages)
         request.pages, request.keys, request.computed, request.held = array("i"), [], 0, False
         request.told, request.protected = -1, 0
 
+    def _drop(self, request: Request) -> None:
+        """What steps in flight compute of it counts for nothing."""
+        for step in self._in_flight:
+            step.pop(request.number, None)
+        request.ahead = request.unknown = 0
+
     def _batch(self) -> Batch:
-        """What is in flight, as the ranks are told it."""
-        builder = BatchBuilder(self._ended)
-        self._ended = []
-        size = self.page_tokens
-        for request, count in self._in_flight.values():
-            full = (request.computed + count) // size
-            for place in range(len(request.keys), full):
-                builder.seals.append(self._chained(request, place))
-            builder.add(request, count)
+        """What was planned is in flight: as the ranks are told it. Those in it come last from now on."""
+        step, self._planned = self._planned, {}
+        if not step:
+            return Batch()
+        running = self.running
+        builder = BatchBuilder(self._ended, anew=self._anew)
+        self._ended, self._anew = [], False
+        rotate = len(step) < len(running)
+        for number, (request, count) in step.items():
+            if rotate:
+                running[number] = running.pop(number)
+            draws = builder.add(request, count)
+            request.ahead += count
+            request.unknown += draws and request.goal + request.unknown + 1 < request.limit
+        self._in_flight.append(step)
         return builder.batch()
 
     def _chained(self, request: Request, place: int) -> PageKey:
@@ -421,8 +450,9 @@ class Scheduler:
 
     def _seal(self, request: Request, full: int) -> None:
         for place in range(len(request.keys), full):
-            key, page = request.chain[place], request.pages[place]
+            key, page = self._chained(request, place), request.pages[place]
             request.keys.append(key)
+            self._sealed.append((page, key))
             if (now := self.cache.seal(page, key)) != page:
                 request.pages[place] = now
                 request.told = min(request.told, place)
@@ -454,6 +484,7 @@ class Scheduler:
                 others.append(self._end(request, (token,), logprobs, "length"))
                 return
             request.goal = length + 1
+            request.unknown -= 1
             if first or logprobs:
                 others.append(NewTokens(request, (token,), logprobs, None))
             else:
@@ -464,6 +495,7 @@ class Scheduler:
     ) -> NewTokens:
         request.finish = finish
         request.goal = request.computed
+        self._drop(request)
         return NewTokens(request, tokens, logprobs, finish)
 
     def check(self) -> None:

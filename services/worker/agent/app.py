@@ -35,6 +35,7 @@ from shared.messages import (
     InjectFault,
     Join,
     Message,
+    NotePages,
     Prepare,
     ProtectPlan,
     RestorePlan,
@@ -209,7 +210,7 @@ class Worker:
             case Prepare():
                 self._inventory.prepare(message.rank)
                 runner.submit(message)
-            case Join() | StepPlan() | DigestPlan():
+            case Join() | StepPlan() | NotePages() | DigestPlan():
                 runner.submit(message)
             case ProtectPlan():
                 runner.shadow.submit(message)

@@ -9,10 +9,10 @@ from services.worker.agent.inventory import Inventory
 from services.worker.shadow.exchange import PageBytes
 from services.worker.shadow.shadow import Shadow
 from services.worker.shadow.stores import StoreClients
-from shared.messages import Assign, DigestPlan, Join, Message, Prepare, RestorePlan, StandBy, StepPlan
+from shared.messages import Assign, DigestPlan, Join, Message, NotePages, Prepare, RestorePlan, StandBy, StepPlan
 from shared.types import GroupConfig, ModelInfo
 
-Job = Assign | StandBy | Prepare | Join | StepPlan | DigestPlan
+Job = Assign | StandBy | Prepare | Join | StepPlan | NotePages | DigestPlan
 
 
 class RankEngine(Protocol):

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from shared.types import PageKey, SamplingParams
+from shared.types import SamplingParams
 
 Int32 = np.ndarray[Any, np.dtype[np.int32]]
 LogitRows = Literal["none", "last", "all"]
@@ -51,5 +51,3 @@ class SequenceStep:
     next_token: int = -1
     prompt: Int32 = field(default_factory=_none)
     history: Int32 = field(default_factory=_none)
-    seals: tuple[PageKey, ...] = ()
-    """Keys of the pages that this step fills, from the one that the chunk begins in."""

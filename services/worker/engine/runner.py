@@ -30,6 +30,7 @@ from shared.messages import (
     Join,
     Joined,
     Message,
+    NotePages,
     Prepare,
     Prepared,
     RankFailed,
@@ -40,7 +41,7 @@ from shared.messages import (
     StepPlan,
     StepRaised,
 )
-from shared.types import GroupConfig, pack_ids
+from shared.types import GroupConfig, pack_ids, unpack_keys
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ class Runner:
         self._step_epoch = 0  # of the step in flight, or of the last one
         self._ended_at = 0.0  # when the epoch before ended; while a step overstays, when the step's own did
         self._sequences = Sequences()
+        self._raised = False  # a step raised an error: those that were planned to follow it count for nothing
         self._inventory = inventory
         self._report = report
         self._epoch = 0
@@ -194,7 +196,12 @@ class Runner:
                     case Join():
                         self._join(job)
                     case StepPlan():
-                        self._report(self._try_step(job))
+                        self._raised &= not job.batch.anew
+                        if not self._raised:
+                            self._report(self._try_step(job))
+                    case NotePages():
+                        pages, keys = np.frombuffer(job.pages, dtype="<i4").tolist(), unpack_keys(job.keys)
+                        self._inventory.note(epoch, zip(pages, keys, strict=True))
                     case DigestPlan():
                         self._report(self._digest(job))
             except (CommunicatorAborted, DeadlineExceeded) as error:
@@ -260,7 +267,7 @@ class Runner:
             self._with_weights(assign.rank, self.model.load)
             self._loaded_rank = assign.rank
         self._place = Place(assign, received, time.monotonic() - began)
-        self.step_done = 0
+        self.step_done, self._raised = 0, False
         self._sequences.clear()
         self._inventory.begin(assign.epoch, assign.rank)
         if assign.rank == 0:
@@ -301,6 +308,7 @@ class Runner:
         except Exception as error:
             if self._place is None:
                 raise
+            self._raised = True
             log.exception("step %d failed", plan.step)
             reason = f"{type(error).__name__}: {error}"[:REASON_CHARS]
         if self.pool.kv.is_cuda:  # not before now: the error kept what the step had made
@@ -317,7 +325,7 @@ class Runner:
         waited_before = self._communicator.waited_s if self._communicator is not None else 0.0
         self._step_epoch, self.in_flight = plan.epoch, True
         size = self.config.page_tokens
-        parts = self._sequences.take(plan.batch, size)
+        parts = self._sequences.take(plan.batch)
         chunks = [part.chunk for part in parts]
         self._inventory.strike(
             plan.epoch,
@@ -327,12 +335,9 @@ class Runner:
             hidden = self.model.forward(chunks, self.pool, self._communicator)
             pieces = self.model.logits_in_pieces(hidden, self.config.logits_bytes)
             samples = draw(parts, pieces)
+        self._sequences.drew(samples)
         if self._communicator is not None:
             self._communicator.check()
-        for part in parts:
-            if part.seals:
-                filled = part.chunk.pages[part.chunk.start // size :].tolist()
-                self._inventory.note(plan.epoch, zip(filled, part.seals, strict=False))
         self.step_done = plan.step
         self.shadow.step_done(plan.step)
         seconds = time.monotonic() - began

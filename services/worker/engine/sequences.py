@@ -1,13 +1,13 @@
 """What a rank has been told of the sequences of its epoch: steps only bring what is new. Pure."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from services.worker.engine.batch import Chunk, Int32, LogitRows, SequenceStep
 from shared.errors import ProtocolError
-from shared.messages import Batch, SequenceStart
-from shared.types import unpack_keys
+from shared.messages import DRAWN, Batch, Sample, SequenceStart
 
 ROOM = 64
 """Entries by which a page table grows at least, and a quarter of it: so that it is copied seldom."""
@@ -22,6 +22,8 @@ class Sequence:
     pages: int
     prompt: Int32
     history: bytearray
+    drawn: int | None = None
+    """Its last token that was drawn in this epoch."""
 
     def put(self, place: int, page: int) -> None:
         """An entry of its page table, behind the last one or in the place of another."""
@@ -46,28 +48,48 @@ class Sequences:
         """Another epoch begins: nothing is known in it."""
         self._known.clear()
 
-    def take(self, batch: Batch, page_tokens: int) -> tuple[SequenceStep, ...]:
+    def drew(self, samples: Iterable[Sample]) -> None:
+        """What the step before drew: the next one may go on with it."""
+        for sample in samples:
+            if sample.token >= 0:
+                self._of(sample.sequence).drawn = sample.token
+
+    def take(self, batch: Batch) -> tuple[SequenceStep, ...]:
         """The chunks of a step. Raises ProtocolError for one that does not fit what was told before."""
+        if batch.anew:
+            self.clear()
         for number in _ids(batch.ended).tolist():
             self._known.pop(number, None)
         for start in batch.begun:
             table = _ids(start.pages).copy()
             prompt, history = _ids(start.prompt), bytearray(start.history)
             self._known[start.sequence] = Sequence(start, table, len(table), prompt, history)
-        numbers, tokens = _ids(batch.sequences).tolist(), _ids(batch.tokens)
+        numbers, counts = _ids(batch.sequences).tolist(), _ids(batch.counts)
+        tokens = self._known_tokens(numbers, counts, _ids(batch.tokens))
         for chunk, place, page in _ids(batch.pages).reshape(-1, 3).tolist():
             self._of(numbers[chunk]).put(place, page)
         following: dict[int, int] = dict(_ids(batch.following).reshape(-1, 2).tolist())  # type: ignore[arg-type]
-        keys, steps, at, sealed = unpack_keys(batch.seals), [], 0, 0
-        rows = zip(numbers, _ids(batch.starts).tolist(), _ids(batch.counts).tolist(), batch.draws, strict=True)
+        steps, at = [], 0
+        rows = zip(numbers, _ids(batch.starts).tolist(), counts.tolist(), batch.draws, strict=True)
         for place, (number, start, count, draws) in enumerate(rows):
-            full = (start + count) // page_tokens - start // page_tokens
-            chunk_tokens, seals = tokens[at : at + count], tuple(keys[sealed : sealed + full])
-            at, sealed = at + count, sealed + full
-            steps.append(_step(self._of(number), chunk_tokens, start, bool(draws), following.get(place, -1), seals))
-        if at != len(tokens) or sealed != len(keys):
-            raise ProtocolError("a step's chunks have other tokens or keys than it brings")
+            chunk_tokens, at = tokens[at : at + count], at + count
+            steps.append(_step(self._of(number), chunk_tokens, start, bool(draws), following.get(place, -1)))
+        if at != len(tokens):
+            raise ProtocolError("a step's chunks have other tokens than it brings")
         return tuple(steps)
+
+    def _known_tokens(self, numbers: list[int], counts: Int32, tokens: Int32) -> Int32:
+        """The tokens of a step, with those put in that the steps before drew."""
+        places = np.flatnonzero(tokens == DRAWN)
+        if not len(places):
+            return tokens
+        tokens = tokens.copy()
+        of = np.searchsorted(np.cumsum(counts), places, side="right")
+        for place, chunk in zip(places.tolist(), of.tolist(), strict=True):
+            if (drawn := self._of(numbers[chunk]).drawn) is None:
+                raise ProtocolError(f"a step goes on with what sequence {numbers[chunk]} drew, which is nothing")
+            tokens[place] = drawn
+        return tokens
 
     def _of(self, number: int) -> Sequence:
         if (known := self._known.get(number)) is None:
@@ -75,9 +97,7 @@ class Sequences:
         return known
 
 
-def _step(
-    of: Sequence, tokens: Int32, start: int, draws: bool, following: int, seals: tuple[bytes, ...]
-) -> SequenceStep:
+def _step(of: Sequence, tokens: Int32, start: int, draws: bool, following: int) -> SequenceStep:
     told, end = of.start, start + len(tokens)
     needs_history = told.sampling.needs_history
     if needs_history and end > told.prompt_tokens:
@@ -92,7 +112,6 @@ def _step(
         next_token=following,
         prompt=of.prompt,
         history=_ids(bytes(of.history)) if draws and needs_history else _NONE,
-        seals=seals,
     )
 
 
