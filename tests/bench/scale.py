@@ -2,8 +2,9 @@
 [--quick]`.
 
 The coordinator's core among simulated ranks, by its CPU time: no model, no network. The gateway is a real process
-(`scale_gateway`). Writes bench/results/scale.json, and the growth curves to scale.png; the exit code is 1 where a limit
-is missed. `make bench-scale`.
+(`scale_gateway`), as is the coordinator that ranks wait for between two steps (`scale_steps`). Writes
+bench/results/scale.json, and the growth curves to scale.png; the exit code is 1 where a limit is missed.
+`make bench-scale`.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shared.service import COLLECT_AFTER
-from tests.bench import scale_gateway
+from tests.bench import scale_gateway, scale_steps
 from tests.bench.curves import plot_scale
 from tests.bench.goals import Goal, table
 from tests.bench.machine import machine
@@ -130,6 +131,7 @@ def only(what: str) -> Any:
     measure: dict[str, Callable[..., Any]] = {
         "steps": lambda streams, context, cached: asdict(measured(streams, context, cached=cached)),
         "long": long_one,
+        "waits": lambda streams: [asdict(row) for row in asyncio.run(scale_steps.all_measured(streams))],
         **{kind: partial(_gateway, kind) for kind in scale_gateway.KINDS},
     }
     return measure[kind](*map(int, numbers))
@@ -156,6 +158,11 @@ def goals(found: dict[str, Any]) -> list[Goal]:
              10.0, False),
         Goal(f"memory with {pages} pages held, bytes a token of context", per_token, 100.0, False),
         Goal("memory, bytes a cached page", per_page, 250.0, False),
+        *(
+            Goal(f"ranks that compute a step of 1,000 for {row['compute_ms']:.0f} ms wait for the next, ms",
+                 row["waited_ms"], 0.5, False)
+            for row in found["waits"] if row["steps_in_flight"] == 2
+        ),
         *(
             Goal(f"gateway, 1,000 streams of {row['kind']}: tokens by a second of its core", row["tokens_cpu_s"],
                  20_000.0, True)
@@ -197,6 +204,8 @@ def main() -> int:
         console.print(name, found[name])
     found["gateway"] = [apart(f"{kind},1000") for kind in scale_gateway.KINDS]
     console.print(scale_gateway.table(found["gateway"]))
+    found["waits"] = apart("waits,1000")
+    console.print(scale_steps.table(found["waits"]))
     if not arguments.quick:
         curves = ["steps,100,1600,0", "steps,300,1600,0", "steps,1000,400,0", "steps,1000,1600,100000"]
         found["growth"] = [found["few_pages"], found["many_pages"], found["plain"], *map(apart, curves)]

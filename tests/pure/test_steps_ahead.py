@@ -143,6 +143,26 @@ def test_streams_are_the_same_whatever_is_in_flight(seed: int, depth: int) -> No
     assert {page.number: page.key for page in pages} == {page.number: driven.sealed[page.number] for page in pages}
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_nobody_waits_longer_where_steps_are_planned_ahead(seed: int) -> None:
+    """ceil(streams / tokens a step) + 1 steps."""
+    dice = random.Random(seed)
+    streams, most = dice.randrange(2, 40), dice.choice((2, 3, 7, 16, 64))
+    driven = Driven(2, pages=2048, step=most, batch=streams)
+    for number in range(streams):
+        driven.add(f"r{number}", [dice.randrange(10, 99) for _ in range(dice.choice((1, 3, 90)))], max_tokens=100)
+    last: dict[int, int] = {}
+    running = driven.scheduler.running
+    for step in range(90):
+        before = set(running)
+        driven.results.append(driven.ranks.compute(batch := driven.scheduler.plan()))
+        last |= dict.fromkeys(set(running) - before, step) | dict.fromkeys(unpack_ids(batch.sequences), step)
+        bound = -(-len(running) // most) + 1
+        assert all(step - last[number] < bound for number in running), f"{bound} steps"
+        if driven.scheduler.in_flight == 2:
+            [*driven.complete()]
+
+
 def test_the_next_token_is_planned_before_the_last_one_is_known() -> None:
     driven = Driven(2)
     driven.add("r", [9, 8], 4)
