@@ -10,6 +10,7 @@ from shared.messages import (
     PagesDropped,
     PagesPinned,
     PagesSealed,
+    ProtectDone,
     Refused,
     StepFailed,
     StepTime,
@@ -97,6 +98,25 @@ def test_what_the_engine_tells_of_its_steps_is_what_computing_again_is_expected_
     decoding(world, engine, 1)
     expected = 6_000 / STEP_TOKENS * 0.01 + 0.6
     assert rates.recompute_seconds(0, 6_000) == pytest.approx(expected, rel=0.05)
+
+
+def test_what_protecting_took_tells_of_restoring_but_for_a_ranks_first_time() -> None:
+    world, _ = started(pages=64, parity=2)
+    rates = world.group.protection.rates  # type: ignore[union-attr]
+
+    def told(seconds: float) -> float:
+        """What restoring as much is expected to take, once a rank told of 1 MB of parity."""
+        done = ProtectDone(world.group.membership.epoch, 1, (), (), "", 1_000_000, seconds)
+        world.handle(Said(world.workers[rank(world, 1)].wire.peer, done))  # type: ignore[union-attr]
+        return rates.restore_seconds(500_000)
+
+    guess = rates.restore_seconds(500_000)
+    assert told(10.0) == guess  # its connections were opened
+    assert told(0.5) == pytest.approx(0.5)
+    world.kill(world.workers[rank(world, 1)])
+    finish(world)
+    assert told(0.1) == pytest.approx(0.5)  # another worker
+    assert told(0.1) == pytest.approx(0.1)
 
 
 def test_without_parity_all_is_recomputed_and_the_tokens_are_the_same() -> None:

@@ -56,7 +56,9 @@ class Protection:
         self.ledger.now = outbox.now
         self.timeline = Timeline()
         self.rates = Rates(step_tokens=step_tokens)
-        self._page_bytes = page_bytes
+        self._rows = 1 if config.protection == "replicate" else config.parity
+        self._warm: set[int] = set()
+        """Ranks that have protected something: the first time opens connections, and tells nothing of rates."""
         self._tails = None
         if settings.protect_tail and config.protection == "parity":
             self._tails = Tails(host, self.ledger, page_tokens)
@@ -120,8 +122,9 @@ class Protection:
     def protect_done(self, done: ProtectDone) -> None:
         """A rank tells what became of the stripes that it encoded."""
         self._metrics.protect_done(done)
-        if not done.failed:
-            self.rates.saw_protect(len(done.protected) * self._page_bytes, done.seconds)
+        if not done.failed and done.rank in self._warm:
+            self.rates.saw_protect(done.parity_bytes // self._rows, done.seconds)
+        self._warm.add(done.rank)
         self.encoding.done(done)
 
     def restore_done(self, done: RestoreDone) -> None:
@@ -174,6 +177,7 @@ class Protection:
                 log.info("ranks %s are back with %d pages", sorted(returned), len(self.ledger.keys))
             return
         self.ledger.lose(formation.fresh)
+        self._warm -= formation.fresh
         for rank, held in formation.returned.items():
             self.ledger.reclaim(rank, held.pages)
         self.moves.formed(formation)

@@ -5,7 +5,8 @@ before it, and with the tokens that are looked back on (however many look). Step
 thousands of one kind leave what is known of another.
 
 Encoding a stripe is restoring one backwards: a rank takes as many slices from the others and moves as much parity. So
-until a restore was seen, the stripes that were protected say what one will take.
+until a restore was seen, the stripes that were protected say what one will take: the fastest ones, for what made others
+slower is the model beside them, which stands still while its KV is restored.
 """
 
 import math
@@ -18,6 +19,8 @@ LEAST_CHUNK = 64
 """Tokens of a prompt that a step takes however long they take: the ranks' attention would gain nothing by less."""
 NEW = 0.3
 """The share of what was seen last in what is known of its kind."""
+SLOWER = 1.02
+"""Where the fastest is wanted, each one that was slower makes what is known of its kind so many times slower."""
 FITTED_STEPS = 64
 """After so many steps the fit is made anew."""
 LEAST_BYTES = 65_536
@@ -50,8 +53,10 @@ class Fit:
     The first figures are those that explain all as long as less than as many kinds were seen.
     """
 
-    def __init__(self, guess: Sequence[float]):
+    def __init__(self, guess: Sequence[float], *, fastest: bool = False):
+        """`fastest`: fit to the fastest of each kind, which many slower ones make forgotten."""
         self._parts = tuple(guess)
+        self._fastest = fastest
         self._seen: dict[tuple[int, ...], tuple[float, ...]] = {}
 
     @property
@@ -63,8 +68,15 @@ class Fit:
         """Take one into account; whether there was none of its size yet."""
         kind, row = tuple(int(figure).bit_length() for figure in figures), (*figures, seconds)
         before = self._seen.get(kind)
-        self._seen[kind] = row if before is None else tuple(a + NEW * (b - a) for a, b in zip(before, row, strict=True))
+        self._seen[kind] = row if before is None else self._known(before, row)
         return before is None
+
+    def _known(self, before: tuple[float, ...], row: tuple[float, ...]) -> tuple[float, ...]:
+        """Of a kind, with one more."""
+        if not self._fastest:
+            return tuple(a + NEW * (b - a) for a, b in zip(before, row, strict=True))
+        slower = row[-1] * self.seconds(*before[:-1]) > before[-1] * self.seconds(*row[:-1])
+        return (*before[:-1], before[-1] * SLOWER) if slower else row
 
     def fit(self) -> None:
         """Least squares of relative errors; a part that would be negative is nothing."""
@@ -98,7 +110,7 @@ class Rates:
     ):
         """What is taken for granted until more is known; a restore's start: index look-up, plan, first exchange."""
         self._steps = Fit((1 / prefill_tokens_s, 0.0, 0.0, 0.0))
-        self._protects = Fit((1 / restore_bytes_s, restore_start_s))
+        self._protects = Fit((1 / restore_bytes_s, restore_start_s), fastest=True)
         self._restores = Fit((1 / restore_bytes_s, restore_start_s))
         self._restore_start_s = restore_start_s
         self._step_tokens = step_tokens
