@@ -52,6 +52,16 @@ class GroupConfig:
     engine: Literal["embedded", "hosted"] = "embedded"
     """Who schedules: the coordinator, or an engine of its own that dials."""
 
+    @property
+    def shards(self) -> int:
+        """Stored of a complete stripe; as many ranks may be lost at once."""
+        return self.size if self.protection == "replicate" else self.parity
+
+    @property
+    def encoders(self) -> int:
+        """Ranks that put shards of a stripe, each as many."""
+        return self.size if self.protection == "replicate" else 1
+
 
 @dataclass(frozen=True, slots=True)
 class StoreInfo:

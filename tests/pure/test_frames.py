@@ -13,7 +13,7 @@ from services.coordinator.scheduling.requests import Requests
 from services.coordinator.scheduling.scheduler import Completed, NewTokens, Scheduler
 from services.parity_store.store import Store
 from shared.messages import EngineRun, EngineRuns, KeepStripes, Message, PagesSealed, ReleaseStripes, Submit, Tokens
-from shared.types import GenerationRequest, PageKey, SamplingParams, TokenLogprob, pack_ids
+from shared.types import GenerationRequest, GroupConfig, PageKey, SamplingParams, TokenLogprob, pack_ids
 from shared.wire import MAX_FRAME_BYTES, decode, encode
 from tests.pure.dictionary_host import EmbeddedPages
 from tests.pure.hosted_world import HostedWorld
@@ -57,7 +57,7 @@ class Listening(Encoding):
         self.sent: list[Message] = []
         membership = cast(Any, SimpleNamespace(epoch=3, state="forming"))
         stores = cast(Any, SimpleNamespace(send=self.sent.append, open=tuple))
-        config = cast(Any, SimpleNamespace(group="g", size=3, parity=1, protection="parity"))
+        config = GroupConfig("g", "", "m", "float32", 3, 1, "parity", 16, 1 << 20, 64, 4, "shm", 0.2, 3.0, 10.0)
         host = EmbeddedPages(len(keys))
         super().__init__(config, membership, host, host.ledger, None, stores, cast(Any, SimpleNamespace(ask=print)))
         self.pages = host.ledger

@@ -60,7 +60,7 @@ class Encoding:
         """Acknowledged since the start."""
         self._group = config.group
         self._parity = config.parity if config.protection == "parity" else 0
-        self._shards = config.size if config.protection == "replicate" else config.parity  # of a complete stripe
+        self._shards = config.shards
         self._membership = membership
         self._outbox = outbox
         self._serial = 0  # of releases sent

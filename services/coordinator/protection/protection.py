@@ -51,12 +51,12 @@ class Protection:
         moves: bool = True,
     ):
         """`step_tokens`: a step computes no more. `alike`: all ranks hold equal bytes. `moves`: a rank can move."""
-        acks = config.size if config.protection == "replicate" else 1
-        self.ledger = Ledger(host, pages, protect=config.protection != "none", acks=acks, alike=alike)
+        protect = config.protection != "none"
+        self.ledger = Ledger(host, pages, protect=protect, acks=config.encoders, alike=alike)
         self.ledger.now = outbox.now
         self.timeline = Timeline()
         self.rates = Rates(step_tokens=step_tokens)
-        self._rows = 1 if config.protection == "replicate" else config.parity
+        self._rows = config.shards // config.encoders  # of a stripe, that one rank puts
         self._warm: set[int] = set()
         """Ranks that have protected something: the first time opens connections, and tells nothing of rates."""
         self._tails = None

@@ -105,7 +105,7 @@ def can_lose(config: GroupConfig, members: Membership, protection: Protection, s
         return config.size - 1
     if config.protection == "none" or not protection.encoding.storable:
         return 0
-    return config.size if config.protection == "replicate" else config.parity
+    return config.shards
 
 
 def reduced_protection(config: GroupConfig, stores: Stores) -> str:
